@@ -1,0 +1,1 @@
+"""Pictures in, batches out: sources that read by index and Grain pipelines over them."""
