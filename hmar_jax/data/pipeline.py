@@ -1,0 +1,353 @@
+"""From a source to batches, with Grain: shuffle, shard, decode, crop, stack.
+
+Training reads one endless stream of positions 0, 1, 2, ...: position p lies in epoch e = p // N and holds the picture
+shuffle_e(p mod N), cropped with random numbers that depend on (seed, p) only. Shard s of S takes the positions p with
+p mod S = s. So the data order is the same for any number of hosts that share one global batch, and the state of a
+loader is one number: how many batches it has given.
+
+Pictures stay uint8 until they are on the device; `to_float` is for there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Mapping
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from hmar_jax.data.sources import BrokenPicture, Source
+from hmar_jax.errors import InputError
+
+KINDS = ("resize_crop", "random_crop", "affine")
+
+_MAX_ASPECT = 16  # longer pictures are shortened first: a 1 x 10000 one would become gigabytes when enlarged
+_BROKEN_SHARE = 0.01  # a run stops when more of its pictures are broken, ...
+_BROKEN_FILES = 10  # ... and more files than this
+_SHUFFLE, _AUGMENT = 0, 1  # which random numbers of a seed
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 (...) in 0..255 to float32 (...) in [-1, 1]; call it inside the jitted step."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How a picture of any size becomes (side, side).
+
+    Kinds, in training (in validation every crop is the centre one, and nothing else is random):
+      resize_crop: the shorter side to round(resize_ratio * side) by Lanczos, then a random crop. The published recipe.
+      random_crop: a random crop of the picture as it is; only one whose shorter side is below `side` is enlarged to it.
+      affine: for digits. The centre square at `side`, then one bicubic affine map around its centre: rotation, scale
+        and shear, then shift, each uniform in plus or minus its field; black comes in from outside.
+
+    The longer side is rounded down and the centre offset rounded half to even, as torchvision (the published code's
+    data loader) does.
+    """
+
+    side: int  # pixels
+    kind: str
+    resize_ratio: float = 1.125  # resize_crop only
+    flip: bool = False  # mirror half of the training pictures left to right; the published recipe does not
+    rotate: float = 6.0  # affine only: degrees
+    shift: float = 1.0  # affine only: pixels, in x and in y
+    scale: float = 0.03  # affine only: relative
+    shear: float = 0.05  # affine only: x per y
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise InputError(f"unknown transform kind {self.kind!r}: it is one of {', '.join(KINDS)}")
+        if self.side < 1:
+            raise InputError(f"transform side {self.side}: it must be at least 1 pixel")
+        if self.resize_ratio < 1:
+            raise InputError(f"transform resize_ratio {self.resize_ratio}: it must be at least 1, or no crop fits")
+        if not 0 <= self.scale < 1:
+            raise InputError(f"transform scale {self.scale}: it must be in [0, 1)")
+
+    @property
+    def decode_side(self) -> int | None:
+        """What `open_source` may take as its `decode_side`; None: this transform needs the native size."""
+        return None if self.kind == "random_crop" else self._resized_side
+
+    @property
+    def _resized_side(self) -> int:
+        return round(self.resize_ratio * self.side) if self.kind == "resize_crop" else self.side
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """uint8 (h, w, 3) to uint8 (side, side, 3); rng None: as in validation."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"a transform takes uint8 (h, w, 3), not {image.dtype} {image.shape}")
+        if self.kind == "resize_crop":
+            image = _resize_shorter(image, self._resized_side, Image.Resampling.LANCZOS)
+        elif self.kind == "random_crop":
+            if min(image.shape[:2]) < self.side:
+                image = _resize_shorter(image, self.side, Image.Resampling.LANCZOS)
+        else:
+            image = _resize_shorter(image, self.side, Image.Resampling.BICUBIC)
+        image = _crop(image, self.side, None if self.kind == "affine" else rng)
+        if rng is not None and self.kind == "affine":
+            image = self._affine(image, rng)
+        if rng is not None and self.flip and rng.random() < 0.5:
+            image = image[:, ::-1]
+        return np.ascontiguousarray(image)
+
+    def _affine(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
+        shift = rng.uniform(-self.shift, self.shift, size=2)  # x, y
+        scale = 1 + rng.uniform(-self.scale, self.scale)
+        shear = rng.uniform(-self.shear, self.shear)
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        forward = scale * rotation @ np.array([[1, shear], [0, 1]])
+        # PIL wants the map from output to input pixels: in = inverse @ (out - centre - shift) + centre.
+        inverse = np.linalg.inv(forward)
+        centre = np.full(2, self.side / 2)
+        offset = centre - inverse @ (centre + shift)
+        coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
+        picture = Image.fromarray(image).transform(
+            (self.side, self.side), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=0
+        )
+        return np.asarray(picture)
+
+
+def _resize_shorter(image: np.ndarray, shorter: int, resampling: Image.Resampling) -> np.ndarray:
+    h, w = image.shape[:2]
+    if max(h, w) > _MAX_ASPECT * min(h, w):
+        limit = _MAX_ASPECT * min(h, w)
+        top, left = max(0, h - limit) // 2, max(0, w - limit) // 2
+        image = image[top : top + limit, left : left + limit]
+        h, w = image.shape[:2]
+    if min(h, w) == shorter:
+        return image
+    size = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, resampling))
+
+
+def _crop(image: np.ndarray, side: int, rng: np.random.Generator | None) -> np.ndarray:
+    spare_h, spare_w = image.shape[0] - side, image.shape[1] - side
+    if rng is None:
+        top, left = round(spare_h / 2), round(spare_w / 2)
+    else:
+        top, left = int(rng.integers(spare_h + 1)), int(rng.integers(spare_w + 1))
+    return image[top : top + side, left : left + side]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken pictures
+
+
+class BrokenLog:
+    """The broken pictures met so far, each path once. Loaders may share one; it is safe across threads."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._reasons: dict[str, str] = {}
+
+    def add(self, path: str, reason: str) -> None:
+        with self._lock:
+            self._reasons.setdefault(path, reason)
+
+    @property
+    def count(self) -> int:
+        with self._lock:
+            return len(self._reasons)
+
+    @property
+    def items(self) -> list[tuple[str, str]]:
+        """(path, reason), in the order they were met."""
+        with self._lock:
+            return list(self._reasons.items())
+
+
+class _Reader:
+    """Reads a source, taking the next readable picture of the source in place of a broken one."""
+
+    def __init__(self, source: Source, log: BrokenLog | None):
+        self._source = source
+        self._log = log
+        self._met = BrokenLog()  # of this source alone: `log` may be shared
+        self._broken: set[int] = set()  # not to be decoded again
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        """{"image", "label", "own": bool; False if the picture stands in for a broken one}."""
+        index = int(index)
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            with self._lock:
+                known = candidate in self._broken
+            if known:
+                continue
+            try:
+                example = self._source[candidate]
+            except BrokenPicture as error:
+                self._record(candidate, error)
+                continue
+            return {"image": example["image"], "label": example["label"], "own": step == 0}
+        raise InputError(f"{self._source.name}: none of its {len(self)} pictures can be read{self._first_names()}")
+
+    def _record(self, index: int, error: BrokenPicture) -> None:
+        self._met.add(error.path, error.reason)
+        if self._log is not None:
+            self._log.add(error.path, error.reason)
+        with self._lock:
+            self._broken.add(index)
+            count = len(self._broken)
+        if count > _BROKEN_FILES and count > _BROKEN_SHARE * len(self):
+            raise InputError(
+                f"{self._source.name}: {count} of the {len(self)} pictures cannot be read "
+                f"(at most {_BROKEN_SHARE:.0%} may be broken){self._first_names()}"
+            )
+
+    def _first_names(self) -> str:
+        return "; the first: " + ", ".join(path for path, _ in self._met.items[:3])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def make_loader(
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    train: bool,
+    num_epochs: int | None = None,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    threads: int = 2,
+    pad: bool = True,
+    broken: BrokenLog | None = None,
+) -> grain.IterDataset:
+    """Batches of one shard (usually one host) of a source.
+
+    Training: the source in a new order each epoch, every picture once an epoch over all shards together. Batches run
+    across epoch ends; with `num_epochs`, what does not fill the last batch of every shard is dropped.
+
+    Validation: one pass in order. All shards give the same number of batches. Batches also have "valid": False for
+    the zeros that pad the last batch and for pictures that stand in for broken ones; count only the others.
+
+    The iterator, `iter(loader)`, has Grain's `get_state` and `set_state`; see `state_to_bytes` and `restore_state`.
+
+    Args:
+      source: what to read. A broken picture is replaced by the next readable one of the source.
+      transform: from a picture to (side, side).
+      batch_size: B, pictures in a batch of this shard.
+      seed: of the order and of the crops, 0 or more; validation uses none.
+      train: whether to shuffle, repeat and randomise.
+      num_epochs: training only; None: without end.
+      shard_index, shard_count: which part of the data.
+      threads: that read ahead, each a whole batch, holding up to threads + 1 batches; 0: read when asked.
+      pad: validation only; False: drop what does not fill the last batch of every shard.
+      broken: where broken pictures are noted.
+
+    Returns:
+      A `grain.IterDataset` of {"image": uint8 (B, side, side, 3), "label": int32 (B,)} with "valid": bool (B,) in
+      validation.
+
+    Raises:
+      InputError: an argument is out of range, or no batch could be filled. While iterating: more than 1 % of the
+        source's pictures, and more than 10, cannot be read, or none can.
+    """
+    n = len(source)
+    _check(n, source.name, batch_size, seed, train, num_epochs, shard_index, shard_count, threads, pad)
+    whole = batch_size * shard_count  # pictures in one batch of all shards
+    reader = _Reader(source, broken)
+
+    if train:
+        shuffle_seed, augment_seed = (_derive(seed, purpose) for purpose in (_SHUFFLE, _AUGMENT))
+
+        def augment(example, rng):
+            return {"image": transform(example["image"], rng), "label": np.int32(example["label"])}
+
+        # Repeating before anything is cut keeps the index that `shuffle` and `random_map` see equal to the position.
+        dataset = grain.MapDataset.source(reader).shuffle(seed=shuffle_seed).repeat(num_epochs)
+        dataset = dataset.random_map(augment, seed=augment_seed)
+        if num_epochs is not None:
+            dataset = dataset[: len(dataset) // whole * whole]
+    else:
+
+        def example_at(position):
+            if position >= n:
+                image = np.zeros((transform.side, transform.side, 3), np.uint8)
+                return {"image": image, "label": np.int32(0), "valid": np.bool_(False)}
+            example = reader[position]
+            image = transform(example["image"], None)
+            return {"image": image, "label": np.int32(example["label"]), "valid": np.bool_(example["own"])}
+
+        batches = -(-n // whole) if pad else n // whole
+        dataset = grain.MapDataset.range(batches * whole).map(example_at)
+
+    dataset = dataset[shard_index::shard_count].batch(batch_size, drop_remainder=True)
+    # One element for Grain is a whole batch, so its buffer is counted in batches.
+    read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
+    return dataset.to_iter_dataset(read_ahead)
+
+
+def _check(n, name, batch_size, seed, train, num_epochs, shard_index, shard_count, threads, pad):
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size}: it must be at least 1")
+    if seed < 0:
+        raise InputError(f"seed {seed}: it must be 0 or more")
+    if threads < 0:
+        raise InputError(f"data threads {threads}: it must be 0 or more")
+    if shard_count < 1 or not 0 <= shard_index < shard_count:
+        raise InputError(f"shard {shard_index} of {shard_count}: the index must be from 0 to the count - 1")
+    if num_epochs is not None and not train:
+        raise InputError(f"num_epochs {num_epochs} with validation: validation is always one pass")
+    if num_epochs is not None and num_epochs < 1:
+        raise InputError(f"num_epochs {num_epochs}: it must be at least 1, or None for no end")
+    if n == 0:
+        raise InputError(f"{name} has no pictures")
+    if (train or not pad) and batch_size > n // shard_count:
+        share = f"the {n // shard_count} in each of {shard_count} shards" if shard_count > 1 else f"its {n} pictures"
+        raise InputError(f"{name}: batch size {batch_size} is more than {share}; make it {n // shard_count} or less")
+
+
+def _derive(seed: int, purpose: int) -> int:
+    """A 32-bit seed. Grain's shuffle adds the epoch to its seed, so that raw seeds 0 and 1 would share their orders."""
+    return int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State
+
+
+def state_to_bytes(iterator: grain.DatasetIterator) -> bytes:
+    """Where a loader's iterator is, as JSON: the next batch it will give, whatever has been read ahead."""
+    return json.dumps(iterator.get_state()).encode()
+
+
+def restore_state(iterator: grain.DatasetIterator, data: bytes) -> None:
+    """Puts a fresh iterator where `state_to_bytes` was taken; the following batches are bit-identical.
+
+    The loader must be made with the same source, transform, seed and global batch (batch_size * shard_count); the
+    number of shards may differ.
+
+    Raises:
+      InputError: the bytes are no such state, or lie beyond the loader's end.
+    """
+    try:
+        state = json.loads(data)
+    except ValueError as error:
+        raise InputError("the saved data position is damaged (not JSON): start the data from the beginning") from error
+    if not isinstance(state, Mapping) or state.keys() != iterator.get_state().keys():
+        raise InputError(f"the saved data position {state!r} is not one of this loader")
+    try:
+        iterator.set_state(state)
+    except (IndexError, TypeError, ValueError) as error:
+        raise InputError(f"the saved data position {state!r} does not fit this loader: {error}") from error

@@ -1,0 +1,1 @@
+"""The networks: tokenizer and transformers. Nothing here knows about training or files."""

@@ -1,0 +1,1 @@
+"""Losses, optimizers, steps and the run."""

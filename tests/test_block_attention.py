@@ -1,0 +1,394 @@
+"""Block attention: every implementation against the dense definition in float64, and the transformations around it."""
+
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import api, block_attention, tiles, xla
+from pallas_kernels.reference import block_mask, dense_attention
+
+
+def squares(*sides):
+    return tuple(side * side for side in sides)
+
+
+SIZES_256 = squares(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SIZES_512 = squares(1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+SIZES_1024 = squares(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+PATTERNS = ("diagonal", "causal")
+# Allowed ||out - reference|| / ||reference||, for outputs and gradients alike.
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "float64": 1e-12}
+
+
+def implementation_params():
+    """One parameter for each implementation; those that cannot run here are skipped and say why."""
+    params = []
+    for name in api.IMPLEMENTATIONS:
+        try:
+            block_attention(*[jnp.zeros((1, 1, 1, 64))] * 3, (1,), implementation=name)
+            params.append(pytest.param(name))
+        except NotImplementedError as error:
+            params.append(pytest.param(name, marks=pytest.mark.skip(reason=str(error))))
+    return params
+
+
+every_implementation = pytest.mark.parametrize("implementation", implementation_params())
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+
+
+def random_inputs(sizes, batch, heads, dim, dtype="float32", spread=1.0):
+    """q, k, v and the cotangent of the output; exactly representable in dtype."""
+    rng = np.random.default_rng(zlib.crc32(repr((sizes, batch, heads, dim)).encode()))
+    shape = (batch, sum(sizes), heads, dim)
+    return [jnp.asarray(spread * rng.standard_normal(shape), dtype) for _ in range(4)]
+
+
+# Nearly all of the time here is compilation; what LLVM's slow passes gain is not needed for one run.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def out_and_gradients(function, q, k, v, d_out):
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    def run(q, k, v, d_out):
+        out, vjp = jax.vjp(function, q, k, v)
+        return out, *vjp(d_out)
+
+    return [np.asarray(x) for x in run(q, k, v, d_out)]
+
+
+def relative_error(x, reference):
+    x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
+    size = np.linalg.norm(reference)
+    # Where every block is one token, dq and dk are zero: then the error itself must be that small.
+    return np.linalg.norm(x - reference) / (size if size > 1e-9 else 1.0)
+
+
+def check(sizes, pattern, implementation, batch=2, heads=2, dim=16, dtype="float32", scale=None):
+    scale = dim**-0.5 if scale is None else scale
+    options = dict(block_sizes=sizes, pattern=pattern, scale=scale)
+    arrays = random_inputs(sizes, batch, heads, dim, dtype)
+    ours = out_and_gradients(functools.partial(block_attention, implementation=implementation, **options), *arrays)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+        # Not under jit: most cases then share the compiled operations of others.
+        out, vjp = jax.vjp(functools.partial(dense_attention, **options), *wide[:3])
+        reference = [np.asarray(x) for x in (out, *vjp(wide[3]))]
+        assert out.dtype == np.float64
+    for name, x, expected in zip(("out", "dq", "dk", "dv"), ours, reference, strict=True):
+        assert x.dtype == jnp.dtype(dtype) and x.shape == expected.shape
+        error = relative_error(x, expected)
+        assert error < TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
+
+
+def random_sizes(seed, length=120):
+    """A drawn list of blocks: some lists of many small blocks, some of a few large ones."""
+    rng = np.random.default_rng(seed)
+    cuts = rng.choice(np.arange(1, length), size=rng.integers(0, 12), replace=False)
+    return tuple(np.diff([0, *sorted(cuts), length]).tolist())
+
+
+# The definition and the static lists.
+
+
+def test_small_masks():
+    diagonal = [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1],
+        [0, 0, 0, 1, 1, 1],
+        [0, 0, 0, 1, 1, 1],
+    ]
+    causal = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1],
+    ]
+    np.testing.assert_array_equal(block_mask((1, 2, 3), "diagonal"), np.array(diagonal, bool))
+    np.testing.assert_array_equal(block_mask((1, 2, 3), "causal"), np.array(causal, bool))
+
+
+def test_mask_of_a_group_after_other_blocks():
+    group = tiles.Group(start=2, stop=5, key_start=0, block_sizes=(1, 2))
+    expected = [
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1],
+    ]
+    np.testing.assert_array_equal(tiles.group_mask(group, "causal"), np.array(expected, bool))
+
+
+def test_reference_on_numbers_done_by_hand():
+    # Two blocks; equal scores, so that each output is the mean of the values that its query sees.
+    v = jnp.array([2.0, 4.0, 8.0]).reshape(1, 3, 1, 1)
+    zero = jnp.zeros_like(v)
+    np.testing.assert_allclose(dense_attention(zero, zero, v, (1, 2), "diagonal").ravel(), [2, 6, 6])
+    np.testing.assert_allclose(dense_attention(zero, zero, v, (1, 2), "causal").ravel(), [2, 14 / 3, 14 / 3], rtol=1e-6)
+
+
+def test_groups_of_the_published_list():
+    groups = tiles.group_blocks(SIZES_256, "diagonal")
+    assert [group.block_sizes for group in groups] == [(1, 4, 9, 16), (25,), (36,), (64,), (100,), (169,), (256,)]
+    assert [group.needs_mask for group in groups] == [True] + [False] * 6
+
+
+@every_pattern
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_cover_the_mask_at_least_cost(seed, pattern):
+    sizes = random_sizes(seed, length=60)[:8]
+    for cells_per_group in (0, 50, 400):
+        groups = tiles.group_blocks(sizes, pattern, cells_per_group)
+        covered = np.zeros((sum(sizes), sum(sizes)), bool)
+        for group in groups:
+            covered[group.start : group.stop, group.key_start : group.stop] = tiles.group_mask(group, pattern)
+            assert group.needs_mask == (not tiles.group_mask(group, pattern).all())
+        np.testing.assert_array_equal(covered, block_mask(sizes, pattern))
+
+        def cost(edges):
+            rows = np.diff(edges)
+            return sum(rows * (rows if pattern == "diagonal" else edges[1:])) + cells_per_group * len(rows)
+
+        # All ways to cut the list, as bits.
+        edges = np.cumsum((0, *sizes))
+        cuts = [[0, *(i + 1 for i in range(len(sizes) - 1) if bits >> i & 1), len(sizes)] for bits in range(2 ** (len(sizes) - 1))]
+        assert cost(np.array([0, *(group.stop for group in groups)])) == min(cost(edges[cut]) for cut in cuts)
+
+
+# Outputs and gradients.
+
+
+@every_pattern
+@every_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("sizes", [(1,), (7, 129, 3)], ids=str)
+def test_short_lists(sizes, dtype, pattern, implementation):
+    check(sizes, pattern, implementation, dtype=dtype)
+
+
+@every_pattern
+@every_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_list_256(dtype, pattern, implementation):
+    check(SIZES_256, pattern, implementation, batch=1, heads=2, dim=32, dtype=dtype)
+
+
+@every_pattern
+@every_implementation
+def test_list_512(pattern, implementation):
+    check(SIZES_512, pattern, implementation, batch=1, heads=1, dim=64)
+
+
+@every_implementation
+@pytest.mark.parametrize("seed", range(40))
+def test_random_lists(seed, implementation):
+    dtype = ("float32", "float32", "bfloat16", "float16")[seed % 4]
+    # Head dim 8 lets groups of up to 32 keys keep their probabilities and longer ones recompute them.
+    check(random_sizes(seed), PATTERNS[seed // 4 % 2], implementation, batch=1 + seed % 3, dim=8, dtype=dtype)
+
+
+@every_pattern
+@every_implementation
+@pytest.mark.slow
+def test_list_1024_forward(pattern, implementation):
+    q, k, v, _ = random_inputs(SIZES_1024, batch=1, heads=1, dim=64)
+    options = dict(block_sizes=SIZES_1024, pattern=pattern, scale=0.125)
+    out = jax.jit(functools.partial(block_attention, implementation=implementation, **options))(q, k, v)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
+        expected = np.asarray(jax.jit(functools.partial(dense_attention, **options))(*wide))
+    assert relative_error(out, expected) < TOLERANCE["float32"]
+
+
+@every_pattern
+def test_float64(pattern):
+    with jax.enable_x64(True):
+        check((3, 40, 1), pattern, "xla", dim=8, dtype="float64")
+
+
+@every_pattern
+@every_implementation
+def test_large_scores_stay_finite(pattern, implementation):
+    # Scores in the thousands: exp overflows unless the maximum is subtracted, and softmax is nearly one-hot.
+    q, k, v, d_out = random_inputs((1, 5, 30, 2), batch=1, heads=1, dim=16, spread=20.0)
+    function = functools.partial(block_attention, block_sizes=(1, 5, 30, 2), pattern=pattern, implementation=implementation)
+    for x in out_and_gradients(function, q, k, v, d_out):
+        assert np.isfinite(x).all()
+
+
+@every_implementation
+def test_float16_keeps_small_gradients(implementation):
+    # Cotangents of 1e-4 over 200 keys: d_scores would vanish in float16.
+    sizes, options = (1, 200), dict(block_sizes=(1, 200), scale=0.25)
+    q, k, v, d_out = random_inputs(sizes, batch=1, heads=1, dim=16, dtype="float16")
+    d_out = (d_out * 1e-4).astype(jnp.float16)
+    function = functools.partial(block_attention, implementation=implementation, **options)
+    ours = out_and_gradients(function, q, k, v, d_out)
+    wide = [x.astype(jnp.float32) for x in (q, k, v, d_out)]
+    expected = out_and_gradients(functools.partial(dense_attention, **options), *wide)
+    # 1e-2: the results themselves lie where float16 has few digits.
+    assert all(relative_error(x, y) < 1e-2 for x, y in zip(ours, expected, strict=True))
+
+
+# Transformations.
+
+SMALL = dict(block_sizes=(1, 4, 40), pattern="causal", scale=0.5)
+
+
+@every_implementation
+def test_vmap(implementation):
+    function = functools.partial(block_attention, implementation=implementation, **SMALL)
+    q, k, v, d_out = (x.reshape(2, 3, *x.shape[1:]) for x in random_inputs(SMALL["block_sizes"], 6, 2, 8))
+    expected = out_and_gradients(function, *(x.reshape(6, *x.shape[2:]) for x in (q, k, v, d_out)))
+    for x, y in zip(out_and_gradients(jax.vmap(function), q, k, v, d_out), expected, strict=True):
+        np.testing.assert_allclose(x.reshape(y.shape), y, rtol=1e-5, atol=1e-6)
+
+
+@every_implementation
+def test_vmap_with_shared_keys(implementation):
+    function = functools.partial(block_attention, implementation=implementation, **SMALL)
+    q, k, v, _ = random_inputs(SMALL["block_sizes"], 2, 2, 8)
+    d_k = jax.grad(lambda k: jax.vmap(function, in_axes=(0, None, None))(jnp.stack([q, 2 * q]), k, v).var())(k)
+    d_k_dense = jax.grad(lambda k: jnp.stack([dense_attention(x, k, v, **SMALL) for x in (q, 2 * q)]).var())(k)
+    np.testing.assert_allclose(d_k, d_k_dense, rtol=1e-4, atol=1e-7)
+
+
+@every_implementation
+def test_remat_and_scan(implementation):
+    # As in a stack of layers: the body is rematerialised, and compiled once by scan.
+    attend = functools.partial(block_attention, implementation=implementation, **SMALL)
+    q, k, v, _ = random_inputs(SMALL["block_sizes"], 1, 2, 8)
+
+    def loss(q, body):
+        return (jax.lax.scan(lambda x, _: (body(x, k, v), None), q, length=3)[0] ** 2).sum()
+
+    plain = jax.jit(jax.grad(functools.partial(loss, body=attend)))(q)
+    remat = jax.jit(jax.grad(functools.partial(loss, body=jax.checkpoint(attend))))(q)
+    dense = jax.jit(jax.grad(functools.partial(loss, body=functools.partial(dense_attention, **SMALL))))(q)
+    np.testing.assert_allclose(remat, plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(plain, dense, rtol=1e-4, atol=1e-6)
+
+
+def test_backward_keeps_no_scores_of_long_groups():
+    sizes, length = (400, 500), 900
+    q, k, v, _ = random_inputs(sizes, batch=1, heads=1, dim=4)
+    _, vjp = jax.vjp(lambda *x: xla.attention(*x, sizes, "diagonal", 1.0), q, k, v)
+    # q, k, v, and one logsumexp a query; nothing of 400 x 400.
+    assert sum(x.size for x in jax.tree.leaves(vjp)) == 3 * length * 4 + length
+
+
+_SHARD_MAP = """
+import functools, jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from pallas_kernels import block_attention
+
+options = dict(block_sizes=(1, 4, 40), pattern="{pattern}", scale=0.5, implementation="{implementation}")
+assert jax.device_count() == 8
+mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+spec = P("batch", None, "heads", None)
+rng = np.random.default_rng(0)
+q, k, v, d_out = (rng.standard_normal((8, 45, 4, 8), np.float32) for _ in range(4))
+attend = functools.partial(block_attention, **options)
+
+
+def run(function, *arrays):
+    out, vjp = jax.vjp(function, *arrays[:3])
+    return out, *vjp(arrays[3])
+
+
+alone = jax.jit(functools.partial(run, attend))(q, k, v, d_out)
+sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (q, k, v, d_out)]
+mapped = jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+by_shard_map = jax.jit(functools.partial(run, mapped))(*sharded)
+by_compiler = jax.jit(functools.partial(run, attend))(*sharded)
+for x, y, z in zip(alone, by_shard_map, by_compiler):
+    assert len(y.sharding.device_set) == 8
+    np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(z, x, rtol=1e-5, atol=1e-6)
+print("agrees")
+"""
+
+
+@every_pattern
+@every_implementation
+def test_shard_map_over_batch_and_heads(pattern, implementation):
+    # In a process of its own: the number of fake devices is fixed when JAX starts.
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", _SHARD_MAP.format(pattern=pattern, implementation=implementation)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "agrees\n", result.stderr
+
+
+# Errors.
+
+
+def call(shape=(2, 5, 1, 8), k_shape=None, dtype="float32", v_dtype=None, block_sizes=(1, 4), **options):
+    q, k, v = jnp.zeros(shape, dtype), jnp.zeros(k_shape or shape, dtype), jnp.zeros(shape, v_dtype or dtype)
+    return block_attention(q, k, v, block_sizes, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(block_sizes=(1, 9)), r"block_sizes \(1, 9\) sum to 10, but q has length 5"),
+        (dict(block_sizes=(5, 0)), r"positive.*\(5, 0\)"),
+        (dict(block_sizes=(6, -1)), r"positive.*\(6, -1\)"),
+        (dict(block_sizes=()), r"at least one.*\(\)"),
+        (dict(block_sizes=(2.5, 2.5)), r"sequence of ints; got \(2.5, 2.5\)"),
+        (dict(block_sizes=5), "sequence of ints; got 5"),
+        (dict(shape=(5, 1, 8)), r"\(batch, length, heads, head dim\); got shape \(5, 1, 8\)"),
+        (dict(k_shape=(2, 5, 2, 8)), r"one shape; got \(2, 5, 1, 8\), \(2, 5, 2, 8\)"),
+        (dict(dtype="int32"), "float32, bfloat16, float16, float64; got int32"),
+        (dict(v_dtype="bfloat16"), "one dtype; got float32, float32 and bfloat16"),
+        (dict(pattern="banded"), "diagonal, causal; got 'banded'"),
+        (dict(scale=float("nan")), "finite Python number; got nan"),
+        (dict(scale="1"), "finite Python number; got '1'"),
+        (dict(implementation="cudnn"), "xla, triton, mosaic_gpu, mosaic_tpu; got 'cudnn'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call(**arguments)
+
+
+def test_traced_scale_is_refused():
+    with pytest.raises(ValueError, match="scale must be a finite Python number"):
+        jax.jit(lambda scale: call(scale=scale))(1.0)
+
+
+def test_implementation_outside_this_version(monkeypatch):
+    monkeypatch.setattr(api, "_AVAILABLE", {"xla": xla})
+    with pytest.raises(NotImplementedError, match="'triton' is not part of this version; available: xla"):
+        call(implementation="triton")
+
+
+def test_implementation_that_cannot_run_here(monkeypatch):
+    class Elsewhere:
+        @staticmethod
+        def why_not(_q):
+            return "it needs a GPU, this process runs on cpu"
+
+    monkeypatch.setattr(api, "_AVAILABLE", {"triton": Elsewhere, "xla": xla})
+    with pytest.raises(NotImplementedError, match="'triton' cannot run here: it needs a GPU"):
+        call(implementation="triton")
+    # None does not fail: it takes the best that runs.
+    assert call().shape == (2, 5, 1, 8)
+
+
+def test_accepts_lists_and_numpy():
+    out = block_attention(*[np.ones((1, 5, 1, 4), np.float32)] * 3, [np.int64(1), 4], scale=np.float32(0.5))
+    assert isinstance(out, jax.Array) and out.shape == (1, 5, 1, 4)
