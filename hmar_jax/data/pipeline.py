@@ -5,7 +5,7 @@ shuffle_e(p mod N), cropped with random numbers that depend on (seed, p) only. S
 p mod S = s. So the data order is the same for any number of hosts that share one global batch, and the state of a
 loader is one number: how many batches it has given.
 
-Pictures stay uint8 until they are on the device; `to_float` is for there.
+Pictures stay uint8 until they are on the device; models.tokenizer.to_float is for there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import threading
 from collections.abc import Mapping
 
 import grain
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -30,11 +28,6 @@ _MAX_ASPECT = 16  # longer pictures are shortened first: a 1 x 10000 one would b
 _BROKEN_SHARE = 0.01  # a run stops when more of its pictures are broken, ...
 _BROKEN_FILES = 10  # ... and more files than this
 _SHUFFLE, _AUGMENT = 0, 1  # which random numbers of a seed
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 (...) in 0..255 to float32 (...) in [-1, 1]; call it inside the jitted step."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

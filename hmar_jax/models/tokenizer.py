@@ -75,6 +75,11 @@ class Quantized(NamedTuple):
     z: jax.Array  # (B, L, Z) the vectors that were quantized
 
 
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 (...) in 0..255 to float32 (...) in [-1, 1], the range of all pictures in the networks."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
 def resize(x: jax.Array, matrix) -> jax.Array:
     """(B, s, s, Z) -> (B, t, t, Z) by one (t, s) matrix for both axes."""
     x = jnp.einsum("ts,bsuz->btuz", matrix, x, precision=_EXACT)
@@ -187,6 +192,7 @@ class Decoder(nn.Module):
                 x = x.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
                 x = conv3x3(x.shape[-1], f"up_{i}_upsample", dtype)(x)
         x = nn.silu(group_norm(c.groups, "norm_out", dtype)(x))
+        self.sow("intermediates", "last_hidden", x)  # for the adversarial loss, whose weight is set at the last layer
         return unfold(conv3x3(3 * c.patch_size**2, "conv_out", dtype)(x), c.patch_size)
 
 
@@ -323,6 +329,14 @@ class Tokenizer(nn.Module):
     def paint(self, f_hat, deterministic=True):
         """(B, S, S, Z) -> (B, h, w, 3) float32, not clamped."""
         return self.decoder(self.post_quant_conv(f_hat.astype(self.config.dtype)), deterministic).astype(jnp.float32)
+
+    @nn.nowrap
+    def last_layer(self, hidden):
+        """The decoder's last convolution as a function of its kernel alone; hidden as sown by the decoder."""
+        c = self.config
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return lambda kernel: unfold(jax.lax.conv_general_dilated(
+            hidden, kernel.astype(hidden.dtype), (1, 1), ((1, 1), (1, 1)), dimension_numbers=dimensions), c.patch_size)
 
     def decode(self, tokens):
         """tokens (B, L) -> pictures (B, h, w, 3) in [-1, 1]."""

@@ -1,0 +1,1 @@
+"""From a class to tokens to a picture."""

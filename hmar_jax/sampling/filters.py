@@ -1,0 +1,34 @@
+"""What may be drawn: guidance, top-k, top-p.
+
+Letters: B pictures, l tokens, V codebook entries.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def guide(conditional, unconditional, t):
+    """Classifier-free guidance: (1 + t) conditional - t unconditional; logits (..., V), t scalar."""
+    return (1 + t) * conditional - t * unconditional
+
+
+def top_k(logits, k: int):
+    """Keeps the k largest logits of (..., V) and all ties of the k-th; the others become -inf. 0 or V and more: all."""
+    if not 0 < k < logits.shape[-1]:
+        return logits
+    smallest = jax.lax.top_k(logits, k)[0][..., -1:]
+    return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+def top_p(logits, p):
+    """Keeps the likeliest entries of (..., V) that together reach probability p; the others become -inf.
+
+    Sorted ascending, an entry goes where the probability up to and including it is at most 1 - p; the likeliest always
+    stays. p is a scalar in (0, 1], 1 keeps all.
+    """
+    order = jnp.argsort(logits, axis=-1)
+    ascending = jnp.take_along_axis(logits, order, -1)
+    gone = jnp.cumsum(jax.nn.softmax(ascending), axis=-1) <= 1 - p
+    gone = gone.at[..., -1].set(False)
+    kept = jnp.where(gone, -jnp.inf, ascending)
+    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), -1)

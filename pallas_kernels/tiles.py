@@ -1,0 +1,77 @@
+"""Static work lists: how consecutive blocks are grouped, so that each group is one dense attention.
+
+Block sizes are known at trace time, so all of this is plain Python. A block alone computes no score that its mask
+removes, but every group costs a fixed amount; so small blocks are computed together under a mask, large ones alone.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from pallas_kernels.reference import block_mask
+
+# What one more group costs, as the number of score cells (for one picture and head) that take the same time. Measured
+# by `benchmarks/attention_cpu.py --groups`, forward + backward in float32 on two CPU cores. The optimum is flat: 500
+# to 2000 are within noise of the best; 0 costs lists of 30 tokens a quarter, 4000 merges an 8x8 block with 21 tokens
+# (30 % slower).
+CELLS_PER_GROUP = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Consecutive blocks computed together: queries [start, stop) against keys [key_start, stop)."""
+
+    start: int  # first query
+    stop: int  # one past the last query, and one past the last key
+    key_start: int  # first key: start for the diagonal pattern, 0 for the causal one
+    block_sizes: tuple[int, ...]  # the blocks of the group; their sum is stop - start
+
+    @property
+    def needs_mask(self):
+        """Whether some score of the group is masked out: not for a block alone, whose queries see every key."""
+        return len(self.block_sizes) > 1
+
+    @property
+    def num_keys(self):
+        return self.stop - self.key_start
+
+
+@functools.lru_cache(maxsize=256)
+def group_blocks(
+    block_sizes: tuple[int, ...], pattern: str, cells_per_group: int = CELLS_PER_GROUP
+) -> tuple[Group, ...]:
+    """Splits the blocks into the consecutive groups of least cost, the sum of queries x keys + cells_per_group.
+
+    Exact, by dynamic programming over the end of the last group.
+    """
+    edges = np.cumsum((0, *block_sizes)).tolist()
+    # best[j]: (least cost of the first j blocks, first block of the last group there).
+    best = [(0, 0)]
+    for last in range(1, len(edges)):
+        candidates = []
+        for first in reversed(range(last)):
+            rows = edges[last] - edges[first]
+            columns = rows if pattern == "diagonal" else edges[last]
+            candidates.append((best[first][0] + rows * columns + cells_per_group, first))
+            # A longer group that contains this one could be cut behind its first block. Once the cells that the cut
+            # saves outweigh a group, they do so for every longer group too.
+            cells_cut = block_sizes[first] * (rows - block_sizes[first]) * (2 if pattern == "diagonal" else 1)
+            if cells_cut > cells_per_group:
+                break
+        best.append(min(candidates))
+    groups = []
+    last = len(block_sizes)
+    while last:
+        first = best[last][1]
+        start, stop = edges[first], edges[last]
+        key_start = start if pattern == "diagonal" else 0
+        groups.append(Group(start, stop, key_start, tuple(block_sizes[first:last])))
+        last = first
+    return tuple(reversed(groups))
+
+
+def group_mask(group: Group, pattern: str) -> np.ndarray:
+    """(stop - start, stop - key_start) bool: the part of `block_mask` that the group computes."""
+    own = block_mask(group.block_sizes, pattern)
+    return np.pad(own, ((0, 0), (group.start - group.key_start, 0)), constant_values=True)

@@ -1,0 +1,538 @@
+"""Model directories, checkpoints of a run and small files: exactness, damage, kills, and mistakes in one line."""
+
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hmar_jax import checkpoints, files
+from hmar_jax.checkpoints import RunCheckpoints, load_model, load_params_of_run, save_model
+from hmar_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def mistake():
+    """with mistake("words"): the body raises InputError that has these words, on one line."""
+
+    class Mistake:
+        def __init__(self, *words):
+            self.words, self.context = words, pytest.raises(InputError)
+
+        def __enter__(self):
+            self.caught = self.context.__enter__()
+
+        def __exit__(self, *error):
+            matched = self.context.__exit__(*error)
+            message = str(self.caught.value)
+            assert "\n" not in message, message
+            assert not [word for word in self.words if str(word) not in message], message
+            return matched
+
+    return Mistake
+
+
+def make_state(seed=0, width=3):
+    """One leaf of each stored type, an optimizer's nested tuples, and nodes without arrays."""
+    import optax  # Here, because the processes that are started below need it less often than not.
+
+    rng = np.random.default_rng(seed)
+    bits = jnp.asarray(rng.integers(0, 2**32, (width, 5), np.uint32))
+    params = {
+        "block": {"w": jnp.asarray(rng.normal(size=(width, 4)), jnp.float32), "b": jnp.full((4,), seed, jnp.float32)},
+        # Every 16-bit pattern that is a number, subnormals and infinities included.
+        "bf16": jnp.asarray(np.arange(2**16, dtype=np.uint16)).view(jnp.bfloat16)[: 0x7F81],
+    }
+    optimizer = optax.masked(optax.adamw(1e-3, mu_dtype=jnp.bfloat16), {"block": {"w": True, "b": False}, "bf16": False})
+    return {
+        "params": params,
+        "opt_state": optimizer.init(params),
+        "step": jnp.int32(seed),
+        "key": jax.random.key_data(jax.random.key(seed)),
+        "bits": bits,
+        "flags": jnp.asarray([True, False, True]),
+        "ints": np.asarray([-(2**31), 2**31 - 1], np.int32),
+        "special": jnp.asarray([np.nan, np.inf, -0.0, 1e-45], jnp.float32),
+        "scalar": np.uint32(2**32 - 1),
+        "none": None,
+        "empty": {},
+    }
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+
+def assert_same_bits(actual, wanted):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        same = a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        assert same, (jax.tree_util.keystr(path), a, b)
+
+
+def save_steps(workdir, *steps, **options):
+    with RunCheckpoints(workdir, **options) as run:
+        for step in steps:
+            assert run.save(step, make_state(step), {"position": step}, note=f"step {step}")
+    return workdir
+
+
+def child(code, *arguments, devices=1, **options):
+    """Starts Python on `code`, with that many CPU devices and this test module's helpers as `t`."""
+    environment = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", JAX_PLATFORMS="cpu")
+    environment["PYTHONPATH"] = str(ROOT)
+    code = "import sys, os, signal\nfrom tests import test_checkpoints as t\n" + textwrap.dedent(code)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, **options)
+
+
+# A run: exactness
+
+
+def test_round_trip_is_exact(tmp_path):
+    state = make_state(7)
+    with RunCheckpoints(tmp_path) as run:
+        assert run.restore_latest(abstract(state)) is None
+        assert run.save(7, state, b"\x00grain\xff", seed=2**40, names=["a"])
+        assert not run.save(7, state), "the same step twice"
+        run.wait()
+    with RunCheckpoints(tmp_path) as run:
+        step, restored, extra = run.restore_latest(abstract(state))
+        assert step == 7
+        assert extra == {"data_state": b"\x00grain\xff", "seed": 2**40, "names": ["a"]}
+        assert_same_bits(restored, state)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
+
+
+def test_keeps_the_last_and_goes_on_after_a_restart(tmp_path):
+    save_steps(tmp_path, 1, 2, 3, max_to_keep=2)
+    with RunCheckpoints(tmp_path, max_to_keep=2) as run:
+        assert run.steps() == [2, 3]
+        assert run.restore_latest(make_state()).extra == {"data_state": {"position": 3}, "note": "step 3"}
+        run.save(4, make_state(4))
+        assert run.steps() == [3, 4]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
+
+
+def test_arrays_may_be_donated_and_changed_while_saving(tmp_path):
+    add_one = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {"w": jnp.zeros(500_000), "v": jnp.zeros((300, 300))}
+    on_host, lists = np.zeros(500_000, np.float32), {"seen": [1]}
+    with RunCheckpoints(tmp_path) as run:
+        run.save(0, {**state, "on_host": on_host}, None, lists=lists)
+        for _ in range(3):
+            state = add_one(state)
+        on_host += 1
+        lists["seen"].append(2)
+        jax.block_until_ready(state)
+        run.wait()
+        restored = run.restore_latest({**state, "on_host": on_host})
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(restored.state))
+    assert restored.extra["lists"] == {"seen": [1]}
+
+
+def test_restores_in_the_wanted_type(tmp_path):
+    with RunCheckpoints(tmp_path) as run:
+        run.save(1, {"w": jnp.asarray([1 / 3, 2.0])})
+        restored = run.restore_latest({"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16)})
+    assert_same_bits(restored.state["w"], jnp.asarray([1 / 3, 2.0], jnp.bfloat16))
+
+
+def test_what_would_not_come_back_is_refused_before_saving(tmp_path):
+    with RunCheckpoints(tmp_path) as run:
+        with pytest.raises(TypeError, match="key_data"):
+            run.save(1, {"key": jax.random.key(0)})
+        with pytest.raises(TypeError, match="state\\['n'\\] is 3"):
+            run.save(1, {"n": 3})
+        with pytest.raises(ValueError, match="without elements"):
+            run.save(1, {"w": jnp.zeros((0, 3))})
+        with pytest.raises(TypeError, match="JSON"):
+            run.save(1, make_state(), rng=object())
+        assert run.steps() == []
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_other_processes_with_other_devices(tmp_path):
+    """Four devices save in shards; one device here, and two there, restore the same bits."""
+    code = """
+        import jax, jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        state = t.make_state(5, width=8)
+        sharding = NamedSharding(jax.make_mesh((len(jax.devices()),), ("d",)), P("d"))
+        state["params"]["block"]["w"] = jax.device_put(state["params"]["block"]["w"], sharding)
+        with t.RunCheckpoints(sys.argv[1]) as run:
+            if len(jax.devices()) == 4:
+                run.save(5, state)
+            else:
+                shapes = t.abstract(state)
+                shapes["params"]["block"]["w"] = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)
+                restored = run.restore_latest(shapes).state
+                t.assert_same_bits(restored, state)
+                assert restored["params"]["block"]["w"].sharding == sharding
+    """
+    assert child(code, tmp_path, devices=4).wait() == 0
+    state = make_state(5, width=8)
+    with RunCheckpoints(tmp_path) as run:
+        assert_same_bits(run.restore_latest(abstract(state)).state, state)
+    assert_same_bits(load_params_of_run(tmp_path)[1]["params"], state["params"])
+    assert child(code, tmp_path, devices=2).wait() == 0
+
+
+# A run: damage
+
+
+def _largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def _cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _remove_folder(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+DAMAGES = {
+    "data cut": lambda folder: _cut(_largest(folder)),
+    "data removed": lambda folder: _largest(folder).unlink(),
+    "manifest cut": lambda folder: _cut(folder / "state" / "manifest.ocdbt"),
+    "manifest removed": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
+    "index cut": lambda folder: [_cut(path) for path in (folder / "state" / "d").iterdir()],
+    "index removed": lambda folder: [path.unlink() for path in (folder / "state" / "d").iterdir()],
+    "names cut": lambda folder: _cut(folder / "state" / "_METADATA"),
+    "names removed": lambda folder: (folder / "state" / "_METADATA").unlink(),
+    "data wrong": lambda folder: _largest(folder).write_bytes(bytes(_largest(folder).stat().st_size)),
+    "extra cut": lambda folder: _cut(folder / "extra" / "metadata"),
+    "extra removed": lambda folder: (folder / "extra" / "metadata").unlink(),
+    "everything removed": _remove_folder,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_falls_back_over_a_damaged_checkpoint(tmp_path, caplog, capfd, damage):
+    state = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)))}, "step": jnp.int32(0)}
+    with RunCheckpoints(tmp_path) as run:
+        for step in (10, 20):
+            run.save(step, {**state, "step": jnp.int32(step)}, {"position": step})
+    DAMAGES[damage](tmp_path / "checkpoints" / "20")
+    with RunCheckpoints(tmp_path) as run:
+        with caplog.at_level(logging.WARNING, logger="hmar_jax"):
+            step, restored, extra = run.restore_latest(abstract(state))
+        assert step == 10 and extra == {"data_state": {"position": 10}}
+        assert_same_bits(restored, {**state, "step": jnp.int32(10)})
+        (record,) = [record for record in caplog.records if record.name.startswith("hmar_jax")]
+        message = record.getMessage()
+        assert "step 20" in message and "damaged: " in message and "\n" not in message and len(message) < 500
+        assert run.steps() == [10]
+        assert run.save(20, state), "the step can be saved again"
+        run.wait()
+        assert run.restore_latest(abstract(state)).step == 20
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "20", "damaged_20"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_when_every_checkpoint_is_damaged(tmp_path, mistake):
+    save_steps(tmp_path, 1, 2)
+    for step in "1", "2":
+        _cut(tmp_path / "checkpoints" / step / "state" / "manifest.ocdbt")
+    with RunCheckpoints(tmp_path) as run, mistake("no checkpoint in", "steps 1, 2", tmp_path):
+        run.restore_latest(make_state())
+    with mistake("no checkpoint in", "steps 1, 2", tmp_path):
+        load_params_of_run(tmp_path)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"], "nothing is renamed when nothing is found"
+
+
+def test_two_damaged_checkpoints_of_one_step(tmp_path):
+    for _ in range(2):
+        save_steps(tmp_path, *([1, 2] if not (tmp_path / "checkpoints" / "1").exists() else [2]))
+        _cut(tmp_path / "checkpoints" / "2" / "state" / "manifest.ocdbt")
+        with RunCheckpoints(tmp_path) as run:
+            assert run.restore_latest(make_state()).step == 1
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "damaged_2", "damaged_2_2"]
+
+
+def test_another_model_is_a_mistake_and_no_damage(tmp_path, mistake, caplog):
+    save_steps(tmp_path, 1, 2)
+    with RunCheckpoints(tmp_path) as run:
+        with mistake("step 2", "params/block/w", "(3, 4)", "(9, 4)"):
+            run.restore_latest(abstract({**make_state(), "params": make_state(width=9)["params"]}))
+        with mistake("it has no params/more"):
+            run.restore_latest({**make_state(), "params": {**make_state()["params"], "more": jnp.zeros(1)}})
+        with mistake("it has ", "flags"):
+            run.restore_latest({name: leaf for name, leaf in make_state().items() if name != "flags"})
+        assert run.steps() == [1, 2]
+    assert not caplog.records
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_a_failure_of_the_devices_is_no_damage(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1, 2)
+    with RunCheckpoints(tmp_path) as run:
+        monkeypatch.setattr(run._manager, "restore", lambda *_, **__: (_ for _ in ()).throw(MemoryError("device full")))
+        with pytest.raises(MemoryError, match="device full"):
+            run.restore_latest(make_state())
+        assert run.steps() == [1, 2]
+
+
+def test_checkpoints_need_a_folder(tmp_path, mistake):
+    (tmp_path / "file").write_text("x")
+    with mistake("cannot keep checkpoints", tmp_path / "file"):
+        RunCheckpoints(tmp_path / "file")
+
+
+# A run: parameters alone
+
+
+def test_parameters_of_a_run(tmp_path, caplog):
+    save_steps(tmp_path / "a run #1, 50%", 1, 2)
+    before = sorted((tmp_path).rglob("*"))
+    step, parts = load_params_of_run(tmp_path / "a run #1, 50%", "step")
+    assert step == 2 and sorted(parts) == ["params", "step"]
+    assert_same_bits(parts, {"params": make_state(2)["params"], "step": np.asarray(2, np.int32)})
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(parts))
+    _cut(_largest(tmp_path / "a run #1, 50%" / "checkpoints" / "2"))
+    assert load_params_of_run(tmp_path / "a run #1, 50%")[0] == 1
+    assert "step 2" in caplog.text
+    assert sorted((tmp_path).rglob("*")) == before, "reading changes nothing"
+
+
+def test_parameters_are_read_without_the_optimizer(tmp_path, monkeypatch):
+    """Files that hold nothing but optimizer state may be missing."""
+    rng = np.random.default_rng(0)
+    with RunCheckpoints(tmp_path) as run:
+        run.save(1, {"params": {"w": jnp.ones(3)}, "opt_state": jnp.asarray(rng.normal(size=100_000))})
+    _largest(tmp_path / "checkpoints").unlink()
+    assert_same_bits(load_params_of_run(tmp_path)[1], {"params": {"w": np.ones(3, np.float32)}})
+
+
+def test_runs_without_parameters(tmp_path, mistake):
+    with mistake("there is no run directory", tmp_path / "gone"):
+        load_params_of_run(tmp_path / "gone")
+    with mistake("has no checkpoints", tmp_path):
+        load_params_of_run(tmp_path)
+    save_steps(tmp_path, 1)
+    with mistake("step 1", "has no 'ema'"):
+        load_params_of_run(tmp_path, "ema")
+
+
+# A run: kills
+
+KILLED = """
+    import jax.numpy as jnp, numpy as np
+    workdir, kill_at = sys.argv[1], int(sys.argv[2])
+    state = lambda step: {"w": jnp.asarray(np.random.default_rng(step).normal(size=(400, 400))), "step": jnp.int32(step)}
+    with t.RunCheckpoints(workdir, max_to_keep=2) as run:
+        found = run.restore_latest(state(0))
+        first = found.step + 1 if found else 0
+        if found:
+            t.assert_same_bits(found.state, state(found.step))
+            assert found.extra["data_state"] == {"position": found.step}
+        for step in range(first, 10_000):
+            run.save(step, state(step), {"position": step})
+            print(step, flush=True)
+            if step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)  # The save of this step is in flight.
+"""
+
+
+def test_killed_while_saving_and_started_again(tmp_path):
+    """Killed by itself just after save() returned, then from outside at some moment, then looked at."""
+    process = child(KILLED, tmp_path, 4)
+    saved = [int(line) for line in process.communicate()[0].split()]
+    assert process.returncode == -signal.SIGKILL and saved == [0, 1, 2, 3, 4]
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+    process = child(KILLED, tmp_path, -1)
+    for count, line in enumerate(process.stdout):
+        if count == 0:
+            assert int(line) in (4, 5), "it went on from the last whole checkpoint"
+        if count == 12:
+            process.kill()
+            last = int(line)
+            break
+    process.communicate()
+    with RunCheckpoints(tmp_path, max_to_keep=2) as run:
+        rng = np.random.default_rng
+        wanted = {"w": jax.ShapeDtypeStruct((400, 400), jnp.float32), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+        step, state, extra = run.restore_latest(wanted)
+        assert last - 1 <= step <= last + 20
+        assert_same_bits(state, {"w": jnp.asarray(rng(step).normal(size=(400, 400))), "step": jnp.int32(step)})
+        assert run.save(step + 1, state)
+    # All that the killed processes left behind is gone.
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == sorted([str(step), str(step + 1)])
+
+
+def test_leftovers_of_a_kill_are_not_checkpoints(tmp_path):
+    save_steps(tmp_path, 1)
+    leftover = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "manifest.ocdbt").write_bytes(b"half")
+    assert load_params_of_run(tmp_path)[0] == 1
+    assert leftover.exists(), "a reader must not remove what a training process may be writing"
+    with RunCheckpoints(tmp_path) as run:
+        assert run.steps() == [1] and run.restore_latest(make_state()).step == 1
+        assert run.save(2, make_state(2))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+# Model directories
+
+
+def test_model_round_trip(tmp_path):
+    config = {"width": 8, "scales": [1, 2], "a": {"rate": 0.1, "name": "tëst"}}
+    params = make_state(3)["params"]
+    half = np.asarray([[1.5, -65504.0, 6e-8]], np.float16)
+    save_model(tmp_path / "deep" / "model", config, {**params, "half": half}, "# A model\n")
+    folder = tmp_path / "deep" / "model"
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "params"]
+    assert os.listdir(tmp_path / "deep") == ["model"], "nothing temporary is left"
+    assert (folder / "README.md").read_text() == "# A model\n"
+    assert (folder / "config.json").read_text() == json.dumps(config, indent=2, sort_keys=True) + "\n"
+    loaded_config, loaded = load_model(folder)
+    assert loaded_config == config
+    assert_same_bits(loaded, jax.tree.map(np.asarray, {**params, "half": half.astype(np.float32)}))
+    # Others may read it, as any directory made here: temporary directories are often private.
+    (tmp_path / "plain").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_models_are_not_overwritten_unasked(tmp_path, mistake, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(folder, {"n": 1}, {"w": np.ones(2)}, "first")  # An empty directory is free to use.
+    with mistake("not empty", folder):
+        save_model(folder, {"n": 2}, {"w": np.ones(2)}, "second")
+    with mistake("not empty", folder):
+        checkpoints.check_new_model(folder)
+
+    # A failure at the last moment leaves the old one.
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "write_by_rename", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save_model(folder, {"n": 2}, {"w": np.ones(2)}, "second", overwrite=True)
+    assert load_model(folder)[0] == {"n": 1} and os.listdir(tmp_path) == ["model"]
+
+    save_model(folder, {"n": 2}, {"w": np.zeros(3)}, "second", overwrite=True)
+    config, params = load_model(folder)
+    assert config == {"n": 2} and params["w"].shape == (3,) and os.listdir(tmp_path) == ["model"]
+
+
+def test_mistakes_about_models(tmp_path, mistake):
+    (tmp_path / "file").write_text("x")
+    with mistake("it is a file", tmp_path / "file"):
+        save_model(tmp_path / "file", {}, {"w": np.ones(1)}, "")
+    with mistake("cannot write a model to", tmp_path / "file" / "model"):
+        save_model(tmp_path / "file" / "model", {}, {"w": np.ones(1)}, "")
+    with mistake("gs://bucket/model", "local"):
+        save_model("gs://bucket/model", {}, {"w": np.ones(1)}, "")
+    with mistake("there is no model directory", tmp_path / "gone"):
+        load_model(tmp_path / "gone")
+    with mistake("not a model directory", "config.json", "params"):
+        load_model(tmp_path)
+    save_steps(tmp_path / "run", 1)
+    with mistake("not a model directory", "run directory"):
+        load_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["data cut", "index removed", "names cut", "manifest removed"])
+def test_damaged_models(tmp_path, mistake, capfd, damage):
+    rng = np.random.default_rng(0)
+    save_model(tmp_path / "m", {}, {"w": rng.normal(size=(99, 99)), "b": rng.normal(size=(3,))}, "")
+    (tmp_path / "m" / "params").rename(tmp_path / "m" / "state")
+    DAMAGES[damage](tmp_path / "m")
+    (tmp_path / "m" / "state").rename(tmp_path / "m" / "params")
+    with mistake("damaged", tmp_path / "m"):
+        load_model(tmp_path / "m")
+    assert "Traceback" not in capfd.readouterr().err
+    (tmp_path / "m" / "config.json").write_text('{"a": ')
+    with mistake("config.json", "is not JSON"):
+        load_model(tmp_path / "m")
+
+
+# Small files
+
+
+def test_write_by_rename(tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    files.write_by_rename(path, "é")
+    files.write_by_rename(str(path), b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    (tmp_path / "plain").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "link").symlink_to("out.json")
+    files.write_by_rename(tmp_path / "link", "through")
+    assert path.read_text() == "through" and (tmp_path / "link").is_symlink()
+    files.write_by_rename(os.devnull, "gone")
+    assert not os.path.isfile(os.devnull)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_by_rename(path, "new")
+    assert path.read_text() == "through"
+    assert sorted(os.listdir(tmp_path)) == ["link", "out.json", "plain"]
+
+
+def test_check_writable(tmp_path, mistake, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    for path in tmp_path / "new.png", tmp_path / "file", os.devnull, "gs://bucket/out.png":
+        files.check_writable(path)
+    monkeypatch.chdir(tmp_path)
+    files.check_writable("new.png")
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "kept"
+    with mistake("there is no folder", tmp_path / "gone"):
+        files.check_writable(tmp_path / "gone" / "out.png")
+    with mistake("is a file, not a folder", tmp_path / "file"):
+        files.check_writable(tmp_path / "file" / "out.png")
+    with mistake("names a folder", tmp_path):
+        files.check_writable(tmp_path)
+    with mistake("names a folder"):
+        files.check_writable(f"{tmp_path}/new/")
+    with mistake("empty"):
+        files.check_writable("")
+    with mistake("null"):
+        files.check_writable("a\0b")
+    if os.path.isdir("/proc/self"):  # A file system that refuses new files even to root.
+        with mistake("cannot write /proc/self/out.png"):
+            files.check_writable("/proc/self/out.png")
+
+
+def test_check_writable_on_a_read_only_file_system(tmp_path, mistake, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with mistake("Read-only file system", tmp_path / "out.png"):
+        files.check_writable(tmp_path / "out.png")
+
+
+def test_read_json(tmp_path, mistake):
+    path = tmp_path / "config.json"
+    with mistake("the configuration is missing", path):
+        files.read_json(path, "the configuration")
+    for damaged in b"", b'{"a": 1', b"\xff\xfe":
+        path.write_bytes(damaged)
+        with mistake("the configuration is damaged", path):
+            files.read_json(path, "the configuration")
+    with mistake("cannot be read", tmp_path):
+        files.read_json(tmp_path, "the configuration")
+    files.write_by_rename(path, '{"a": [1]}')
+    assert files.read_json(path, "the configuration") == {"a": [1]}
