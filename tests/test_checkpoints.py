@@ -1,5 +1,6 @@
 """Model directories, checkpoints of a run and small files: exactness, damage, kills, and mistakes in one line."""
 
+import gc
 import json
 import logging
 import os
@@ -42,6 +43,21 @@ def mistake():
     return Mistake
 
 
+@pytest.fixture
+def noise(caplog, capfd, monkeypatch):
+    """What was said besides our own and Orbax's (absl's) warnings: other loggers, tracebacks of threads, stderr."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: unraisable.append(repr(args.exc_value)))
+
+    def said():
+        gc.collect()  # Exceptions that nobody fetched are reported when their tasks go.
+        others = [record for record in caplog.records if record.name.split(".")[0] not in ("hmar_jax", "absl")]
+        return [*(record.getMessage() for record in others), *unraisable, *capfd.readouterr().err.splitlines()]
+
+    yield said
+    said()
+
+
 def make_state(seed=0, width=3):
     """One leaf of each stored type, an optimizer's nested tuples, and nodes without arrays."""
     import optax  # Here, because the processes that are started below need it less often than not.
@@ -53,7 +69,8 @@ def make_state(seed=0, width=3):
         # Every 16-bit pattern that is a number, subnormals and infinities included.
         "bf16": jnp.asarray(np.arange(2**16, dtype=np.uint16)).view(jnp.bfloat16)[: 0x7F81],
     }
-    optimizer = optax.masked(optax.adamw(1e-3, mu_dtype=jnp.bfloat16), {"block": {"w": True, "b": False}, "bf16": False})
+    chosen = {"block": {"w": True, "b": False}, "bf16": False}
+    optimizer = optax.masked(optax.adamw(1e-3, mu_dtype=jnp.bfloat16), chosen)
     return {
         "params": params,
         "opt_state": optimizer.init(params),
@@ -95,6 +112,13 @@ def child(code, *arguments, devices=1, **options):
     code = "import sys, os, signal\nfrom tests import test_checkpoints as t\n" + textwrap.dedent(code)
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, **options)
+
+
+def finish(process):
+    """Its output, once it has ended well."""
+    output = process.communicate()[0]
+    assert process.returncode == 0
+    return output
 
 
 # A run: exactness
@@ -181,12 +205,12 @@ def test_other_processes_with_other_devices(tmp_path):
                 t.assert_same_bits(restored, state)
                 assert restored["params"]["block"]["w"].sharding == sharding
     """
-    assert child(code, tmp_path, devices=4).wait() == 0
+    assert finish(child(code, tmp_path, devices=4)) == ""
     state = make_state(5, width=8)
     with RunCheckpoints(tmp_path) as run:
         assert_same_bits(run.restore_latest(abstract(state)).state, state)
     assert_same_bits(load_params_of_run(tmp_path)[1]["params"], state["params"])
-    assert child(code, tmp_path, devices=2).wait() == 0
+    assert finish(child(code, tmp_path, devices=2)) == ""
 
 
 # A run: damage
@@ -214,7 +238,6 @@ DAMAGES = {
     "index removed": lambda folder: [path.unlink() for path in (folder / "state" / "d").iterdir()],
     "names cut": lambda folder: _cut(folder / "state" / "_METADATA"),
     "names removed": lambda folder: (folder / "state" / "_METADATA").unlink(),
-    "data wrong": lambda folder: _largest(folder).write_bytes(bytes(_largest(folder).stat().st_size)),
     "extra cut": lambda folder: _cut(folder / "extra" / "metadata"),
     "extra removed": lambda folder: (folder / "extra" / "metadata").unlink(),
     "everything removed": _remove_folder,
@@ -222,8 +245,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_falls_back_over_a_damaged_checkpoint(tmp_path, caplog, capfd, damage):
-    state = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)))}, "step": jnp.int32(0)}
+def test_falls_back_over_a_damaged_checkpoint(tmp_path, caplog, noise, damage):
+    rng = np.random.default_rng(0)
+    state = {"params": [jnp.asarray(rng.normal(size=(32, 64))) for _ in range(9)], "step": jnp.int32(0)}
     with RunCheckpoints(tmp_path) as run:
         for step in (10, 20):
             run.save(step, {**state, "step": jnp.int32(step)}, {"position": step})
@@ -241,7 +265,22 @@ def test_falls_back_over_a_damaged_checkpoint(tmp_path, caplog, capfd, damage):
         run.wait()
         assert run.restore_latest(abstract(state)).step == 20
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "20", "damaged_20"]
-    assert "Traceback" not in capfd.readouterr().err
+    assert not noise()
+
+
+def test_falls_back_over_wrong_contents_of_the_right_length(tmp_path):
+    """In a process of its own, because Orbax reports this in its own way too, on stderr and some time later."""
+    save_steps(tmp_path, 10, 20)
+    data = _largest(tmp_path / "checkpoints" / "20")
+    data.write_bytes(bytes(data.stat().st_size))
+    code = """
+        with t.RunCheckpoints(sys.argv[1]) as run:
+            print(run.restore_latest(t.make_state()).step, run.steps())
+    """
+    process = child(code, tmp_path, stderr=subprocess.STDOUT)
+    lines = finish(process).splitlines()
+    assert "10 [10]" in lines
+    assert len([line for line in lines if "checkpoint of step 20" in line and "damaged: " in line]) == 1
 
 
 def test_when_every_checkpoint_is_damaged(tmp_path, mistake):
@@ -333,7 +372,8 @@ def test_runs_without_parameters(tmp_path, mistake):
 KILLED = """
     import jax.numpy as jnp, numpy as np
     workdir, kill_at = sys.argv[1], int(sys.argv[2])
-    state = lambda step: {"w": jnp.asarray(np.random.default_rng(step).normal(size=(400, 400))), "step": jnp.int32(step)}
+    rng = np.random.default_rng
+    state = lambda step: {"w": jnp.asarray(rng(step).normal(size=(400, 400))), "step": jnp.int32(step)}
     with t.RunCheckpoints(workdir, max_to_keep=2) as run:
         found = run.restore_latest(state(0))
         first = found.step + 1 if found else 0
@@ -377,7 +417,7 @@ def test_killed_while_saving_and_started_again(tmp_path):
 
 def test_leftovers_of_a_kill_are_not_checkpoints(tmp_path):
     save_steps(tmp_path, 1)
-    leftover = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
+    leftover = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
     leftover.mkdir(parents=True)
     (leftover / "manifest.ocdbt").write_bytes(b"half")
     assert load_params_of_run(tmp_path)[0] == 1
@@ -451,7 +491,7 @@ def test_mistakes_about_models(tmp_path, mistake):
 
 
 @pytest.mark.parametrize("damage", ["data cut", "index removed", "names cut", "manifest removed"])
-def test_damaged_models(tmp_path, mistake, capfd, damage):
+def test_damaged_models(tmp_path, mistake, noise, damage):
     rng = np.random.default_rng(0)
     save_model(tmp_path / "m", {}, {"w": rng.normal(size=(99, 99)), "b": rng.normal(size=(3,))}, "")
     (tmp_path / "m" / "params").rename(tmp_path / "m" / "state")
@@ -459,7 +499,7 @@ def test_damaged_models(tmp_path, mistake, capfd, damage):
     (tmp_path / "m" / "state").rename(tmp_path / "m" / "params")
     with mistake("damaged", tmp_path / "m"):
         load_model(tmp_path / "m")
-    assert "Traceback" not in capfd.readouterr().err
+    assert not noise()
     (tmp_path / "m" / "config.json").write_text('{"a": ')
     with mistake("config.json", "is not JSON"):
         load_model(tmp_path / "m")

@@ -71,7 +71,7 @@ def by_loops(arrays, x, y):
         for i in range(max(arrays["taps"]) + 1):
             if i in arrays["pools"]:
                 height, width = x.shape[0] // 2, x.shape[1] // 2
-                x = np.array([[x[2 * r:2 * r + 2, 2 * c:2 * c + 2].max((0, 1)) for c in range(width)] for r in range(height)])
+                x = x[:2 * height, :2 * width].reshape(height, 2, width, 2, -1).max((1, 3))
             padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
             kernel = arrays[f"conv{i}/kernel"].astype("float64")
             x = np.array([[np.einsum("ijc,ijcd->d", padded[r:r + 3, c:c + 3], kernel) for c in range(x.shape[1])]
@@ -99,8 +99,8 @@ def test_by_hand(save):
     network = load_perceptual(save(**{
         "conv0/kernel": kernel, "conv0/bias": np.zeros(2), "taps": [0], "pools": [], "lin0": [1.0, 3.0],
         "shift": [0.5, 0.0, 0.0], "scale": [1.0, 2.0, 1.0]}))
-    x = jnp.array([[[[0.8, 0.8, -1.0], [1.0, 0.0, 0.3]]]])  # enters as (0.3, 0.4), (0.5, 0): directions (.6, .8), (1, 0)
-    y = jnp.array([[[[1.0, 0.0, 0.9], [0.7, 0.0, 0.0]]]])  # (0.5, 0), (0.2, 0): directions (1, 0), (1, 0)
+    x = jnp.array([[[[0.8, 0.8, -1.0], [1.0, 0.0, 0.3]]]])  # enters as (.3, .4), (.5, 0): directions (.6, .8), (1, 0)
+    y = jnp.array([[[[1.0, 0.0, 0.9], [0.7, 0.0, 0.0]]]])  # (.5, 0), (.2, 0): directions (1, 0), (1, 0)
     assert float(perceptual_distance(network, x, y)[0]) == pytest.approx((1 * 0.4**2 + 3 * 0.8**2) / 2, rel=1e-5)
 
 

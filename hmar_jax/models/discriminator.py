@@ -1,12 +1,13 @@
 """Patch discriminator: real or painted, answered for every patch of a picture.
 
-The PatchGAN of pix2pix (arXiv 1611.07004, sections 3.2.2 and 6.1), which VQGAN (arXiv 2012.09841) trains its tokenizer with.
-It judges texture; the whole picture is the reconstruction loss's business. Used in training only, with the losses in
-training/adversarial.py.
+The PatchGAN of pix2pix (arXiv 1611.07004, sections 3.2.2 and 6.1), which VQGAN (arXiv 2012.09841) trains its
+tokenizer with. It judges texture; the whole picture is the reconstruction loss's business. Used in training only,
+with the losses in training/adversarial.py.
 
-Differs from the paper in the normalisation, which is GroupNorm instead of BatchNorm. GroupNorm looks at one picture at a time:
-there are no running statistics to keep or save, real and painted pictures may share a call or not, and no shard of a batch
-asks another for its statistics. The price is that a patch's logit knows, through the normalisation, a little of its picture.
+Differs from the paper in the normalisation, which is GroupNorm instead of BatchNorm. GroupNorm looks at one picture
+at a time: there are no running statistics to keep or save, real and painted pictures may share a call or not, and no
+shard of a batch asks another for its statistics. The price is that a patch's logit knows, through the normalisation,
+a little of its whole picture.
 """
 
 from typing import Any
@@ -25,8 +26,8 @@ _INIT = nn.initializers.normal(0.02)  # pix2pix, section 6.2
 class PatchDiscriminator(nn.Module):
     """4x4 convolutions: `num_layers` of stride 2, then two of stride 1, of which the last gives the logits.
 
-    A logit sees 16, 34, 70, 142 pixels for 1, 2, 3, 4 layers; 70 is pix2pix's and VQGAN's choice for 256 pixels. The first
-    convolution has no norm.
+    A logit sees 16, 34, 70, 142 pixels for 1, 2, 3, 4 layers; 70 is pix2pix's and VQGAN's choice for 256 pixels. The
+    first convolution has no norm.
     """
 
     channels: int = 64  # of the first layer

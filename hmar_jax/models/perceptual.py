@@ -1,17 +1,18 @@
 """Perceptual distance of pictures, by the features of a network that you bring.
 
-LPIPS (arXiv 1801.03924, section 3, equation 1): both pictures go through a classifier; at some of its layers the features are
-scaled to unit length over the channels, subtracted, squared, weighted by channel, averaged over positions; the layers are
-summed. The weights are not ours to ship, so they come from an .npz file with these arrays, i = 0..n-1 and j = 0..taps-1:
+LPIPS (arXiv 1801.03924, section 3, equation 1): both pictures go through a classifier; at some of its layers the
+features are scaled to unit length over the channels, subtracted, squared, weighted by channel, averaged over
+positions; the layers are summed. The weights are not ours to ship, so they come from an .npz file with these arrays,
+i = 0..n-1, j = 0..taps-1:
 
-    conv{i}/kernel  (3, 3, in, out)  3x3 convolutions, stride 1, zero padding 1, each followed by ReLU; conv0 takes 3 channels
+    conv{i}/kernel  (3, 3, in, out)  convolutions, stride 1, zero padding 1, each followed by ReLU; conv0 takes RGB
     conv{i}/bias    (out,)
     taps            (taps,) int      convolutions after whose ReLU features are compared, ascending
-    pools           (pools,) int     convolutions before which a 2x2 max pool of stride 2 stands, ascending; may be empty
-    lin{j}          (C_j,)           weights of tap j's channels, not negative; with none of them, every weight is 1 / C_j
+    pools           (pools,) int     convolutions before which a 2x2 max pool of stride 2 stands, ascending; or empty
+    lin{j}          (C_j,)           weights of tap j's channels, not negative; without any lin, every weight is 1 / C_j
     shift, scale    (3,) each        pictures x in [-1, 1] enter as (x - shift) / scale
 
-LPIPS with VGG16, from torchvision's weights and the linear weights that the authors of LPIPS publish (vgg.pth, version 0.1):
+LPIPS with VGG16, from torchvision's weights and the linear weights that its authors publish (vgg.pth, version 0.1):
 
     import numpy as np, torch, torchvision
 
@@ -23,14 +24,16 @@ LPIPS with VGG16, from torchvision's weights and the linear weights that the aut
         "shift": [-0.030, -0.088, -0.188],
         "scale": [0.458, 0.448, 0.450],
     }
-    for i, k in enumerate([0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]):  # the convolutions among vgg's layers
-        arrays[f"conv{i}/kernel"] = vgg[k].weight.detach().numpy().transpose(2, 3, 1, 0)  # torch has (out, in, 3, 3)
+    # k: the convolutions among vgg's layers; torch keeps kernels as (out, in, 3, 3)
+    for i, k in enumerate([0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]):
+        arrays[f"conv{i}/kernel"] = vgg[k].weight.detach().numpy().transpose(2, 3, 1, 0)
         arrays[f"conv{i}/bias"] = vgg[k].bias.detach().numpy()
     for j in range(5):
         arrays[f"lin{j}"] = linear[f"lin{j}.model.1.weight"].numpy().ravel()  # from (1, C_j, 1, 1)
     np.savez("lpips_vgg16.npz", **arrays)
 
-Without the linear weights leave out the last loop: this is then a feature distance, not LPIPS, and its numbers are its own.
+Without the linear weights leave out the last loop: this is then a feature distance, not LPIPS, and its numbers are
+its own.
 """
 
 import os

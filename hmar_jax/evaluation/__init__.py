@@ -1,0 +1,1 @@
+"""How good samples are: figures that need no pretrained network, for small labelled data sets."""
