@@ -192,7 +192,6 @@ class Decoder(nn.Module):
                 x = x.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
                 x = conv3x3(x.shape[-1], f"up_{i}_upsample", dtype)(x)
         x = nn.silu(group_norm(c.groups, "norm_out", dtype)(x))
-        self.sow("intermediates", "last_hidden", x)  # for the adversarial loss, whose weight is set at the last layer
         return unfold(conv3x3(3 * c.patch_size**2, "conv_out", dtype)(x), c.patch_size)
 
 
@@ -329,14 +328,6 @@ class Tokenizer(nn.Module):
     def paint(self, f_hat, deterministic=True):
         """(B, S, S, Z) -> (B, h, w, 3) float32, not clamped."""
         return self.decoder(self.post_quant_conv(f_hat.astype(self.config.dtype)), deterministic).astype(jnp.float32)
-
-    @nn.nowrap
-    def last_layer(self, hidden):
-        """The decoder's last convolution as a function of its kernel alone; hidden as sown by the decoder."""
-        c = self.config
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return lambda kernel: unfold(jax.lax.conv_general_dilated(
-            hidden, kernel.astype(hidden.dtype), (1, 1), ((1, 1), (1, 1)), dimension_numbers=dimensions), c.patch_size)
 
     def decode(self, tokens):
         """tokens (B, L) -> pictures (B, h, w, 3) in [-1, 1]."""

@@ -117,9 +117,15 @@ class TokenizerTask:
         dropout_key, draw_key, revive_key = jax.random.split(jax.random.fold_in(rng, state.step), 3)
         quantizing = (state.step >= self.unquantized_steps).astype(jnp.float32)
 
-        grad_fn = jax.value_and_grad(self._loss, has_aux=True)
-        (_, aux), grads = grad_fn(state.params, state, images, quantizing, dropout_key, perceptual)
-        metrics, painted, f, quantized = aux
+        (painted, codebook), pull_back, (f, quantized) = jax.vjp(
+            lambda params: self._forward(params, images, quantizing, dropout_key), state.params, has_aux=True)
+        (reconstruction, metrics), to_picture = jax.value_and_grad(self._reconstruction_loss, has_aux=True)(
+            painted, images, perceptual)
+        metrics |= {"loss": reconstruction + quantizing * self.quantizer_weight * codebook, "quantizer_loss": codebook}
+        if self.discriminator:
+            more, to_picture = self._adversarial(state, painted, to_picture, pull_back)
+            metrics |= more
+        (grads,) = pull_back((to_picture, quantizing * self.quantizer_weight))
         updates, opt_state = self.optimizer().update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
@@ -136,45 +142,35 @@ class TokenizerTask:
         metrics |= {"grad_norm": optax.global_norm(grads), "lr": self.learning_rates()(state.step)}
         return new, metrics | self.usage(new)
 
-    def _loss(self, params, state, images, quantizing, dropout_key, perceptual):
+    def _forward(self, params, images, quantizing, dropout_key):
+        """Pictures (B, h, w, 3) and the quantizer's loss, both of which have gradients; features and tokens beside."""
         apply = lambda *args, **kw: self.model.apply({"params": params}, *args, rngs={"dropout": dropout_key}, **kw)
         deterministic = self.tokenizer.dropout == 0
         f = apply(images, deterministic, method="features")
         quantized = apply(f, method="quantize")
-        f_hat = straight_through(quantized.f_hats[-1], f)
-        f_hat = quantizing * f_hat + (1 - quantizing) * f
-        painted, hidden = apply(f_hat, deterministic, method="paint", mutable="intermediates")
+        f_hat = quantizing * straight_through(quantized.f_hats[-1], f) + (1 - quantizing) * f
+        painted = apply(f_hat, deterministic, method="paint")
+        return (painted, quantizer_loss(quantized.f_hats, f, self.beta)), (f, quantized)
 
+    def _reconstruction_loss(self, painted, images, perceptual):
         l2, l1 = jnp.mean((painted - images) ** 2), jnp.mean(jnp.abs(painted - images))
-        codebook = quantizer_loss(quantized.f_hats, f, self.beta)
-        reconstruction = self.l2_weight * l2 + self.l1_weight * l1
-        metrics = {"l2": l2, "l1": l1, "quantizer_loss": codebook, "psnr": psnr(painted, images)}
+        loss, metrics = self.l2_weight * l2 + self.l1_weight * l1, {"l2": l2, "l1": l1, "psnr": psnr(painted, images)}
         if self.perceptual_weight:
             distance = perceptual_distance(perceptual, painted, images).mean()
-            reconstruction += self.perceptual_weight * distance
-            metrics["perceptual"] = distance
-        loss = reconstruction + quantizing * self.quantizer_weight * codebook
-        if self.discriminator:
-            adversarial_loss, weight = self._adversarial(params, state, images, painted, hidden, perceptual)
-            loss += (state.step >= self.adversarial_start) * self.adversarial_weight * weight * adversarial_loss
-            metrics |= {"adversarial": adversarial_loss, "adaptive_weight": weight}
-        return loss, jax.lax.stop_gradient(({"loss": loss, **metrics}, painted, f, quantized))
+            loss, metrics["perceptual"] = loss + self.perceptual_weight * distance, distance
+        return loss, metrics
 
-    def _adversarial(self, params, state, images, painted, hidden, perceptual):
-        """Generator's loss and its adaptive weight (VQGAN, equation 7), from gradients at the decoder's last kernel."""
+    def _adversarial(self, state, painted, to_picture, pull_back):
+        """Adds the generator's gradient to that of the reconstruction, both at the picture (B, h, w, 3).
+
+        Its weight makes both equally long at the decoder's last kernel (VQGAN, equation 7).
+        """
         judge = lambda x: adversarial.hinge_generator_loss(self.discriminator.apply({"params": state.discriminator}, x))
-
-        def reconstruct(x):
-            loss = self.l2_weight * jnp.mean((x - images) ** 2) + self.l1_weight * jnp.mean(jnp.abs(x - images))
-            if self.perceptual_weight:
-                loss += self.perceptual_weight * perceptual_distance(perceptual, x, images).mean()
-            return loss
-
-        last = self.model.last_layer(hidden["intermediates"]["decoder"]["last_hidden"][0])
-        kernel = params["decoder"]["conv_out"]["kernel"]
-        here = jax.lax.stop_gradient(painted)
-        norms = [adversarial.gradient_norm_at_kernel(last, kernel, jax.grad(loss)(here)) for loss in (reconstruct, judge)]
-        return judge(painted), adversarial.adaptive_weight(*norms)
+        loss, gradient = jax.value_and_grad(judge)(painted)
+        at_last_kernel = lambda cotangent: pull_back((cotangent, 0.0))[0]["decoder"]["conv_out"]["kernel"]
+        weight = adversarial.adaptive_weight(at_last_kernel(to_picture), at_last_kernel(gradient))
+        active = (state.step >= self.adversarial_start) * self.adversarial_weight
+        return {"adversarial": loss, "adaptive_weight": weight}, to_picture + active * weight * gradient
 
     def _discriminator_step(self, state, images, painted):
         def loss(params):
