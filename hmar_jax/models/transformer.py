@@ -157,10 +157,10 @@ class Block(nn.Module):
         h, kv = self._attention(h, past, block_sizes, keep_kv)
         x = x + self._drop_path(gamma1 * h, drop_path)
 
-        h = (layer_norm(x) * (1 + scale2) + shift2).astype(dtype)
+        h = _rows((layer_norm(x) * (1 + scale2) + shift2).astype(dtype))
         h = nn.Dense(round(c.width * c.mlp_ratio), name="fc1", dtype=dtype, kernel_init=_normal(c.init_std))(h)
         h = nn.Dense(c.width, name="fc2", dtype=dtype, kernel_init=self._residual_init())(nn.gelu(h, approximate=True))
-        h = nn.Dropout(c.dropout)(h, deterministic=self.deterministic)
+        h = nn.Dropout(c.dropout)(h.reshape(x.shape), deterministic=self.deterministic)
         return x + self._drop_path(gamma2 * h, drop_path), kv
 
     def _residual_init(self):
@@ -182,7 +182,8 @@ class Block(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         head_size = c.width // c.heads
         qkv = nn.DenseGeneral(
-            (3, c.heads, head_size), use_bias=False, name="qkv", dtype=dtype, kernel_init=_normal(c.init_std))(h)
+            (3, c.heads, head_size), use_bias=False, name="qkv", dtype=dtype, kernel_init=_normal(c.init_std))(_rows(h))
+        qkv = qkv.reshape(*h.shape[:2], 3, c.heads, head_size)
         zeros = nn.initializers.zeros
         q = qkv[:, :, 0] + self.param("q_bias", zeros, (c.heads, head_size)).astype(dtype)  # (B, l, H, D)
         k = qkv[:, :, 1]  # no bias: it would shift all scores of a query alike
@@ -199,7 +200,8 @@ class Block(nn.Module):
             out = jax.nn.dot_product_attention(q, k, v, scale=scale)
         else:
             out = block_attention(q, k, v, block_sizes, c.pattern, scale, implementation=c.attention)
-        out = nn.DenseGeneral(c.width, axis=(-2, -1), name="proj", dtype=dtype, kernel_init=self._residual_init())(out)
+        project = nn.DenseGeneral(c.width, axis=(-2, -1), name="proj", dtype=dtype, kernel_init=self._residual_init())
+        out = project(out.reshape(-1, c.heads, head_size)).reshape(h.shape)
         return nn.Dropout(c.dropout)(out, deterministic=self.deterministic), (k, v) if keep_kv else None
 
     def _drop_path(self, branch, rate):
@@ -208,6 +210,11 @@ class Block(nn.Module):
             return branch
         keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (branch.shape[0], 1, 1))
         return branch * keep / (1 - rate)
+
+
+def _rows(x):
+    """(B, l, C) -> (B l, C): XLA's CPU backend multiplies matrices twice as fast as stacks of them (with gradients)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _unit(x):
@@ -244,10 +251,11 @@ class Head(nn.Module):
         c = self.config
         ada = nn.Dense(2 * c.width, name="ada", kernel_init=_normal(c.init_std * c.init_adaln))(nn.silu(condition))
         scale, shift = jnp.split(ada.reshape(-1, 2, c.width), 2, axis=1)  # (B, 1, C) each
-        h = (layer_norm(x) * (1 + scale) + shift).astype(c.dtype)
+        h = _rows((layer_norm(x) * (1 + scale) + shift).astype(c.dtype))
         kernel = self.param("kernel", _normal(c.init_std * c.init_head), (c.width, c.vocab_size))
         bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,))
-        return jnp.dot(h, kernel.astype(c.dtype), preferred_element_type=jnp.float32) + bias
+        logits = jnp.dot(h, kernel.astype(c.dtype), preferred_element_type=jnp.float32) + bias
+        return logits.reshape(*x.shape[:2], c.vocab_size)
 
 
 class SharedModulation(nn.Module):
