@@ -8,6 +8,7 @@ import collections.abc
 import re
 from typing import Any, Mapping
 
+import jax
 import numpy as np
 
 from hmar_jax.errors import InputError
@@ -90,6 +91,16 @@ def resolve_scales(num_scales: int, length: int | None, given) -> ScaleList:
     if scales is None:
         raise InputError(f"{known}, which is no published list: give scales, such as scales=(1, 2, 3, 4, 6)")
     return scales
+
+
+def tokenizer_scales(state: Mapping[str, np.ndarray], given=None) -> ScaleList:
+    """The scale list of a tokenizer without a transformer: its weights record K only."""
+    hits = state.get("quantize.ema_vocab_hit_SV")
+    if given is None:
+        known = f" for its K={hits.shape[0]} scales" if hits is not None else ""
+        raise InputError(f"a tokenizer alone does not tell its scale list: give the sides{known}, such as scales=(1, 2, 3, 4, 6)")
+    scales = given if isinstance(given, ScaleList) else ScaleList(tuple(given))
+    return resolve_scales(scales.num_scales if hits is None else hits.shape[0], None, scales)
 
 
 class _Reader:
@@ -245,8 +256,6 @@ def _pattern(r: _Reader, scales: ScaleList) -> str:
 
 def stack_blocks(r: _Reader, config: TransformerConfig, names: list[str]) -> dict:
     """Blocks' parameters by name, stacked on a leading axis."""
-    import jax
-
     return {"block": jax.tree.map(lambda *leaves: np.stack(leaves), *[_block(r, config, name) for name in names])}
 
 

@@ -1,0 +1,85 @@
+"""What a model is: the architectures, the classes and how it likes to be sampled. The contents of a model's config.json."""
+
+import dataclasses
+import json
+from typing import Any, Mapping
+
+from hmar_jax.errors import InputError
+from hmar_jax.models.tokenizer import TokenizerConfig
+from hmar_jax.models.transformer import TransformerConfig
+
+FORMAT = "hmar_jax model 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A tokenizer, and on top of it perhaps a transformer."""
+
+    tokenizer: TokenizerConfig
+    transformer: TransformerConfig | None = None
+    class_names: tuple[str, ...] = ()
+    guidance: float = 0.0  # what this model is sampled with unless the caller says otherwise
+    top_k: int = 0
+    top_p: float = 0.0
+    origin: str = ""  # where the parameters come from
+    licence: str = ""
+
+    def __post_init__(self):
+        t = self.transformer
+        if t is None:
+            return
+        shared = ("scales", "vocab_size", "z_channels")
+        for name in shared:
+            if getattr(t, name) != getattr(self.tokenizer, name):
+                raise InputError(
+                    f"transformer and tokenizer do not fit: {name} is {getattr(t, name)} in one and "
+                    f"{getattr(self.tokenizer, name)} in the other")
+
+    @property
+    def kind(self) -> str:
+        if self.transformer is None:
+            return "tokenizer"
+        return "VAR" if self.transformer.pattern == "causal" else "HMAR, next-scale prediction"
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps; from_json gives back an equal spec."""
+        return {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> "ModelSpec":
+        """Reads what to_json wrote; `where` names the file in errors.
+
+        Raises:
+          InputError: another format, or unknown or missing keys.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise InputError(f"{where}: not the config of a model (format {found!r}, expected {FORMAT!r})")
+        fields = {k: v for k, v in data.items() if k != "format"}
+        try:
+            transformer = fields.pop("transformer", None)
+            return cls(
+                tokenizer=TokenizerConfig(**fields.pop("tokenizer")),
+                transformer=None if transformer is None else TransformerConfig(**transformer),
+                class_names=tuple(fields.pop("class_names", ())), **fields)
+        except (TypeError, KeyError) as e:
+            raise InputError(f"{where}: not a config this version understands ({e})") from None
+
+    def resolve_class(self, given) -> int:
+        """An id, an id as text, or a class name -> the id.
+
+        Raises:
+          InputError: there is no such class.
+        """
+        count = self.transformer.num_classes
+        text = str(given).strip()
+        if text in self.class_names and not text.lstrip("-").isdigit():
+            return self.class_names.index(text)
+        try:
+            number = int(text)
+        except ValueError:
+            names = f", or a name such as {', '.join(self.class_names[:3])}" if self.class_names else ""
+            raise InputError(f"class {text!r}: an id from 0 to {count - 1} is wanted{names}") from None
+        if not 0 <= number < count:
+            raise InputError(f"class {number}: ids of this model go from 0 to {count - 1}")
+        return number
