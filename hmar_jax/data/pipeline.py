@@ -262,7 +262,7 @@ def make_loader(
     reader = _Reader(source, broken)
 
     if train:
-        shuffle_seed, augment_seed = (_derive(seed, purpose) for purpose in (_SHUFFLE, _AUGMENT))
+        shuffle_seed, augment_seed = (derive_seed(seed, purpose) for purpose in (_SHUFFLE, _AUGMENT))
 
         def augment(example, rng):
             return {"image": transform(example["image"], rng), "label": np.int32(example["label"])}
@@ -311,7 +311,7 @@ def _check(n, name, batch_size, seed, train, num_epochs, shard_index, shard_coun
         raise InputError(f"{name}: batch size {batch_size} is more than {share}; make it {n // shard_count} or less")
 
 
-def _derive(seed: int, purpose: int) -> int:
+def derive_seed(seed: int, purpose: int) -> int:
     """A 32-bit seed. Grain's shuffle adds the epoch to its seed, so that raw seeds 0 and 1 would share their orders."""
     return int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0])
 

@@ -1,0 +1,1 @@
+"""Training configs: get_config(spec) in tokenizer.py and hmar.py."""

@@ -1,0 +1,60 @@
+"""Tokens instead of pictures: what a frozen tokenizer makes of a data set, for training the transformer."""
+
+from typing import Callable
+
+import grain
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hmar_jax.data.pipeline import Transform, derive_seed, make_loader
+from hmar_jax.data.sources import Source
+from hmar_jax.errors import InputError
+
+_ENCODE, _ORDER = 2, 3  # which random numbers of a seed; pipeline.py has the first ones
+
+
+class TokenSource:
+    """Tokens held in memory, read by index: {"tokens": (L,) int32, "label": int32}."""
+
+    def __init__(self, tokens: np.ndarray, labels: np.ndarray):
+        self.tokens, self.labels = tokens, labels
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"tokens": self.tokens[index], "label": np.int32(self.labels[index])}
+
+
+def tokenize(
+    encode: Callable[[np.ndarray], jax.Array], source: Source, transform: Transform, *, copies: int, seed: int,
+    batch_size: int = 64, progress: bool = False,
+) -> TokenSource:
+    """Encodes every picture of a source `copies` times, each time cropped and turned anew.
+
+    Args:
+      encode: uint8 pictures (B, side, side, 3) -> tokens (B, L).
+      copies: how many random versions of each picture.
+      seed: of the versions; the result depends on nothing else.
+
+    Returns:
+      len(source) * copies rows of tokens, less what does not fill the last batch.
+    """
+    batch_size = min(batch_size, len(source))
+    loader = make_loader(
+        source, transform, batch_size=batch_size, seed=derive_seed(seed, _ENCODE), train=True, num_epochs=copies)
+    total = len(source) * copies // batch_size
+    tokens, labels = [], []
+    for batch in tqdm(loader, total=total, desc="tokens", disable=None if progress else True, leave=False):
+        tokens.append(np.asarray(encode(batch["image"])))
+        labels.append(batch["label"])
+    return TokenSource(np.concatenate(tokens), np.concatenate(labels))
+
+
+def make_token_loader(source: TokenSource, *, batch_size: int, seed: int) -> grain.IterDataset:
+    """Endless shuffled batches {"tokens": (B, L), "label": (B,)}; every row once an epoch, in a new order each."""
+    if batch_size > len(source):
+        raise InputError(f"batch size {batch_size} is more than the {len(source)} rows of tokens; make it {len(source)} or less")
+    dataset = grain.MapDataset.source(source).shuffle(seed=derive_seed(seed, _ORDER)).repeat()
+    return dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

@@ -1,0 +1,138 @@
+"""From a config to what the loop runs: data, task and what is shown. The only place that knows both families of task."""
+
+import dataclasses
+import functools
+from typing import Any, Callable
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from hmar_jax import configs
+from hmar_jax.data.pipeline import BrokenLog, Transform, make_loader
+from hmar_jax.data.sources import open_source
+from hmar_jax.data.tokenize import make_token_loader, tokenize
+from hmar_jax.errors import InputError
+from hmar_jax.models.perceptual import load_perceptual
+from hmar_jax.models.spec import ModelSpec
+from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, to_float
+from hmar_jax.models.transformer import TransformerConfig
+from hmar_jax.sampling import grid, sampler
+from hmar_jax.sampling.pipeline import load_parts
+from hmar_jax.training.next_scale_steps import NextScaleTask
+from hmar_jax.training.tokenizer_steps import TokenizerTask
+
+_SHOWN_CLASSES, _SHOWN_OF_EACH = 10, 8  # of the sample grids
+_MAX_EVAL_BATCH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What the loop needs to know of a model: how to begin, to step, to judge and to show."""
+
+    task: Any  # init(rng), train_step(state, batch, rng, *extra), eval_step(state, batch, *extra)
+    spec: ModelSpec  # of the model that comes out
+    extra: tuple  # further arguments of the steps: pytrees of arrays
+    loader: Callable[[], grain.IterDataset]  # batches for training; reading tokens can take a while
+    validation: grain.IterDataset | None
+    picture: Callable[[Any, jax.Array], Any]  # (state, rng) -> PIL picture of samples
+    broken: BrokenLog
+    frozen: dict | None = None  # parameters of the tokenizer that the run must keep beside its own
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Raises InputError for whatever in the config does not fit together, before any work is done."""
+    if config.batch_size < 1:
+        raise InputError(f"batch_size={config.batch_size}: 1 or more is wanted")
+    if not config.data.source:
+        raise InputError("config.data.source is empty: give --config.data.source=folder:DIR, tfds:NAME or digits")
+    return {"tokenizer": _tokenizer, "next_scale": _next_scale}[config.task](config)
+
+
+def _open(config: ConfigDict, side: int, broken: BrokenLog):
+    """Training source, its transform, and the loader of the validation split."""
+    transform = configs.build(Transform, config.data.transform, side=side)
+    source = open_source(config.data.source, "train", in_memory=config.data.in_memory)
+    held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
+    batch = min(config.batch_size, len(held_out), _MAX_EVAL_BATCH)
+    validation = make_loader(
+        held_out, transform, batch_size=batch, seed=0, train=False, threads=config.data.threads, broken=broken)
+    return source, transform, held_out, validation
+
+
+def _tokenizer(config: ConfigDict) -> Experiment:
+    model = configs.build(TokenizerConfig, config.model)
+    if config.steps < 1:
+        raise InputError(f"steps={config.steps}: 1 or more is wanted")
+    task = configs.build(TokenizerTask, config.recipe, tokenizer=model, steps=config.steps, batch_size=config.batch_size)
+    extra = ()
+    if task.perceptual_weight:
+        if not config.perceptual_network:
+            raise InputError(
+                "config.recipe.perceptual_weight is not 0: config.perceptual_network must name the .npz file of the network")
+        extra = (load_perceptual(config.perceptual_network),)
+    broken = BrokenLog()
+    source, transform, held_out, validation = _open(config, model.image_side, broken)
+    shown = np.stack([transform(held_out[i]["image"], None) for i in range(min(_SHOWN_OF_EACH, len(held_out)))])
+    reconstruct = jax.jit(task.reconstruct)
+
+    def picture(state, rng):
+        del rng  # the same held-out pictures every time
+        rows = np.concatenate([np.asarray(to_float(shown)), np.asarray(reconstruct(state, shown))])
+        return grid.draw((rows + 1) / 2, columns=len(shown), labels=["picture", "reconstruction"])
+
+    loader = functools.partial(
+        make_loader, source, transform, batch_size=config.batch_size, seed=config.seed, train=True,
+        threads=config.data.threads, broken=broken)
+    spec = ModelSpec(tokenizer=model, class_names=source.class_names, origin=f"trained on {config.data.source}")
+    return Experiment(task, spec, extra, loader, validation, picture, broken)
+
+
+def _next_scale(config: ConfigDict) -> Experiment:
+    if not config.tokenizer:
+        raise InputError("config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model")
+    tokenizer_spec, params = load_parts(config.tokenizer)
+    tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(jnp.asarray, params["tokenizer"])
+    if config.image_side and config.image_side != tokenizer.image_side:
+        raise InputError(
+            f"image_side={config.image_side} does not fit the tokenizer {config.tokenizer!r}: its scales "
+            f"{','.join(map(str, tokenizer.scales))} at {tokenizer.pixels_per_token} pixels a token make "
+            f"{tokenizer.image_side} pixels")
+    broken = BrokenLog()
+    source, transform, _, validation = _open(config, tokenizer.image_side, broken)
+    steps = config.steps or config.epochs * len(source) // config.batch_size
+    if steps < 1:
+        raise InputError(f"steps={config.steps} and epochs={config.epochs}: one of them must be 1 or more")
+    model = configs.build(
+        TransformerConfig, config.model, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
+        z_channels=tokenizer.z_channels, num_classes=source.num_classes)
+    task = configs.build(
+        NextScaleTask, config.recipe, transformer=model, tokenizer=tokenizer, steps=steps, batch_size=config.batch_size)
+    draw, strength = sampler.options(vocab_size=tokenizer.vocab_size, **config.sampling)
+    spec = ModelSpec(
+        tokenizer=tokenizer, transformer=model, class_names=source.class_names, origin=f"trained on {config.data.source}",
+        licence=tokenizer_spec.licence, **config.sampling)
+
+    def loader():
+        if not config.data.cached_copies:
+            return make_loader(
+                source, transform, batch_size=config.batch_size, seed=config.seed, train=True,
+                threads=config.data.threads, broken=broken)
+        encode = jax.jit(lambda x: Tokenizer(tokenizer).apply({"params": params}, to_float(x), method="encode"))
+        tokens = tokenize(
+            encode, source, transform, copies=config.data.cached_copies, seed=config.seed, progress=True)
+        return make_token_loader(tokens, batch_size=config.batch_size, seed=config.seed)
+
+    shown = np.repeat(np.arange(min(_SHOWN_CLASSES, model.num_classes)), _SHOWN_OF_EACH)
+    sample = jax.jit(
+        lambda p, keys, ids: sampler.sample(task.model, Tokenizer(tokenizer), p, keys, ids, draw, strength)[0])
+
+    def picture(state, rng):
+        images = sample({"tokenizer": params, "transformer": state.params}, sampler.picture_keys(rng, len(shown)), jnp.array(shown))
+        names = [spec.class_names[i] for i in shown[::_SHOWN_OF_EACH]]
+        return grid.draw(np.asarray(images), columns=_SHOWN_OF_EACH, labels=names)
+
+    return Experiment(
+        task, spec, (params,), loader, validation, picture, broken, frozen=params)

@@ -1,0 +1,54 @@
+"""Where the figures of a run go: metrics.jsonl, TensorBoard, log.txt and a line on the terminal."""
+
+import json
+import logging
+import pathlib
+from typing import Mapping
+
+import tensorboardX
+
+from hmar_jax.files import write_by_rename
+
+LOGGER = logging.getLogger("hmar_jax")
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to metrics.jsonl and the same figures to TensorBoard."""
+
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        """Lines beyond start_step, left by a run that was killed after its last checkpoint, are dropped."""
+        self._path = workdir / "metrics.jsonl"
+        _drop_after(self._path, start_step)
+        self._file = open(self._path, "a", buffering=1)
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    """Keeps the whole lines up to a step; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_by_rename(path, "".join(kept))
+
+
+def log_to_file(workdir: pathlib.Path) -> logging.Handler:
+    """Sends the package's log also to log.txt; the caller removes the handler."""
+    handler = logging.FileHandler(workdir / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOGGER.addHandler(handler)
+    return handler

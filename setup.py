@@ -1,0 +1,49 @@
+"""hmar_jax: hierarchical masked autoregressive image generation in JAX."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hmar_jax/__init__.py").read_text())[1]
+
+DEMO = ["scikit-learn>=1.5,<2"]
+TORCH = ["torch>=2.4,<3"]
+
+setup(
+    name="hmar_jax",
+    version=VERSION,
+    description="Hierarchical masked autoregressive image generation (HMAR) in JAX, for TPUs and GPUs",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["hmar_jax*", "pallas_kernels*"]), "hmar_jax.config_files"],
+    package_dir={"hmar_jax.config_files": "configs"},
+    package_data={"hmar_jax": ["bundled/**/*"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12.4,<0.13",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "etils[epath]>=1.12,<2",
+        "grain>=0.2.15,<0.3",
+        "tensorflow-datasets>=4.9.8,<5",
+        "ml-collections>=1.0,<2",
+        "clu>=0.0.12,<0.1",
+        "numpy>=2.0,<3",
+        "pillow>=11,<14",
+        "tensorboardX>=2.6,<3",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]>=0.10,<0.13", "jax-triton>=0.3.1,<0.4"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "torch": TORCH,
+        "demo": DEMO,
+        "dev": [*DEMO, "pytest>=8,<10"],
+    },
+    entry_points={"console_scripts": ["hmar=hmar_jax.cli:run"]},
+    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+)

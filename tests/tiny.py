@@ -1,0 +1,112 @@
+"""Tiny pictures and the two runs on them that many tests share, made once a process through the real command line.
+
+Nearly all their time is compilation, so every run here uses one compilation cache, which processes that the tests start
+share too: `cached` for this process, ENVIRONMENT for others.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from hmar_jax import cli
+
+CLASSES = ("circle", "cross", "stripes")
+SIDE, LENGTH, VOCAB = 8, 5, 16  # scales 1, 2 at 4 pixels a token
+
+_KEPT = tempfile.TemporaryDirectory(prefix="hmar_tiny_")
+FOLDER = pathlib.Path(_KEPT.name)
+CACHE = FOLDER / "compiled"
+ENVIRONMENT = dict(
+    os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(CACHE), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0", PYTHONPATH=str(pathlib.Path(__file__).resolve().parent.parent))
+
+_STEPS = dict(steps=80, batch_size=6, log_every=10, eval_every=40, sample_every=80, checkpoint_every=20)
+TOKENIZER = _STEPS | {
+    "data.transform.kind": "random_crop", "model.scales": "1,2", "model.vocab_size": VOCAB, "model.z_channels": 4,
+    "model.channels": 8, "model.channel_multipliers": "1", "model.groups": 2, "recipe.unquantized_steps": 15,
+    "recipe.warmup_steps": 5, "recipe.learning_rate": 5e-3, "recipe.revive_after": 60, "recipe.usage_window": 60}
+TRANSFORMER = _STEPS | {
+    "data.transform.kind": "random_crop", "image_side": 0, "data.cached_copies": 0, "model.depth": 2, "model.width": 32,
+    "model.heads": 2, "sampling.guidance": 1.0}
+
+
+@contextlib.contextmanager
+def cached():
+    """Compiled programs are kept in CACHE, or taken from there."""
+    wanted = dict(
+        jax_compilation_cache_dir=str(CACHE), jax_persistent_cache_min_compile_time_secs=0.0,
+        jax_persistent_cache_min_entry_size_bytes=0)
+    before = {name: getattr(jax.config, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def picture(label: int, rng: np.random.Generator, side: int = 10) -> np.ndarray:
+    """A noisy circle, cross or set of stripes, uint8 (side, side, 3)."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    shape = (x**2 + y**2 < (side / 2.6) ** 2, (abs(x) < 1) | (abs(y) < 1), np.mgrid[:side, :side][0] % 4 < 2)[label]
+    return (200 * shape[..., None] + rng.uniform(0, 55, (side, side, 3))).astype(np.uint8)
+
+
+@functools.cache
+def pictures() -> pathlib.Path:
+    """A folder for --config.data.source=folder:… with three classes, 12 pictures each to train and 3 to validate."""
+    root, rng = FOLDER / "pictures", np.random.default_rng(0)
+    for split, count in (("train", 12), ("validate", 3)):
+        for label, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(picture(label, rng)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def overrides(values: dict) -> list[str]:
+    return [f"--config.{key}={value}" for key, value in values.items()]
+
+
+def train_tokenizer(workdir, **changes) -> list[str]:
+    """Arguments of the command; a change's dots are written as two underscores."""
+    values = TOKENIZER | {"data.source": f"folder:{pictures()}"} | _dotted(changes)
+    return ["train-tokenizer", "--config=configs/tokenizer.py:digits", f"--workdir={workdir}", *overrides(values)]
+
+
+def train(workdir, **changes) -> list[str]:
+    values = TRANSFORMER | {"data.source": f"folder:{pictures()}"} | _dotted(changes)
+    if "tokenizer" not in values:
+        values["tokenizer"] = tokenizer_run()
+    return ["train", "--config=configs/hmar.py:digits", f"--workdir={workdir}", *overrides(values)]
+
+
+def _dotted(changes):
+    return {key.replace("__", "."): value for key, value in changes.items()}
+
+
+@functools.cache
+def tokenizer_run() -> pathlib.Path:
+    """A finished run of train-tokenizer. Do not change it: copy it first."""
+    with cached():
+        assert cli.main(train_tokenizer(FOLDER / "tokenizer")) == 0
+    return FOLDER / "tokenizer"
+
+
+@functools.cache
+def model_run() -> pathlib.Path:
+    """A finished run of train on it. Do not change it: copy it first."""
+    arguments = train(FOLDER / "model")
+    with cached():
+        assert cli.main(arguments) == 0
+    return FOLDER / "model"
