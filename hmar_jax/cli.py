@@ -1,6 +1,7 @@
 """The command `hmar`: parse, check, call, print. Exit status: 0 done, 2 the user's input is wrong, 1 anything else."""
 
 import argparse
+import ctypes
 import logging
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 
 from hmar_jax.errors import InputError
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 _FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
@@ -19,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [r for r in rest if r.startswith("--config.")] if hasattr(args, "config") else []
     unknown = [r for r in rest if r not in overrides]
     try:
+        for text in overrides:  # first: of "--config.KEY VALUE", the value would be called unknown
+            if "=" not in text:
+                raise InputError(f"{text!r}: --config.KEY=VALUE is wanted")
         if unknown:
             raise InputError(f"unknown argument {unknown[0]!r} (see hmar {args.command} --help)")
         args.run(args, overrides) if hasattr(args, "config") else args.run(args)
@@ -38,13 +43,38 @@ def _quiet_libraries() -> None:
     """The package's own log goes to stderr; the libraries' only where something is wrong."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     log = logging.getLogger("hmar_jax")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.setLevel(logging.INFO)
-        log.addHandler(handler)
+    log.addHandler(_TERMINAL)  # does nothing the second time
     log.setLevel(logging.DEBUG)  # a run's log.txt has more
     log.propagate = False
+
+
+class _Terminal(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time."""
+
+    stream = property(lambda self: sys.stderr)
+
+    def __init__(self):
+        logging.Handler.__init__(self, logging.INFO)
+
+
+_TERMINAL = _Terminal()
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep what a step frees for the next one.
+
+    XLA's CPU backend allocates its temporaries anew each step. By default glibc gives such sizes back to the system at once, and
+    faulting them in again took a third of the digits' training time (benchmarks/RESULTS.md).
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc accepts
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TOP_PAD, 256 << 20)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
             ("train", "train a transformer on a tokenizer", "hmar train --config=configs/hmar.py:digits --workdir=runs/digits")):
         sub = command(name, _train, what, example)
         sub.add_argument("--config", required=True, help="FILE:NAME[,key=value…]; single values also by --config.KEY=VALUE")
-        sub.add_argument("--workdir", required=True, help="the run's directory; an existing run goes on where it ended")
+        sub.add_argument("--workdir", type=_output, required=True, help="the run's directory; an existing run goes on where it ended")
 
     sub = command("sample", _sample, "draw pictures of classes", "hmar sample --model=digits --classes=0,3,7 --n=8 --out=grid.png")
     _model(sub)
@@ -76,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--n", type=_positive, default=8, help="pictures of each class (default 8)")
     _strength(sub)
     sub.add_argument("--greedy", action="store_true", help="the likeliest token everywhere")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", required=True, help="a .png file: a grid with a labelled row for each class")
-    sub.add_argument("--npz", default=None, help="also write images (uint8), labels and tokens to this .npz file")
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--out", type=_output, required=True, help="a .png file: a grid with a labelled row for each class")
+    sub.add_argument("--npz", type=_output, default=None, help="also write images (uint8), labels and tokens to this .npz file")
 
     sub = command(
         "evaluate", _evaluate, "judge samples against real pictures", "hmar evaluate --model=digits --reference=digits --features=classifier")
@@ -88,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
                      help="classifier: how an independent classifier reads samples, and nearest neighbours")
     sub.add_argument("--n", type=_positive, default=500, help="samples in all (default 500)")
     _strength(sub)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--json", default=None, help="also write the figures to this file")
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--json", type=_output, default=None, help="also write the figures to this file")
 
     sub = command("info", _info, "tell what a model is", "hmar info --model=digits")
     _model(sub)
@@ -101,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokenizer", required=True, help="the tokenizer's .pth file")
     sub.add_argument("--scales", default=None, help="sides, such as 1,2,3,4,6; needed where the list is not a published one")
     sub.add_argument("--heads", type=_positive, default=None, help="where the weights do not tell (default: as many as blocks)")
-    sub.add_argument("--out", required=True, help="the directory to make")
+    sub.add_argument("--out", type=_output, required=True, help="the directory to make")
 
     sub = command(
         "export", _export, "turn a finished run into a model directory, without optimizer and checkpoints",
@@ -109,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     _model(sub)
     sub.add_argument("--half", action="store_true", help="store parameters as float16: half the size")
     sub.add_argument("--licence", default=None, help="what to write into its README")
-    sub.add_argument("--out", required=True, help="the directory to make")
+    sub.add_argument("--out", type=_output, required=True, help="the directory to make")
     return parser
 
 
@@ -124,29 +154,43 @@ def _strength(sub) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number of 1 or more is wanted")
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:  # what numpy and JAX both take
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 to {2**32 - 1} is wanted")
+    return int(text)
+
+
+def _output(text: str) -> str:
+    if not text:  # would be the current directory
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
 def _train(args, overrides) -> None:
+    _keep_freed_memory()
     from hmar_jax import configs
 
     config = configs.load_config(args.config)
     for text in overrides:
-        key, equals, value = text.removeprefix("--config.").partition("=")
-        if not equals:
-            raise InputError(f"{text!r}: --config.KEY=VALUE is wanted")
+        key, _, value = text.removeprefix("--config.").partition("=")
         configs.override(config, key, value)
-    wanted = {"train-tokenizer": "tokenizer", "train": "next_scale"}[args.command]
-    if config.task != wanted:
-        other = {"tokenizer": "train-tokenizer", "next_scale": "train"}[config.task]
-        raise InputError(f"config {args.config!r} is for hmar {other}")
+    commands = {"tokenizer": "train-tokenizer", "next_scale": "train"}
+    task = config.get("task")
+    if task not in commands:
+        raise InputError(f"config.task={task!r}: known are {', '.join(commands)}")
+    if commands[task] != args.command:
+        raise InputError(f"config {args.config!r} is for hmar {commands[task]}")
 
     from hmar_jax.training import experiments, loop
 
-    loop.run(config, experiments.build(config), args.workdir)
-    print(f"{args.workdir}: {config.task} run complete")
+    experiment = experiments.build(config, args.workdir)
+    step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
+    print(f"{args.workdir}: {task} run " + ("complete" if step == steps else f"stopped at step {step} of {steps}"))
 
 
 def _sample(args) -> None:

@@ -7,6 +7,7 @@ directory, the file of the same name that comes with the package is taken.
 import ast
 import importlib.util
 import json
+import os
 import pathlib
 from typing import Any, Iterable, Mapping
 
@@ -27,10 +28,10 @@ def load_config(argument: str) -> ConfigDict:
     """
     path, _, spec = argument.partition(":")
     file = pathlib.Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path.is_file, False for any nonsense
         file = _packaged(file)
-    if not file or not file.is_file():
-        raise InputError(f"config {path!r}: no such file (such as configs/hmar.py:digits)")
+    if not file or file.suffix != ".py":
+        raise InputError(f"config {path!r}: no such Python file (such as configs/hmar.py:digits)")
     loader = importlib.util.spec_from_file_location(f"hmar_config_{file.stem}", file)
     module = importlib.util.module_from_spec(loader)
     loader.loader.exec_module(module)
@@ -45,7 +46,7 @@ def _packaged(file: pathlib.Path) -> pathlib.Path | None:
     package = importlib.util.find_spec("hmar_jax.config_files")
     folders = [pathlib.Path(p) for p in package.submodule_search_locations] if package else []
     folders.append(pathlib.Path(__file__).resolve().parent.parent / "configs")
-    return next((folder / file.name for folder in folders if (folder / file.name).is_file()), None)
+    return next((folder / file.name for folder in folders if os.path.isfile(folder / file.name)), None)
 
 
 def parse_spec(spec: str, names: Mapping[str, Any] | Iterable[str]) -> tuple[str, dict[str, str]]:
@@ -101,7 +102,7 @@ def _convert(key: str, text: str, old: Any) -> Any:
         raise wrong from None
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is tuple and {type(item) for item in value} - {type(item) for item in old}):
         raise wrong
     return value
 

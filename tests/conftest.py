@@ -3,6 +3,9 @@
 import os
 import pathlib
 
+# Compiling for the CPU takes most of the suite's time; the programs are small, and need not be fast.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import numpy as np
 import pytest
 

@@ -26,6 +26,11 @@ def z(load_golden):
     return load_golden("tokenizer")
 
 
+def run(tokenizer, params, *args, method):
+    """Compiled as one program: eager operations are compiled one by one, which takes far longer."""
+    return jax.jit(lambda p, *a: tokenizer.apply(p, *a, method=method))(params, *args)
+
+
 def channels_last(x):
     return np.moveaxis(x, -3, -1)
 
@@ -33,37 +38,37 @@ def channels_last(x):
 def test_encoder(published, z):
     tokenizer, params = published
     images = channels_last(z["images"])
-    encoder_out = tokenizer.apply(params, images, method=lambda t, x: t.encoder(x))
+    encoder_out = run(tokenizer, params, images, method=lambda t, x: t.encoder(x))
     assert relative(encoder_out, channels_last(z["encoder_out"])) < 2e-4
-    assert relative(tokenizer.apply(params, images, method="features"), channels_last(z["f"])) < 2e-4
+    assert relative(run(tokenizer, params, images, method="features"), channels_last(z["f"])) < 2e-4
 
 
 def test_tokens_from_pictures(published, z):
     tokenizer, params = published
-    tokens = jax.jit(lambda p, x: tokenizer.apply(p, x, method="encode"))(params, channels_last(z["images"]))
+    tokens = run(tokenizer, params, channels_last(z["images"]), method="encode")
     assert np.array_equal(tokens, z["tokens_BL"])
 
 
 def test_quantizer(published, z):
     tokenizer, params = published
-    quantized = tokenizer.apply(params, channels_last(z["f"]), method="quantize")
+    quantized = run(tokenizer, params, channels_last(z["f"]), method="quantize")
     assert np.array_equal(quantized.tokens, z["tokens_BL"])
     assert relative(quantized.f_hats, channels_last(z["fhat_scales"])) < 1e-5
-    recon = tokenizer.apply(params, quantized.tokens, method="decode")
+    recon = run(tokenizer, params, quantized.tokens, method="decode")
     assert relative(recon, channels_last(z["recon"])) < 1e-4
 
 
 def test_decoding_random_tokens(published, z):
     tokenizer, params = published
-    f_hats = tokenizer.apply(params, z["rand_tokens_BL"], method=lambda t, x: t.quantizer.f_hats(x))
+    f_hats = run(tokenizer, params, z["rand_tokens_BL"], method=lambda t, x: t.quantizer.f_hats(x))
     assert relative(f_hats, channels_last(z["rand_fhat_scales"])) < 1e-5
-    assert relative(tokenizer.apply(params, z["rand_tokens_BL"], method="decode"), channels_last(z["rand_image"])) < 1e-4
+    assert relative(run(tokenizer, params, z["rand_tokens_BL"], method="decode"), channels_last(z["rand_image"])) < 1e-4
 
 
 def test_transformer_inputs(published, z):
     tokenizer, params = published
-    assert relative(tokenizer.apply(params, z["tokens_BL"], method="transformer_inputs"), z["ns_input"]) < 1e-5
-    assert relative(tokenizer.apply(params, z["tokens_BL"], method="own_scale_inputs"), z["mask_input"]) < 1e-5
+    assert relative(run(tokenizer, params, z["tokens_BL"], method="transformer_inputs"), z["ns_input"]) < 1e-5
+    assert relative(run(tokenizer, params, z["tokens_BL"], method="own_scale_inputs"), z["mask_input"]) < 1e-5
 
 
 def test_quantizer_loss_and_gradients(published, z):
@@ -74,7 +79,7 @@ def test_quantizer_loss_and_gradients(published, z):
         quantized = tokenizer.apply(params, f, method="quantize")
         return quantizer_loss(quantized.f_hats, f, beta=0.25), quantized
 
-    (value, quantized), (grad_params, grad_f) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, f)
+    (value, quantized), (grad_params, grad_f) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, f)
     assert relative(value, z["vq_loss"]) < 1e-5
     assert relative(quantized.f_hats[-1], channels_last(z["vq_out"])) < 1e-5
     assert relative(grad_f, channels_last(z["vq_grad_f"])) < 1e-4
@@ -89,6 +94,11 @@ SMALL = TokenizerConfig(
     scales=(1, 2, 4), vocab_size=32, z_channels=8, channels=8, channel_multipliers=(1, 2), num_res_blocks=1, groups=2)
 
 
+def everything(tokenizer, images):
+    tokens = tokenizer.encode(images)
+    return tokens, tokenizer.decode(tokens), tokenizer.transformer_inputs(tokens)
+
+
 @pytest.mark.parametrize("change", [
     {}, {"attention": False, "patch_size": 2}, {"num_phi": 0}, {"num_phi": 1, "distance": "cosine"},
     {"scales": (2, 3), "channel_multipliers": (1, 2, 1)}, {"scales": (3,)}])
@@ -97,12 +107,11 @@ def test_shapes_of_other_architectures(change):
     config = dataclasses.replace(SMALL, **change)
     tokenizer, side = Tokenizer(config), config.image_side
     images = jax.random.uniform(jax.random.key(0), (2, side, side, 3), minval=-1)
-    params = tokenizer.init(jax.random.key(1), images)
+    params = jax.jit(tokenizer.init)(jax.random.key(1), images)
     length = config.scale_list.length
-    tokens = tokenizer.apply(params, images, method="encode")
+    tokens, painted, codes = run(tokenizer, params, images, method=everything)
     assert tokens.shape == (2, length) and tokens.dtype == jnp.int32
-    assert tokenizer.apply(params, tokens, method="decode").shape == images.shape
-    codes = tokenizer.apply(params, tokens, method="transformer_inputs")
+    assert painted.shape == images.shape
     assert codes.shape == (2, length - config.scale_list.lengths[0], config.z_channels)
 
 
@@ -118,10 +127,10 @@ def test_rests_without_quantizing_explain_everything():
     import dataclasses
     tokenizer = Tokenizer(dataclasses.replace(SMALL, phi_ratio=0.0))
     f = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
-    params = tokenizer.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
-    z = tokenizer.apply(params, f, method=lambda t, f: t.quantizer.unquantized_rests(f))
+    params = jax.jit(tokenizer.init)(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
+    z = run(tokenizer, params, f, method=lambda t, f: t.quantizer.unquantized_rests(f))
     scales = SMALL.scale_list
-    h = [tokenizer.apply(params, z[:, scales.slice(k)], k, method="residual") for k in range(3)]
+    h = [run(tokenizer, params, z[:, scales.slice(k)], method=lambda t, c, k=k: t.residual(c, k)) for k in range(3)]
     np.testing.assert_allclose(sum(h), f, atol=1e-5)
 
 

@@ -71,7 +71,7 @@ def test_scales_one_at_a_time_equal_all_at_once(case):
     first = scales.lengths[0]
     for k in range(scales.num_scales):
         codes = z["ns_input"][:, scales.offsets[k] - first:scales.offsets[k + 1] - first] if k else None
-        logits, past = model.scale_logits(params, k, z["labels"], codes)
+        logits, past = jax.jit(model.scale_logits, static_argnums=1)(params, k, z["labels"], codes)
         assert past is None
         assert relative(logits, z["logits"][:, scales.slice(k)]) < 1e-5
 
@@ -133,7 +133,7 @@ def test_var_logits(load_golden, golden_state):
     scales, past = model.config.scale_list, None
     for k in range(scales.num_scales):
         codes = z["ns_input"][:, scales.offsets[k] - 1:scales.offsets[k + 1] - 1] if k else None
-        logits, past = model.scale_logits(params, k, z["labels"], codes, past)
+        logits, past = jax.jit(model.scale_logits, static_argnums=1)(params, k, z["labels"], codes, past)
         assert relative(logits, z["logits"][:, scales.slice(k)]) < 1e-5
 
 
@@ -142,10 +142,11 @@ TINY = TransformerConfig(scales=(1, 2, 3), vocab_size=16, z_channels=4, num_clas
 
 def test_diagonal_scales_do_not_see_each_other():
     model = NextScaleTransformer(TINY)
-    params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) * 0.3, model.init(jax.random.key(0)))
+    params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) * 0.3, jax.jit(model.init)(jax.random.key(0)))
     codes = jax.random.normal(jax.random.key(1), (1, 13, 4))
     changed = codes.at[:, :4].add(1.0)  # the second scale's input
-    before, after = (np.asarray(model.logits(params, jnp.array([1]), c)) for c in (codes, changed))
+    logits = jax.jit(model.logits)
+    before, after = (np.asarray(logits(params, jnp.array([1]), c)) for c in (codes, changed))
     assert np.array_equal(before[:, 0], after[:, 0]) and np.array_equal(before[:, 5:], after[:, 5:])
     assert not np.allclose(before[:, 1:5], after[:, 1:5])
 
@@ -154,7 +155,7 @@ def test_initial_deviations():
     """Spec: linear and embedding std sqrt(1/(3C)); branches' ends over sqrt(2N); AdaLN rows and head scaled down."""
     import dataclasses
     config = dataclasses.replace(TINY, width=256, heads=4, vocab_size=512)
-    params = NextScaleTransformer(config).init(jax.random.key(0))
+    params = jax.jit(NextScaleTransformer(config).init)(jax.random.key(0))
     std, block = (1 / 768) ** 0.5, params["blocks"]["block"]
     expected = {
         "class": (params["embed"]["class_emb"], 1), "qkv": (block["qkv"]["kernel"], 1), "fc1": (block["fc1"]["kernel"], 1),
@@ -170,8 +171,10 @@ def test_initial_deviations():
 def test_dropout_and_stochastic_depth_need_a_key():
     import dataclasses
     model = NextScaleTransformer(dataclasses.replace(TINY, dropout=0.5, drop_path=0.5, init_adaln_gamma=1.0))
-    params, codes, ids = model.init(jax.random.key(0)), jnp.ones((2, 13, 4)), jnp.array([0, 1])
-    still = model.logits(params, ids, codes)
-    assert np.array_equal(still, model.logits(params, ids, codes))
-    a, b = (model.logits(params, ids, codes, jax.random.key(i)) for i in (1, 2))
-    assert not np.allclose(a, b) and np.array_equal(a, model.logits(params, ids, codes, jax.random.key(1)))
+    params, codes, ids = jax.jit(model.init)(jax.random.key(0)), jnp.ones((2, 13, 4)), jnp.array([0, 1])
+    logits = jax.jit(model.logits)
+    still = logits(params, ids, codes)
+    assert np.array_equal(still, logits(params, ids, codes))
+    a, b = (logits(params, ids, codes, jax.random.key(i)) for i in (1, 2))
+    assert not np.allclose(a, b) and np.array_equal(a, logits(params, ids, codes, jax.random.key(1)))
+    assert not np.allclose(a, still)

@@ -6,6 +6,7 @@ share too: `cached` for this process, ENVIRONMENT for others.
 
 import contextlib
 import functools
+import logging
 import os
 import pathlib
 import tempfile
@@ -13,9 +14,10 @@ import tempfile
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
 from PIL import Image
 
-from hmar_jax import cli
+from hmar_jax import cli, configs
 
 CLASSES = ("circle", "cross", "stripes")
 SIDE, LENGTH, VOCAB = 8, 5, 16  # scales 1, 2 at 4 pixels a token
@@ -25,7 +27,8 @@ FOLDER = pathlib.Path(_KEPT.name)
 CACHE = FOLDER / "compiled"
 ENVIRONMENT = dict(
     os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(CACHE), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0", PYTHONPATH=str(pathlib.Path(__file__).resolve().parent.parent))
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0", JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    PYTHONPATH=str(pathlib.Path(__file__).resolve().parent.parent))
 
 _STEPS = dict(steps=80, batch_size=6, log_every=10, eval_every=40, sample_every=80, checkpoint_every=20)
 TOKENIZER = _STEPS | {
@@ -39,11 +42,13 @@ TRANSFORMER = _STEPS | {
 
 @contextlib.contextmanager
 def cached():
-    """Compiled programs are kept in CACHE, or taken from there."""
+    """Programs are compiled quickly and kept in CACHE, or taken from there; the log is put back as it was."""
     wanted = dict(
         jax_compilation_cache_dir=str(CACHE), jax_persistent_cache_min_compile_time_secs=0.0,
-        jax_persistent_cache_min_entry_size_bytes=0)
-    before = {name: getattr(jax.config, name) for name in wanted}
+        jax_persistent_cache_min_entry_size_bytes=0, jax_disable_most_optimizations=True)
+    before = {name: jax.config.values[name] for name in wanted}
+    log = logging.getLogger("hmar_jax")
+    handlers, level, propagate = list(log.handlers), log.level, log.propagate
     try:
         for name, value in wanted.items():
             jax.config.update(name, value)
@@ -53,6 +58,7 @@ def cached():
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+        log.handlers, log.level, log.propagate = handlers, level, propagate
 
 
 def picture(label: int, rng: np.random.Generator, side: int = 10) -> np.ndarray:
@@ -89,6 +95,15 @@ def train(workdir, **changes) -> list[str]:
     if "tokenizer" not in values:
         values["tokenizer"] = tokenizer_run()
     return ["train", "--config=configs/hmar.py:digits", f"--workdir={workdir}", *overrides(values)]
+
+
+def config_of(arguments: list[str]) -> ConfigDict:
+    """The config that the command makes of these arguments."""
+    config = configs.load_config(arguments[1].removeprefix("--config="))
+    for text in arguments:
+        if text.startswith("--config."):
+            configs.override(config, *text.removeprefix("--config.").split("=", 1))
+    return config
 
 
 def _dotted(changes):

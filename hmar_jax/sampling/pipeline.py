@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import warnings
 
@@ -170,9 +171,9 @@ def load(name: str, dtype: str = "auto") -> Pipeline:
 def load_parts(name: str):
     """As load, but the spec and the parameters {"tokenizer": …, "transformer": …} on the host."""
     directory = pathlib.Path(name)
-    if name in bundled_models() and not (directory / "config.json").is_file():
+    if name in bundled_models() and not os.path.isfile(directory / "config.json"):
         directory = _BUNDLED / name
-    if not (directory / "config.json").is_file():
+    if not os.path.isfile(directory / "config.json"):  # unlike Path.is_file, False for any nonsense
         raise InputError(
             f"model {name!r}: neither a bundled model ({', '.join(bundled_models()) or 'none'}) nor a directory with a config.json")
     config = files.read_json(directory / "config.json", "the config of a model or a run")

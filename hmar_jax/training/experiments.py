@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import math
+import os
+import pathlib
 from typing import Any, Callable
 
 import grain
@@ -15,17 +18,33 @@ from hmar_jax.data.pipeline import BrokenLog, Transform, make_loader
 from hmar_jax.data.sources import open_source
 from hmar_jax.data.tokenize import make_token_loader, tokenize
 from hmar_jax.errors import InputError
-from hmar_jax.models.perceptual import load_perceptual
+from hmar_jax.models.perceptual import load_perceptual, perceptual_distance
 from hmar_jax.models.spec import ModelSpec
 from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, to_float
 from hmar_jax.models.transformer import TransformerConfig
 from hmar_jax.sampling import grid, sampler
 from hmar_jax.sampling.pipeline import load_parts
+from hmar_jax.training.losses import position_weights
+from hmar_jax.training.metrics import LOGGER
 from hmar_jax.training.next_scale_steps import NextScaleTask
 from hmar_jax.training.tokenizer_steps import TokenizerTask
 
 _SHOWN_CLASSES, _SHOWN_OF_EACH = 10, 8  # of the sample grids
 _MAX_EVAL_BATCH = 128
+
+# Of the config's numbers: keys, least and largest value. The rest is checked where it is used.
+_RANGES = (
+    ("batch_size log_every eval_every sample_every checkpoint_every keep_checkpoints recipe.unquantized_steps "
+     "recipe.discriminator_channels recipe.discriminator_layers", 1, math.inf),
+    ("model.vocab_size model.z_channels model.channels model.channel_multipliers model.patch_size model.groups model.depth "
+     "model.width model.heads", 1, 2**20),
+    ("steps epochs image_side data.threads data.cached_copies model.num_res_blocks model.num_phi "
+     "recipe.learning_rate recipe.warmup_steps recipe.revive_every recipe.clip recipe.weight_decay", 0, math.inf),
+    ("model.mlp_ratio", 0.1, 100),
+    ("seed", 0, 2**32 - 1),
+    ("model.dropout model.drop_path model.phi_ratio recipe.class_dropout recipe.label_smoothing recipe.b1 recipe.b2", 0, 1),
+)
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,30 +61,56 @@ class Experiment:
     frozen: dict | None = None  # parameters of the tokenizer that the run must keep beside its own
 
 
-def build(config: ConfigDict) -> Experiment:
-    """Raises InputError for whatever in the config does not fit together, before any work is done."""
-    if config.batch_size < 1:
-        raise InputError(f"batch_size={config.batch_size}: 1 or more is wanted")
+def build(config: ConfigDict, workdir: str | None = None) -> Experiment:
+    """From a config; a run in `workdir` that goes on keeps the tokenizer that it was begun with.
+
+    Raises:
+      InputError: something in the config does not fit together. Nothing has been written then.
+    """
+    _check_ranges(config)
     if not config.data.source:
         raise InputError("config.data.source is empty: give --config.data.source=folder:DIR, tfds:NAME or digits")
-    return {"tokenizer": _tokenizer, "next_scale": _next_scale}[config.task](config)
+    experiment = _tokenizer(config) if config.task == "tokenizer" else _next_scale(config, workdir)
+    jax.eval_shape(experiment.task.init, jax.random.key(0))  # whatever only the networks and the optimizer find out
+    return experiment
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    flat = {f"{group}.{key}": value for group in ("data", "model", "recipe") for key, value in config[group].items()}
+    flat |= config.items()
+    for keys, least, largest in _RANGES:
+        for key in keys.split():
+            value = flat.get(key, least)
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or not all(least <= v <= largest for v in values):
+                what = f"{least} or more" if largest == math.inf else f"{least} to {largest}"
+                raise InputError(f"config.{key}={value}: {what} is wanted")
+    if config.model.dtype not in _DTYPES:
+        raise InputError(f"config.model.dtype={config.model.dtype!r}: known are {', '.join(_DTYPES)}")
 
 
 def _open(config: ConfigDict, side: int, broken: BrokenLog):
     """Training source, its transform, and the loader of the validation split."""
     transform = configs.build(Transform, config.data.transform, side=side)
     source = open_source(config.data.source, "train", in_memory=config.data.in_memory)
+    rows = len(source) * max(1, config.data.get("cached_copies", 0))
+    if config.batch_size > rows:
+        raise InputError(f"config.batch_size={config.batch_size}: {config.data.source} has {rows} pictures, {rows} or less is wanted")
     held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
     batch = min(config.batch_size, len(held_out), _MAX_EVAL_BATCH)
     validation = make_loader(
         held_out, transform, batch_size=batch, seed=0, train=False, threads=config.data.threads, broken=broken)
-    return source, transform, held_out, validation
+    return source, transform, validation
 
 
 def _tokenizer(config: ConfigDict) -> Experiment:
     model = configs.build(TokenizerConfig, config.model)
     if config.steps < 1:
         raise InputError(f"steps={config.steps}: 1 or more is wanted")
+    if config.recipe.unquantized_steps >= config.steps:
+        LOGGER.warning(
+            "recipe.unquantized_steps=%d is not less than steps=%d: this tokenizer will not learn to quantize",
+            config.recipe.unquantized_steps, config.steps)
     task = configs.build(TokenizerTask, config.recipe, tokenizer=model, steps=config.steps, batch_size=config.batch_size)
     extra = ()
     if task.perceptual_weight:
@@ -73,9 +118,11 @@ def _tokenizer(config: ConfigDict) -> Experiment:
             raise InputError(
                 "config.recipe.perceptual_weight is not 0: config.perceptual_network must name the .npz file of the network")
         extra = (load_perceptual(config.perceptual_network),)
+        pictures = jax.ShapeDtypeStruct((1, model.image_side, model.image_side, 3), jnp.float32)
+        jax.eval_shape(perceptual_distance, *extra, pictures, pictures)  # are they large enough for its pools?
     broken = BrokenLog()
-    source, transform, held_out, validation = _open(config, model.image_side, broken)
-    shown = np.stack([transform(held_out[i]["image"], None) for i in range(min(_SHOWN_OF_EACH, len(held_out)))])
+    source, transform, validation = _open(config, model.image_side, broken)
+    shown = next(iter(validation))["image"][:_SHOWN_OF_EACH]  # through the loader, which replaces broken pictures
     reconstruct = jax.jit(task.reconstruct)
 
     def picture(state, rng):
@@ -90,10 +137,12 @@ def _tokenizer(config: ConfigDict) -> Experiment:
     return Experiment(task, spec, extra, loader, validation, picture, broken)
 
 
-def _next_scale(config: ConfigDict) -> Experiment:
+def _next_scale(config: ConfigDict, workdir: str | None) -> Experiment:
     if not config.tokenizer:
         raise InputError("config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model")
-    tokenizer_spec, params = load_parts(config.tokenizer)
+    kept = pathlib.Path(workdir or "", "tokenizer")
+    begun = bool(workdir) and os.path.isfile(kept / "config.json")
+    tokenizer_spec, params = load_parts(str(kept) if begun else config.tokenizer)
     tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(jnp.asarray, params["tokenizer"])
     if config.image_side and config.image_side != tokenizer.image_side:
         raise InputError(
@@ -101,13 +150,14 @@ def _next_scale(config: ConfigDict) -> Experiment:
             f"{','.join(map(str, tokenizer.scales))} at {tokenizer.pixels_per_token} pixels a token make "
             f"{tokenizer.image_side} pixels")
     broken = BrokenLog()
-    source, transform, _, validation = _open(config, tokenizer.image_side, broken)
+    source, transform, validation = _open(config, tokenizer.image_side, broken)
     steps = config.steps or config.epochs * len(source) // config.batch_size
     if steps < 1:
         raise InputError(f"steps={config.steps} and epochs={config.epochs}: one of them must be 1 or more")
     model = configs.build(
         TransformerConfig, config.model, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
         z_channels=tokenizer.z_channels, num_classes=source.num_classes)
+    position_weights(model.scale_list, config.recipe.loss_weights)  # is there such a weighting?
     task = configs.build(
         NextScaleTask, config.recipe, transformer=model, tokenizer=tokenizer, steps=steps, batch_size=config.batch_size)
     draw, strength = sampler.options(vocab_size=tokenizer.vocab_size, **config.sampling)

@@ -111,19 +111,22 @@ def _prepare(directory: pathlib.Path, config: ConfigDict, experiment: Experiment
     saved = directory / "config.json"
     if saved.is_file():
         theirs = read_json(saved, "the config of a run")
+        if not isinstance(theirs, dict) or theirs.get("format") != ours["format"]:
+            raise InputError(f"{directory} has a config.json that is not a run's: take another --workdir")
         difference = configs.first_difference(theirs.get("config", {}), ours["config"])
         if difference:
             raise InputError(f"{directory} holds a run with another config: {difference}; take another --workdir, or that config")
-    elif directory.is_dir() and any(directory.iterdir()):
+    elif directory.is_dir() and any(not p.name.endswith(".tmp") for p in directory.iterdir()):  # files of a kill midway
         raise InputError(f"{directory} is neither empty nor a run directory (no config.json): take another --workdir")
     try:
-        (directory / "samples").mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_by_rename(saved, json.dumps(ours, indent=1, sort_keys=True))  # first: it makes this a run directory
+        (directory / "samples").mkdir(exist_ok=True)
         if experiment.frozen is not None and not (directory / "tokenizer").exists():
             alone = dataclasses.replace(experiment.spec, transformer=None)
             save_model(
                 directory / "tokenizer", alone.to_json(), {"tokenizer": experiment.frozen},
                 "The frozen tokenizer that this run was trained with.\n")
-        write_by_rename(saved, json.dumps(ours, indent=1, sort_keys=True))
     except OSError as e:
         raise InputError(f"workdir {directory} cannot be written: {e.strerror or e}") from None
     return directory

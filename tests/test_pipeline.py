@@ -1,0 +1,212 @@
+"""Pipelines: pictures do not depend on their neighbours, and what was saved comes back."""
+
+import shutil
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+import hmar_jax
+from hmar_jax import checkpoints, cli
+from hmar_jax.errors import InputError
+from hmar_jax.training import experiments
+from tests import tiny
+
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return hmar_jax.load(str(tiny.model_run()))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """uint8 (6, h, w, 3)."""
+    rng = np.random.default_rng(5)
+    return np.stack([tiny.picture(label % 3, rng, tiny.SIDE) for label in range(6)])
+
+
+# Sampling
+
+
+def test_shapes(pipe):
+    side, length = tiny.SIDE, tiny.LENGTH
+    for one in (1, np.int64(1), "cross", "1", None, jax.numpy.array(1)):
+        images, tokens = pipe.sample(KEY, one, return_tokens=True)
+        assert images.shape == (side, side, 3) and images.dtype == np.float32
+        assert tokens.shape == (length,) and tokens.dtype == np.int32
+    assert pipe.sample(KEY, [1]).shape == (1, side, side, 3)
+    images, tokens = pipe.sample(KEY, [0, "cross", 2], return_tokens=True)
+    assert images.shape == (3, side, side, 3) and tokens.shape == (3, length)
+    assert images.min() >= 0 and images.max() <= 1 and 0 <= tokens.min() and tokens.max() < tiny.VOCAB
+    assert np.array_equal(pipe.sample(KEY, np.array([0, 1, 2])), images)
+    assert np.array_equal(pipe.sample(KEY, ("circle", "cross", "stripes")), images)
+
+
+def test_a_picture_is_the_same_alone_and_in_any_batch(pipe):
+    ids = [2, 0, 1, 1, 0, 2, 2]
+    _, seven = pipe.sample(KEY, ids, return_tokens=True)
+    _, three = pipe.sample(KEY, ids[:3], return_tokens=True)
+    _, alone = pipe.sample(KEY, ids[0], return_tokens=True)
+    assert np.array_equal(seven[:3], three) and np.array_equal(three[0], alone)
+    assert len(np.unique(seven, axis=0)) > 2
+    _, others = pipe.sample(KEY, [ids[0], 1, 2], return_tokens=True)  # its neighbours' classes do not matter either
+    assert np.array_equal(others[0], alone)
+    _, other_key = pipe.sample(jax.random.key(4), ids, return_tokens=True)
+    assert not np.array_equal(other_key, seven)
+
+
+def test_more_than_one_turn(pipe):
+    """70 pictures are drawn as 64 and 6; each is the one that its own key gives in a batch of 7."""
+    ids = np.arange(70) % 3
+    images, tokens = pipe.sample(KEY, ids, return_tokens=True)
+    assert images.shape[0] == tokens.shape[0] == 70
+    draw, strength = hmar_jax.sampling.sampler.options(guidance=pipe.spec.guidance, vocab_size=tiny.VOCAB)
+    keys = hmar_jax.sampling.sampler.picture_keys(KEY, 70)
+    for start in range(0, 70, 7):
+        part = slice(start, start + 7)
+        some_images, some_tokens = pipe._in_turns(keys[part], ids[part].astype(np.int32), draw, strength)
+        assert np.array_equal(some_tokens, tokens[part])
+        assert np.allclose(some_images, images[part], atol=1e-5)
+
+
+def test_other_strength_compiles_nothing(pipe):
+    pipe.sample(KEY, 1, guidance=1.0)
+    compiled = pipe._sample._cache_size()
+    images = [pipe.sample(KEY, 1, guidance=g) for g in (0.5, 2, 30.0)]
+    assert pipe._sample._cache_size() == compiled
+    assert not np.array_equal(images[0], images[2])
+    assert np.array_equal(pipe.sample(KEY, 1, top_k=0, top_p=0.0), pipe.sample(KEY, 1, top_p=1.0))  # both off
+    assert pipe._sample._cache_size() == compiled
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(class_id=3), "class 3: ids of this model go from 0 to 2"), (dict(class_id=-1), "class -1"),
+    (dict(class_id=[0, 7]), "class 7"), (dict(class_id=[]), "empty"), (dict(class_id="dog"), "'dog'.*circle, cross"),
+    (dict(class_id=1.5), "'1.5'"), (dict(class_id=True), "'True'"), (dict(class_id=1, guidance=-1), "guidance=-1"),
+    (dict(class_id=1, top_p=1.1), "top_p=1.1"), (dict(class_id=1, top_k=17), "top_k=17: a whole number from 0 to 16")])
+def test_wrong_wishes(pipe, options, words):
+    with pytest.raises(InputError, match=words):
+        pipe.sample(KEY, **options)
+
+
+def test_the_short_call_keeps_its_pipe():
+    name = str(tiny.model_run())
+    with tiny.cached():
+        hmar_jax._loaded.cache_clear()
+        first = hmar_jax.sample(KEY, 1, model=name, guidance=0)
+        again = hmar_jax.sample(KEY, class_id=1, model=name, guidance=0)
+    assert hmar_jax._loaded.cache_info().misses == 1 and hmar_jax._loaded.cache_info().hits == 1
+    assert first.shape == (tiny.SIDE, tiny.SIDE, 3) and np.array_equal(first, again)
+
+
+# Encoding and decoding
+
+
+def test_encode_and_decode(pipe, pictures):
+    tokens = pipe.encode(pictures)
+    assert tokens.shape == (6, tiny.LENGTH) and tokens.dtype == np.int32
+    assert np.array_equal(pipe.encode(pictures[2]), tokens[2])
+    assert np.array_equal(pipe.encode(pictures / np.float32(255)), tokens)
+    assert np.array_equal(pipe.encode(pictures.astype(np.float64) / 255), tokens)
+    images = pipe.decode(tokens)
+    assert images.shape == (6, tiny.SIDE, tiny.SIDE, 3) and images.dtype == np.float32
+    assert images.min() >= 0 and images.max() <= 1
+    one = pipe.decode(np.asarray(tokens[2], np.int64))
+    assert one.shape == images.shape[1:] and np.allclose(one, images[2], atol=1e-5)
+
+
+def test_decoding_what_was_encoded_is_the_tokenizers_reconstruction(pipe, pictures):
+    with tiny.cached():
+        task = experiments.build(tiny.config_of(tiny.train_tokenizer("unused"))).task
+        state = jax.eval_shape(task.init, KEY).replace(params=pipe.params["tokenizer"], step=jax.numpy.int32(80))
+        wanted = jax.jit(lambda params: task.reconstruct(state.replace(params=params), pictures))(state.params)
+    images = pipe.decode(pipe.encode(pictures))
+    assert np.allclose(images, (wanted + 1) / 2, atol=1e-4)
+
+
+def test_sampled_pictures_are_their_tokens_decoded(pipe):
+    images, tokens = pipe.sample(KEY, [0, 1, 2], return_tokens=True)
+    assert np.allclose(pipe.decode(tokens), images, atol=1e-5)
+
+
+def test_pictures_of_another_size_are_resized_with_a_warning(pipe, pictures):
+    large = pictures[0].repeat(3, axis=0).repeat(2, axis=1)
+    with pytest.warns(UserWarning, match="resizing a picture of 16x24 to the model's 8x8") as caught:
+        tokens = pipe.encode(large)
+    assert tokens.shape == (tiny.LENGTH,) and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.encode(pictures[0])
+
+
+@pytest.mark.parametrize("image, words", [
+    (np.zeros((8, 8), np.uint8), r"shape \(8, 8\)"), (np.zeros((8, 8, 4), np.uint8), "shape"),
+    (np.zeros((1, 1, 8, 8, 3), np.uint8), "shape"), (np.zeros((8, 8, 3), np.int32), "type int32"),
+    (np.full((8, 8, 3), 1.5), "1.5: float pictures lie in"), (np.full((8, 8, 3), -0.1), "-0.1"),
+    (np.full((8, 8, 3), np.nan), "nan")])
+def test_wrong_pictures(pipe, image, words):
+    with pytest.raises(InputError, match=words):
+        pipe.encode(image)
+
+
+@pytest.mark.parametrize("tokens, words", [
+    (np.zeros(4, int), r"\(4,\).*\(5,\) or \(B, 5\)"), (np.zeros((1, 1, 5), int), "shape"), (np.zeros(5), "float64"),
+    (np.full(5, 16), "16: the codebook has 0 to 15"), (np.full(5, -1), "-1")])
+def test_wrong_tokens(pipe, tokens, words):
+    with pytest.raises(InputError, match=words):
+        pipe.decode(tokens)
+
+
+# Loading
+
+
+def test_run_and_exported_directories_sample_alike(pipe, tmp_path):
+    run, ids = str(tiny.model_run()), [0, 1, 2]
+    with tiny.cached():
+        assert cli.main(["export", f"--model={run}", f"--out={tmp_path / 'whole'}", "--licence=none"]) == 0
+        assert cli.main(["export", f"--model={run}", f"--out={tmp_path / 'half'}", "--half"]) == 0
+    whole, half = (hmar_jax.load(str(tmp_path / name)) for name in ("whole", "half"))
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"config.json", "params", "README.md"}
+    assert whole.spec.licence == "none" and "none" in (tmp_path / "whole/README.md").read_text()
+    assert half.spec == pipe.spec
+    for (path, a), b, c in zip(
+            jax.tree_util.tree_leaves_with_path(pipe.params), jax.tree.leaves(whole.params), jax.tree.leaves(half.params)):
+        assert np.array_equal(a, b), path
+        assert c.dtype == np.float32 and np.allclose(a, c, rtol=1e-3, atol=1e-6), path
+    _, wanted = pipe.sample(KEY, ids, return_tokens=True)
+    _, tokens = whole.sample(KEY, ids, return_tokens=True)
+    assert np.array_equal(tokens, wanted)
+    _, tokens = half.sample(KEY, ids, return_tokens=True)
+    assert np.mean(tokens == wanted) > 0.6  # a token that changes changes those after it
+    size = lambda folder: sum(p.stat().st_size for p in (tmp_path / folder / "params").rglob("*") if p.is_file())
+    assert size("half") < size("whole")
+
+
+def test_a_tokenizer_alone(pictures):
+    with tiny.cached():
+        alone = hmar_jax.load(str(tiny.tokenizer_run()))
+        assert alone.encode(pictures).shape == (6, tiny.LENGTH)
+        with pytest.raises(InputError, match="tokenizer alone"):
+            alone.sample(KEY, 1)
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    fails = lambda name, words: pytest.raises(InputError, match=words)
+    for name in ("nope", "", str(tmp_path), str(tmp_path / "a/b"), "x" * 300, "a\0b"):
+        with fails(name, "neither a bundled model"):
+            hmar_jax.load(name)
+    copy = shutil.copytree(tiny.model_run(), tmp_path / "copy")
+    for step in (60, 80):
+        shutil.rmtree(copy / f"checkpoints/{step}")
+    with fails(copy, "has no checkpoints"):
+        hmar_jax.load(str(copy))
+    shutil.rmtree(copy / "tokenizer")
+    (copy / "config.json").write_text("{")
+    with fails(copy, "is not JSON"):
+        hmar_jax.load(str(copy))
+    (copy / "config.json").write_text('{"format": "other"}')
+    with pytest.raises(InputError):
+        hmar_jax.load(str(copy))

@@ -1,0 +1,235 @@
+"""Runs through the real command line: they learn, and no interruption changes what they end with."""
+
+import concurrent.futures
+import json
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from hmar_jax import checkpoints, cli, configs
+from hmar_jax.training import experiments, loop, metrics
+from tests import tiny
+
+# tensorboardX imports torch where it finds it: two seconds that these processes need not take.
+_HMAR = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from hmar_jax.cli import run; run()"]
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    with tiny.cached():
+        yield
+
+
+def lines(workdir) -> tuple[list[dict], list[dict]]:
+    """What metrics.jsonl has of training and of validation."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in found if "lr" in x], [x for x in found if "lr" not in x]
+
+
+def assert_same_end(workdir, uninterrupted):
+    """The same saved state, bit for bit, and each logged step exactly once, with the same last figures."""
+    (step, state), (other_step, other) = (
+        checkpoints.load_params_of_run(w, "opt_state", "step") for w in (workdir, uninterrupted))
+    assert step == other_step == 80
+    assert jax.tree.structure(state) == jax.tree.structure(other)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other)):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+    (training, validation), (other_training, other_validation) = lines(workdir), lines(uninterrupted)
+    assert [x["step"] for x in training] == [x["step"] for x in other_training] == list(range(10, 81, 10))
+    assert [x["step"] for x in validation] == [x["step"] for x in other_validation] == [40, 80]
+    assert validation[-1] == other_validation[-1]
+    assert (workdir / "samples/step_000080.png").read_bytes() == (uninterrupted / "samples/step_000080.png").read_bytes()
+
+
+class Process:
+    """A run in a process of its own."""
+
+    def __init__(self, arguments):
+        self.workdir = pathlib.Path(next(a for a in arguments if a.startswith("--workdir=")).removeprefix("--workdir="))
+        self.log = open(self.workdir.with_suffix(".log"), "a+")
+        self.process = subprocess.Popen(
+            [*_HMAR, *arguments], env=tiny.ENVIRONMENT, cwd=self.workdir.parent, stdout=self.log, stderr=self.log)
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def finish(self):
+        assert self.process.wait(200) == 0, self.said()
+
+
+def kill_after_first_checkpoint(arguments):
+    """SIGKILL at a random moment between the first checkpoint and the end."""
+    for _ in range(5):
+        run = Process(arguments)
+        while not (run.workdir / "checkpoints/20").exists() and run.process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.2))
+        run.process.kill()
+        if run.process.wait(60) == -signal.SIGKILL and not (run.workdir / "checkpoints/80").exists():
+            return
+        assert run.process.returncode in (0, -signal.SIGKILL), run.said()
+        shutil.rmtree(run.workdir)  # it was over before the signal came: again
+    raise AssertionError("the run is always over before it can be killed")
+
+
+# Learning
+
+
+def test_a_tokenizer_learns():
+    training, validation = lines(tiny.tokenizer_run())
+    assert training[-1]["loss"] < 0.7 * training[0]["loss"]
+    assert validation[-1]["validation/psnr"] > validation[0]["validation/psnr"] > training[0]["psnr"]
+
+
+def test_a_transformer_learns():
+    training, validation = lines(tiny.model_run())
+    assert 0.8 * np.log(tiny.VOCAB) < training[0]["loss"] < 1.1 * np.log(tiny.VOCAB)
+    assert training[-1]["loss"] < 0.7 * training[0]["loss"]
+    assert validation[-1]["validation/loss"] < validation[0]["validation/loss"] < training[0]["loss"]
+
+
+def test_what_a_run_directory_has():
+    training, validation = lines(tiny.model_run())
+    assert {"step", "time", "loss", "accuracy", "lr", "grad_norm", "images_per_second", "device_seconds", "host_wait_seconds",
+            "loss/1x1", "loss/2x2", "accuracy/1x1", "accuracy/2x2"} <= training[0].keys()
+    assert {"validation/loss", "validation/accuracy", "validation/loss/2x2"} <= validation[0].keys()
+    assert {"l1", "l2", "psnr", "usage/1x1", "usage/2x2", "usage/any", "revived"} <= lines(tiny.tokenizer_run())[0][0].keys()
+    config = json.loads((tiny.model_run() / "config.json").read_text())
+    assert config["config"]["model"]["depth"] == 2 and config["model"]["class_names"] == list(tiny.CLASSES)
+    found = {p.name for p in tiny.model_run().iterdir()}
+    assert found == {"config.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints", "log.txt", "tokenizer"}
+    assert sorted(p.name for p in (tiny.model_run() / "checkpoints").iterdir()) == ["60", "80"]  # keep_checkpoints=2
+
+
+# Interruptions
+
+
+def test_killed_and_started_again_ends_as_if_nothing_had_happened(tmp_path):
+    uninterrupted = [tiny.tokenizer_run(), tiny.model_run()]
+    commands = [tiny.train_tokenizer(tmp_path / "tokenizer"), tiny.train(tmp_path / "model")]
+    with concurrent.futures.ThreadPoolExecutor() as together:
+        list(together.map(kill_after_first_checkpoint, commands))
+    runs = [Process(command) for command in commands]
+    for run, other in zip(runs, uninterrupted):
+        run.finish()
+        assert "resuming from step" in run.said()
+        assert_same_end(run.workdir, other)
+
+
+def test_goes_on_with_tokens_made_beforehand(tmp_path):
+    """The tokens are made anew by the second process, and must be the same."""
+    arguments = tiny.train(tmp_path / "run", data__cached_copies=2)
+    assert cli.main(arguments) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "uninterrupted")
+    shutil.rmtree(tmp_path / "run/checkpoints/80")
+    assert cli.main(arguments) == 0
+    assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")
+
+
+def test_sigterm_saves_and_ends_well(tmp_path, monkeypatch, capfd):
+    report = loop._report
+
+    def report_and_signal(writer, bar, step, *more):
+        report(writer, bar, step, *more)
+        if step == 30:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "_report", report_and_signal)
+    assert cli.main(tiny.train(tmp_path / "run")) == 0
+    said = capfd.readouterr()
+    assert "stopped by a signal after step 30; the same command goes on from there" in said.err
+    assert said.out == f"{tmp_path}/run: next_scale run stopped at step 30 of 80\n"
+    assert (tmp_path / "run/checkpoints/30").is_dir() and signal.getsignal(signal.SIGTERM) == before
+
+    monkeypatch.undo()
+    assert cli.main(tiny.train(tmp_path / "run")) == 0
+    said = capfd.readouterr()
+    assert "resuming from step 30" in said.err and said.out == f"{tmp_path}/run: next_scale run complete\n"
+    assert_same_end(tmp_path / "run", tiny.model_run())
+
+
+def test_a_finished_run_does_nothing_and_says_so(tmp_path, capfd):
+    run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
+    files = lambda: {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "log.txt"}
+    before = files()
+    assert cli.main(tiny.train_tokenizer(run)) == 0
+    assert "this run is done: step 80 of 80" in capfd.readouterr().err
+    assert files() == before
+
+
+def test_what_does_not_change_the_result_may_change(tmp_path):
+    run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
+    assert cli.main(tiny.train_tokenizer(run, log_every=7, data__threads=0, keep_checkpoints=1)) == 0
+    assert json.loads((run / "config.json").read_text())["config"]["log_every"] == 7
+
+
+def test_goes_on_from_the_last_good_checkpoint(tmp_path, capfd):
+    run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
+    damage(run / "checkpoints/80")
+    assert cli.main(tiny.train_tokenizer(run)) == 0
+    said = capfd.readouterr().err
+    assert "checkpoint of step 80" in said and "is damaged" in said and "resuming from step 60" in said
+    assert "Traceback" not in said
+    assert_same_end(run, tiny.tokenizer_run())
+
+
+def damage(checkpoint):
+    """Cuts the file with the arrays short."""
+    largest = max((p for p in (checkpoint / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def test_a_kill_while_the_directory_is_made(tmp_path):
+    """Between the folder and its config.json, and between that and the frozen tokenizer."""
+    run = shutil.copytree(tiny.model_run(), tmp_path / "run")
+    shutil.rmtree(run / "tokenizer")
+    assert cli.main(tiny.train(run)) == 0
+    _, kept = checkpoints.load_model(run / "tokenizer")
+    _, trained = checkpoints.load_params_of_run(tiny.tokenizer_run())
+    assert np.array_equal(kept["tokenizer"]["quantizer"]["codebook"], trained["params"]["quantizer"]["codebook"])
+
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/.config.json.0123abcd.tmp").write_text("{")
+    config = tiny.config_of(tiny.train_tokenizer("unused"))
+    loop._prepare(tmp_path / "new", config, experiments.build(config))
+    assert json.loads((tmp_path / "new/config.json").read_text())["config"] == configs.to_dict(config)
+
+
+def test_a_run_keeps_the_tokenizer_it_was_begun_with(tmp_path, capfd):
+    run = shutil.copytree(tiny.model_run(), tmp_path / "run")
+    config = (run / "config.json").read_text()
+    gone = tmp_path / "gone"
+    (run / "config.json").write_text(config.replace(str(tiny.tokenizer_run()), str(gone)))
+    assert cli.main(tiny.train(run, tokenizer=gone)) == 0
+    assert "this run is done" in capfd.readouterr().err
+
+
+# Figures
+
+
+def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 0.5}\n{"step": 30, "loss": 0.2}\n{"step": 40, "lo')
+    writer = metrics.MetricsWriter(tmp_path, 20)
+    writer.write(30, {"loss": 0.25})
+    writer.close()
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert found == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.5}, {"step": 30, "loss": 0.25}]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    meter = loop._Meter(batch_size=4)
+    meter.add(7, {"loss": np.float32(1), "grad_norm": np.float32(1)})
+    meter.add(8, {"loss": np.float32(1), "grad_norm": np.float32(np.inf)})
+    with pytest.raises(FloatingPointError, match="grad_norm is inf at step 8"):
+        meter.check_finite()
