@@ -277,3 +277,12 @@ def _block(r: _Reader, config: TransformerConfig, name: str) -> dict:
     else:
         block["ada"] = r.linear(f"{name}.ada_lin.1")
     return block
+
+
+def masked_from_state(state: Mapping[str, np.ndarray], config: TransformerConfig, blocks: list[str], head: str) -> dict:
+    """Stage 2's own parameters: the named blocks, {head}_nm and {head}, and the mask embedding."""
+    r = _Reader(state)
+    return {
+        "mask_embed": r("mask_embed.weight")[0],
+        "blocks": stack_blocks(r, config, blocks),
+        "head": head_from_state(r, f"{head}_nm", head)}

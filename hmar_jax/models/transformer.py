@@ -303,10 +303,10 @@ class NextScaleTransformer:
     def embed(self, params, *args, method=None):
         return Embeddings(self.config).apply({"params": params["embed"]}, *args, method=method)
 
-    def run_blocks(self, params, x, condition, first=0, last=None, *, dropout_rng=None, **kwargs):
-        """Blocks first … last - 1 over x (B, l, C); keyword arguments as Blocks."""
+    def run_blocks(self, params, x, condition, first=0, last=None, *, stacked_from=0, dropout_rng=None, **kwargs):
+        """Blocks first … last - 1 over x (B, l, C); params has the blocks from stacked_from on. Others as Blocks."""
         last = self.config.depth if last is None else last
-        stacked = jax.tree.map(lambda p: p[first:last], params["blocks"])
+        stacked = jax.tree.map(lambda p: p[first - stacked_from:last - stacked_from], params["blocks"])
         rngs = None if dropout_rng is None else {"dropout": dropout_rng}
         return Blocks(self.config, last - first, deterministic=dropout_rng is None).apply(
             {"params": stacked}, x, self.modulation(params, condition), self.config.drop_path_rates[first:last],
