@@ -37,7 +37,7 @@ def test_draws_follow_the_probabilities():
             (Draw(), Strength(), [0.5, 0.3, 0.15, 0.05]), (Draw(top_k=2), Strength(), [0.625, 0.375, 0, 0]),
             (Draw(use_top_p=True), Strength(top_p=0.9), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
             (Draw(greedy=True), Strength(), [1, 0, 0, 0])]:
-        tokens = draw_tokens(many, keys, draw, strength)
+        tokens, _ = draw_tokens(many, keys, draw, strength)
         np.testing.assert_allclose(np.bincount(tokens[0], minlength=4) / 20000, wanted, atol=0.015)
 
 

@@ -1,0 +1,66 @@
+"""The whole sampler, next-scale and masked passes, against the published code's: every pass of every recorded case."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hmar_jax import convert
+from hmar_jax.models.masked import MaskedTransformer
+from hmar_jax.models.tokenizer import Tokenizer
+from hmar_jax.models.transformer import NextScaleTransformer
+from hmar_jax.sampling import schedules
+from hmar_jax.sampling.sampler import Draw, Strength, least_confident, picture_keys, sample
+from hmar_jax.scales import ScaleList
+from tests.conftest import relative
+
+SCALES = ScaleList((1, 2, 3, 4, 6))
+
+
+@pytest.fixture(scope="module")
+def parts(golden_state):
+    tokenizer, tokenizer_params = convert.tokenizer_from_state(golden_state("vae", "tokenizer"), SCALES)
+    config, transformer = convert.transformer_from_state(golden_state("next_scale", "transformer"), SCALES)
+    masked = convert.masked_from_state(golden_state("masked", "transformer"), config, ["blocks.2", "blocks.3"], "head")
+    params = {"tokenizer": tokenizer_params, "transformer": transformer, "masked": masked}
+    return NextScaleTransformer(config), Tokenizer(tokenizer), MaskedTransformer(config, 2), params
+
+
+@pytest.mark.parametrize("case", "abcde")
+def test_every_pass_of(case, parts, load_golden):
+    model, tokenizer, masked, params = parts
+    z = load_golden("hmar")
+    wanted = {"a": "none", "b": str(z["schedule_b"])}.get(case, str(z["schedule_c"]))
+    schedule = schedules.resolve(SCALES, wanted if wanted == "none" else json.loads(wanted))
+    cfg = 0.0 if case == "d" else float(z["cfg"])
+    draw = Draw(guided=cfg > 0, greedy=True, top_k=12 if case == "e" else 0, use_top_p=case == "e")
+
+    @jax.jit
+    def run(params, keys, ids, strength):
+        passes = []
+        images, tokens = sample(model, tokenizer, params, keys, ids, draw, strength, masked, schedule, passes)
+        return images, tokens, [p._replace(scale=jnp.array(p.scale)) for p in passes]
+
+    images, tokens, passes = run(
+        params, picture_keys(jax.random.key(0), 2), jnp.asarray(z["labels"]), Strength(guidance=cfg, top_p=0.995))
+    assert [int(p.scale) for p in passes] == z[f"{case}/pass_scale"].tolist()
+    for i, p in enumerate(passes):
+        name = f"{case}/pass{i:02}"
+        assert np.array_equal(p.masked, z[f"{name}_mask"]), name
+        assert np.array_equal(p.tokens, z[f"{name}_merged"]), name
+        np.testing.assert_allclose(p.confidence, z[f"{name}_conf"], rtol=1e-4, atol=1e-7)
+        if f"{name}_logits" in z:
+            assert relative(p.logits, z[f"{name}_logits"]) < 1e-4
+    assert np.array_equal(tokens, z[f"{case}/tokens_BL"])
+    if f"{case}/image" in z:
+        assert relative(images, np.moveaxis(z[f"{case}/image"], 1, -1)) < 1e-4
+
+
+def test_least_confident():
+    confidence = jnp.array([[0.9, 0.1, 0.5, 0.2]])
+    assert least_confident(confidence, jnp.ones((1, 4), bool), 2).tolist() == [[False, True, False, True]]
+    among = jnp.array([[True, False, True, True]])
+    assert least_confident(confidence, among, 2).tolist() == [[False, False, True, True]]
+    assert not least_confident(confidence, among, 0).any()
