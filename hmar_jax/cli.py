@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import json
 import logging
 import os
 import pathlib
@@ -106,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--n", type=_positive, default=8, help="pictures of each class (default 8)")
     _strength(sub)
     sub.add_argument("--greedy", action="store_true", help="the likeliest token everywhere")
+    sub.add_argument("--schedule", type=_schedule, default=None,
+                     help="none, default, cosine:N, or counts such as [[1],[1,3],[9],[16]] (default: the model's own)")
+    sub.add_argument("--masked_guidance", type=float, default=0.0, help="guidance of masked passes (default 0: none)")
     sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("--out", type=_output, required=True, help="a .png file: a grid with a labelled row for each class")
     sub.add_argument("--npz", type=_output, default=None, help="also write images (uint8), labels and tokens to this .npz file")
@@ -165,6 +169,16 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _schedule(text: str):
+    """A name, or JSON; what it means is checked against the model's scales."""
+    if not text.startswith("["):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a list of lists is wanted, such as [[1],[1,3],[9],[16]]") from None
+
+
 def _output(text: str) -> str:
     if not text:  # would be the current directory
         raise argparse.ArgumentTypeError("the name is empty")
@@ -214,6 +228,7 @@ def _sample(args) -> None:
     ids = np.repeat(classes, args.n)
     images, tokens = pipe.sample(
         jax.random.key(args.seed), ids, guidance=args.guidance, top_k=args.top_k, top_p=args.top_p, greedy=args.greedy,
+        schedule=args.schedule, masked_guidance=args.masked_guidance,
         return_tokens=True)
     images = np.asarray(images)
     names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
@@ -232,8 +247,6 @@ def _evaluate(args) -> None:
 
     if args.json:
         files.check_writable(args.json)
-    import json
-
     import jax
     import numpy as np
 
@@ -278,6 +291,7 @@ def _info(args) -> None:
         m = spec.transformer
         lines += [
             ("transformer", f"{count('transformer'):,} parameters, depth {m.depth}, width {m.width}, {m.heads} heads, {m.pattern} attention"),
+            *([("stage 2", f"{count('masked'):,} parameters, depth {spec.masked_depth}")] if spec.masked_depth else []),
             ("classes", f"{m.num_classes}" + (f": {', '.join(spec.class_names[:10])}{', …' if len(spec.class_names) > 10 else ''}" if spec.class_names else "")),
             ("sampling", f"guidance {spec.guidance:g}, top-k {spec.top_k or 'off'}, top-p {spec.top_p or 'off'}"),
         ]

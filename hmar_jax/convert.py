@@ -279,6 +279,34 @@ def _block(r: _Reader, config: TransformerConfig, name: str) -> dict:
     return block
 
 
+def is_combined(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether a state dict holds both stages, as the published HMAR models do."""
+    return "mask_blocks.0.attn.q_bias" in state
+
+
+def combined_from_state(state: Mapping[str, np.ndarray], scales=None, heads: int | None = None):
+    """Both stages from one state dict.
+
+    Returns:
+      Config and parameters of stage 1, and M and the parameters of stage 2.
+    """
+    r = _Reader(state)
+    base, tail = r.count(r"base_blocks\.(\d+)\."), r.count(r"mask_blocks\.(\d+)\.")
+    stage1 = {}
+    for name, value in state.items():
+        kind, _, rest = name.partition(".")
+        if kind == "base_blocks":
+            stage1[f"blocks.{rest}"] = value
+        elif kind == "ns_blocks":
+            number, _, rest = rest.partition(".")
+            stage1[f"blocks.{base + int(number)}.{rest}"] = value
+        elif not name.startswith("mask_"):
+            stage1[name.removeprefix("ns_")] = value
+    config, params = transformer_from_state(stage1, scales, heads)
+    masked = masked_from_state(state, config, [f"mask_blocks.{i}" for i in range(tail)], "mask_head")
+    return config, params, tail, masked
+
+
 def masked_from_state(state: Mapping[str, np.ndarray], config: TransformerConfig, blocks: list[str], head: str) -> dict:
     """Stage 2's own parameters: the named blocks, {head}_nm and {head}, and the mask embedding."""
     r = _Reader(state)

@@ -1,5 +1,7 @@
 """Published weights to pictures: tokens as the published sampler drew them."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -73,3 +75,39 @@ def test_wrong_files(torch, golden, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="no model of this family"):
         hmar_jax.from_torch(str(tmp_path / "other.pth"), tokenizer=vae, scales=SIDES)
+
+
+def test_convert_makes_a_model_directory(torch, golden, load_golden, tmp_path, capsys):
+    from hmar_jax.cli import main
+
+    out = tmp_path / "model"
+    command = ["convert", f"--torch={golden / 'next_scale_shared_aln.pth'}", f"--tokenizer={golden / 'vae.pth'}", f"--out={out}"]
+    assert main(command) == 2
+    assert "give scales" in capsys.readouterr().err and not out.exists()
+    assert main([*command, "--scales=1,2,3,4,6"]) == 0
+    assert "licence" in capsys.readouterr().out and "non-commercial" in (out / "README.md").read_text()
+    _, tokens = greedy(hmar_jax.load(str(out)), load_golden("next_scale_shared_aln"), "gen/")
+    assert np.array_equal(tokens, load_golden("next_scale_shared_aln")["gen/tokens_BL"])
+    assert main(["info", f"--model={out}"]) == 0
+    assert "depth 2, width 64, 2 heads, diagonal" in capsys.readouterr().out
+    assert main([*command, "--scales=1,2,3,4,6"]) == 2  # never overwritten
+    assert str(out) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+def test_combined_model(torch, golden, load_golden, case):
+    z = load_golden("hmar")
+    pipe = hmar_jax.from_torch(str(golden / "hmar.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES)
+    assert pipe.spec.masked_depth == 2 and pipe.spec.transformer.depth == 4
+    schedule = "none" if case == "a" else json.loads(str(z[f"schedule_{case}"]))
+    _, tokens = pipe.sample(
+        jax.random.key(0), z["labels"].tolist(), guidance=float(z["cfg"]), greedy=True, schedule=schedule, return_tokens=True)
+    assert np.array_equal(tokens, z[f"{case}/tokens_BL"])
+
+
+def test_masked_passes_need_stage_2(torch, golden):
+    pipe = hmar_jax.from_torch(str(golden / "next_scale.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES)
+    with pytest.raises(InputError, match="no stage 2"):
+        pipe.sample(jax.random.key(0), 1, schedule="default")
+    with pytest.raises(InputError, match=r"scale 1 \(2x2\) sums to 3"):
+        pipe.sample(jax.random.key(0), 1, schedule=[[1], [1, 2], [9], [16], [36]])

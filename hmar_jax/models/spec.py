@@ -13,10 +13,11 @@ FORMAT = "hmar_jax model 1"
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A tokenizer, and on top of it perhaps a transformer."""
+    """A tokenizer, and on top of it perhaps a transformer, and stage 2 of that perhaps."""
 
     tokenizer: TokenizerConfig
     transformer: TransformerConfig | None = None
+    masked_depth: int = 0  # M, blocks of stage 2; 0: there is no stage 2
     class_names: tuple[str, ...] = ()
     guidance: float = 0.0  # what this model is sampled with unless the caller says otherwise
     top_k: int = 0
@@ -39,6 +40,8 @@ class ModelSpec:
     def kind(self) -> str:
         if self.transformer is None:
             return "tokenizer"
+        if self.masked_depth:
+            return "HMAR, next-scale and masked prediction"
         return "VAR" if self.transformer.pattern == "causal" else "HMAR, next-scale prediction"
 
     def to_json(self) -> dict[str, Any]:

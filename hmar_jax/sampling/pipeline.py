@@ -13,10 +13,11 @@ from PIL import Image
 
 from hmar_jax import checkpoints, convert, files
 from hmar_jax.errors import InputError
+from hmar_jax.models.masked import MaskedTransformer
 from hmar_jax.models.spec import ModelSpec
 from hmar_jax.models.tokenizer import Tokenizer
 from hmar_jax.models.transformer import NextScaleTransformer
-from hmar_jax.sampling import sampler
+from hmar_jax.sampling import sampler, schedules
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "bundled"
 _MAX_BATCH = 64  # pictures in one call of the compiled sampler; more are drawn in turns
@@ -47,7 +48,9 @@ class Pipeline:
         self._tokenizer = Tokenizer(self.spec.tokenizer)
         # The model is bound by closure: a bound argument would be traced by jit.
         model = NextScaleTransformer(self.spec.transformer) if transformer else None
-        self._sample = jax.jit(functools.partial(sampler.sample, model, self._tokenizer), static_argnames="draw")
+        masked = MaskedTransformer(self.spec.transformer, spec.masked_depth) if spec.masked_depth else None
+        self._sample = jax.jit(
+            functools.partial(sampler.sample, model, self._tokenizer, masked=masked), static_argnames=("draw", "schedule"))
         self._encode = jax.jit(functools.partial(self._apply, method="encode"))
         self._decode = jax.jit(lambda p, tokens: (self._apply(p, tokens, method="decode") + 1) / 2)
 
@@ -55,17 +58,21 @@ class Pipeline:
         return self._tokenizer.apply({"params": params["tokenizer"]}, *args, method=method)
 
     def sample(
-        self, rng: jax.Array, class_id=None, *, guidance: float | None = None, top_k: int | None = None,
-        top_p: float | None = None, greedy: bool = False, return_tokens: bool = False):
+        self, rng: jax.Array, class_id=None, *, guidance: float | None = None, masked_guidance: float = 0.0,
+        top_k: int | None = None, top_p: float | None = None, greedy: bool = False, schedule=None,
+        return_tokens: bool = False):
         """Draws pictures of classes.
 
         Args:
           rng: a key, jax.random.key(seed). Picture i depends on rng, i and its class alone.
           class_id: an id or class name for one picture, a list for several; None draws one without a class.
           guidance: how strongly to prefer what is typical of the class; 0 is not at all. None: the model's own.
+          masked_guidance: the same for masked passes; at 0 they run without an unconditional half.
           top_k, top_p: draw from the k likeliest tokens, and from the likeliest that reach probability p; 0 is off.
             None: the model's own.
           greedy: take the likeliest token everywhere.
+          schedule: passes of each scale: "none" (one each), "default", "cosine:N", or a list of lists of token counts,
+            see sampling/schedules.py. None: "default" where the model has stage 2, otherwise "none".
           return_tokens: also return the tokens.
 
         Returns:
@@ -73,20 +80,22 @@ class Pipeline:
           tokens (L,) or (B, L), scales in order.
 
         Raises:
-          InputError: the model is a tokenizer alone, a class does not exist, or an option is out of its range.
+          InputError: the model is a tokenizer alone, a class does not exist, an option is out of its range, or the
+            schedule does not fit the scales or needs a stage 2 that the model has not.
         """
         if self.spec.transformer is None:
             raise InputError("this model is a tokenizer alone: it encodes and decodes, but cannot sample")
         own = lambda given, default: default if given is None else given
         draw, strength = sampler.options(
-            guidance=own(guidance, self.spec.guidance), top_k=own(top_k, self.spec.top_k),
+            guidance=own(guidance, self.spec.guidance), masked_guidance=masked_guidance, top_k=own(top_k, self.spec.top_k),
             top_p=own(top_p, self.spec.top_p), greedy=greedy, vocab_size=self.spec.transformer.vocab_size)
         single = class_id is None or isinstance(class_id, (int, str, np.integer)) or np.ndim(class_id) == 0
         wanted = [class_id] if single else list(class_id)
         ids = np.array([self._class(c) for c in wanted], np.int32)
         if not len(ids):
             raise InputError("class_id is empty: one class or more is wanted")
-        images, tokens = self._in_turns(sampler.picture_keys(rng, len(ids)), ids, draw, strength)
+        images, tokens = self._in_turns(
+            sampler.picture_keys(rng, len(ids)), ids, draw=draw, strength=strength, schedule=self._schedule(schedule))
         if single:
             images, tokens = images[0], tokens[0]
         return (images, tokens) if return_tokens else images
@@ -94,14 +103,22 @@ class Pipeline:
     def _class(self, given) -> int:
         return self.spec.transformer.null_class if given is None else self.spec.resolve_class(given)
 
-    def _in_turns(self, keys, ids, draw, strength):
+    def _schedule(self, wanted) -> schedules.Schedule:
+        if wanted is None:
+            wanted = "default" if self.spec.masked_depth else "none"
+        schedule = schedules.resolve(self.spec.tokenizer.scale_list, wanted)
+        if not self.spec.masked_depth and any(len(row) > 1 for row in schedule):
+            raise InputError(f"schedule {wanted!r} has masked passes, but this model has no stage 2: schedule='none' is wanted")
+        return schedule
+
+    def _in_turns(self, keys, ids, **options):
         """Samples at most _MAX_BATCH pictures at a time; the last turn is padded to a power of two, to compile rarely."""
         images, tokens = [], []
         for start in range(0, len(ids), _MAX_BATCH):
             part = slice(start, min(start + _MAX_BATCH, len(ids)))
             count = part.stop - part.start
             padded = np.minimum(np.arange(start, start + (1 << (count - 1).bit_length())), part.stop - 1)
-            drawn = self._sample(self.params, keys[padded], jnp.asarray(ids[padded]), draw=draw, strength=strength)
+            drawn = self._sample(self.params, keys[padded], jnp.asarray(ids[padded]), **options)
             images.append(drawn[0][:count])
             tokens.append(drawn[1][:count])
         return jnp.concatenate(images), jnp.concatenate(tokens)
@@ -206,7 +223,8 @@ def torch_parts(model: str | None = None, *, tokenizer: str, scales=None, heads:
     """Reads published weights.
 
     Args:
-      model: a .pth file with a stage-1 or VAR state dict, or a trainer's checkpoint that nests one; None: tokenizer alone.
+      model: a .pth file with a stage-1, VAR or combined HMAR state dict, or a trainer's checkpoint that nests one; None:
+        tokenizer alone.
       tokenizer: the .pth file of VAR's tokenizer.
       scales: the sides, where the weights' K and L are not those of a published list.
       heads: where the weights do not tell; None takes the published rule, as many as blocks.
@@ -221,15 +239,20 @@ def torch_parts(model: str | None = None, *, tokenizer: str, scales=None, heads:
     if "tokenizer" not in states:
         raise InputError(f"{tokenizer}: holds a transformer and no tokenizer; give the tokenizer's file, such as vae.pth")
     licence = "HMAR's published weights are for non-commercial use, VAR's are MIT: the converted weights keep their licence"
-    transformer, params = None, {}
+    transformer, depth, params = None, 0, {}
     if model is not None:
         found = convert.load_state_dicts(model)
         if "transformer" not in found:
             raise InputError(f"{model}: holds a tokenizer and no transformer")
-        transformer, params["transformer"] = convert.transformer_from_state(found["transformer"], scales, heads)
+        if convert.is_combined(found["transformer"]):
+            transformer, params["transformer"], depth, params["masked"] = convert.combined_from_state(
+                found["transformer"], scales, heads)
+        else:
+            transformer, params["transformer"] = convert.transformer_from_state(found["transformer"], scales, heads)
         scale_list = transformer.scale_list
     else:
         scale_list = convert.tokenizer_scales(states["tokenizer"], scales)
     config, params["tokenizer"] = convert.tokenizer_from_state(states["tokenizer"], scale_list)
     origin = f"converted from {pathlib.Path(tokenizer).name}" + (f" and {pathlib.Path(model).name}" if model else "")
-    return ModelSpec(tokenizer=config, transformer=transformer, origin=origin, licence=licence), params
+    spec = ModelSpec(tokenizer=config, transformer=transformer, masked_depth=depth, origin=origin, licence=licence)
+    return spec, params

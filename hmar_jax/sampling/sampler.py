@@ -43,25 +43,27 @@ class Strength:
 jax.tree_util.register_dataclass(Strength, ("guidance", "masked_guidance", "top_p"), ())
 
 
-def options(*, guidance=0.0, top_k=0, top_p=0.0, greedy=False, vocab_size: int) -> tuple[Draw, Strength]:
+def options(*, guidance=0.0, masked_guidance=0.0, top_k=0, top_p=0.0, greedy=False, vocab_size: int) -> tuple[Draw, Strength]:
     """Checks what a user asked for.
 
     Args:
-      guidance: 0 is none; any number above.
+      guidance, masked_guidance: 0 is none; any number above. Of next-scale and of masked passes.
       top_k: 0 is off, otherwise 1 to V.
       top_p: 0 is off, otherwise up to 1.
 
     Raises:
       InputError: a value is out of its range.
     """
-    if not _is_number(guidance) or not guidance >= 0:
-        raise InputError(f"guidance={guidance}: a number of 0 or more is wanted")
+    for name, value in (("guidance", guidance), ("masked_guidance", masked_guidance)):
+        if not _is_number(value) or not value >= 0:
+            raise InputError(f"{name}={value}: a number of 0 or more is wanted")
     if not _is_number(top_p) or not 0 <= top_p <= 1:
         raise InputError(f"top_p={top_p}: a number from 0 to 1 is wanted (0 is off)")
     if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= vocab_size:
         raise InputError(f"top_k={top_k}: a whole number from 0 to {vocab_size} is wanted (0 is off)")
-    draw = Draw(guided=guidance > 0, top_k=top_k, use_top_p=0 < top_p < 1, greedy=greedy)
-    return draw, Strength(guidance=float(guidance), top_p=float(top_p))
+    draw = Draw(
+        guided=guidance > 0, masked_guided=masked_guidance > 0, top_k=top_k, use_top_p=0 < top_p < 1, greedy=greedy)
+    return draw, Strength(float(guidance), float(masked_guidance), float(top_p))
 
 
 def _is_number(value) -> bool:
