@@ -27,7 +27,7 @@ demo: $(STAMP)-demo
 	$(BIN)/hmar evaluate --model=$(DEMO)/model --reference=digits --features=classifier --json=$(DEMO)/figures.json
 
 test: $(STAMP)-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -238,7 +238,10 @@ def load_params_of_run(workdir: os.PathLike | str, *more: str) -> tuple[int, dic
             for key in wanted:
                 if not isinstance(metadata, dict) or key not in metadata:
                     raise InputError(f"checkpoint of step {step} in {directory} has no {key!r}")
-            return step, _read_as_numpy(folder, {key: metadata[key] for key in wanted})
+            found = _read_as_numpy(folder, {key: metadata[key] for key in wanted})
+            if damaged:
+                _log.warning("using the last good checkpoint, of step %d", step)
+            return step, found
         except InputError:
             raise
         except Exception as error:

@@ -33,7 +33,8 @@ ENVIRONMENT = dict(
 _STEPS = dict(steps=80, batch_size=6, log_every=10, eval_every=40, sample_every=80, checkpoint_every=20)
 TOKENIZER = _STEPS | {
     "data.transform.kind": "random_crop", "model.scales": "1,2", "model.vocab_size": VOCAB, "model.z_channels": 4,
-    "model.channels": 8, "model.channel_multipliers": "1", "model.groups": 2, "recipe.unquantized_steps": 15,
+    "model.channels": 8, "model.channel_multipliers": "1", "model.groups": 2, "model.num_res_blocks": 0,
+    "recipe.unquantized_steps": 15,
     "recipe.warmup_steps": 5, "recipe.learning_rate": 5e-3, "recipe.revive_after": 60, "recipe.usage_window": 60}
 TRANSFORMER = _STEPS | {
     "data.transform.kind": "random_crop", "image_side": 0, "data.cached_copies": 0, "model.depth": 2, "model.width": 32,

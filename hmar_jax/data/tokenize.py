@@ -37,14 +37,16 @@ def tokenize(
       encode: uint8 pictures (B, side, side, 3) -> tokens (B, L).
       copies: how many random versions of each picture.
       seed: of the versions; the result depends on nothing else.
+      batch_size: pictures encoded at once, at most.
 
     Returns:
-      len(source) * copies rows of tokens, less what does not fill the last batch.
+      len(source) * copies rows of tokens, less at most a thousandth that does not fill the last batch.
     """
-    batch_size = min(batch_size, len(source))
+    rows = len(source) * copies
+    batch_size = next(b for b in range(min(batch_size, len(source)), 0, -1) if rows % b <= rows // 1000)
     loader = make_loader(
         source, transform, batch_size=batch_size, seed=derive_seed(seed, _ENCODE), train=True, num_epochs=copies)
-    total = len(source) * copies // batch_size
+    total = rows // batch_size
     tokens, labels = [], []
     for batch in tqdm(loader, total=total, desc="tokens", disable=None if progress else True, leave=False):
         tokens.append(np.asarray(encode(batch["image"])))

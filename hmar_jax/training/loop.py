@@ -118,6 +118,8 @@ def _prepare(directory: pathlib.Path, config: ConfigDict, experiment: Experiment
             raise InputError(f"{directory} holds a run with another config: {difference}; take another --workdir, or that config")
     elif directory.is_dir() and any(not p.name.endswith(".tmp") for p in directory.iterdir()):  # files of a kill midway
         raise InputError(f"{directory} is neither empty nor a run directory (no config.json): take another --workdir")
+    elif directory.is_file():
+        raise InputError(f"workdir {directory} is a file: name a directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_by_rename(saved, json.dumps(ours, indent=1, sort_keys=True))  # first: it makes this a run directory
