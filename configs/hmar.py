@@ -16,6 +16,7 @@ NAME,pattern=causal trains VAR instead: the same network with VAR's block-causal
 from ml_collections import ConfigDict
 
 from hmar_jax.configs import override, parse_spec
+from hmar_jax.errors import InputError
 
 # depth: (batch, epochs, base learning rate, init gamma, last learning rate, weight decay, last weight decay, guidance, top-k)
 _PUBLISHED = {
@@ -29,6 +30,7 @@ _SIZES = {  # name: depth, side of the pictures
     "d16_256": (16, 256), "d20_256": (20, 256), "d24_256": (24, 256), "d30_256": (30, 256),
     "d24_512": (24, 512), "d36_512": (36, 512), "d16_1024": (16, 1024)}
 NAMES = ("digits", "cifar10", *_SIZES)
+_IMAGES = 1_281_167  # of ImageNet's training set
 
 
 def base() -> ConfigDict:
@@ -91,17 +93,44 @@ def published(depth: int, side: int) -> ConfigDict:
     c.epochs, c.batch_size, c.image_side = epochs, batch, side
     c.model.update(
         depth=depth, width=64 * depth, heads=depth, drop_path=0.1 * depth / 24, init_adaln_gamma=gamma, dtype="bfloat16")
-    images = 1_281_167
     c.recipe.update(
-        learning_rate=base_lr * batch / 256, warmup_steps=round(epochs / 50 * images / batch), end_ratio=end,
+        learning_rate=base_lr * batch / 256, warmup_steps=round(epochs / 50 * _IMAGES / batch), end_ratio=end,
         weight_decay=decay, weight_decay_end=decay_end)
     c.sampling.update(guidance=guidance, top_k=top_k, top_p=0.99)
     return c
 
 
+def masked(name: str, stage1: ConfigDict) -> ConfigDict:
+    """Stage 2 of a stage 1: what it trains on stays, the architecture comes from `init_from`."""
+    c = ConfigDict(stage1.to_dict())
+    c.task, c.init_from = "masked", ""
+    del c.tokenizer, c.recipe.loss_weights
+    c.model = ConfigDict(dict(
+        masked_depth=max(1, stage1.model.depth // 2),  # M; published: 8, the last half of d16
+        dropout=stage1.model.dropout, drop_path=stage1.model.drop_path, dtype=stage1.model.dtype))
+    c.recipe.update(loss_weights="unweighted", mask_ratios="uniform", shared_mask=False)
+    c.sampling.update(masked_guidance=0.0, confidence_noise=0.0)
+    if name == "digits":
+        c.steps = 1000
+    elif name == "cifar10":
+        c.epochs = 50
+    else:
+        c.epochs, c.model.masked_depth = 100, 8
+        c.recipe.warmup_steps = round(100 / 50 * _IMAGES / c.batch_size)
+    return c
+
+
 def get_config(spec: str) -> ConfigDict:
     name, pairs = parse_spec(spec, NAMES)
-    config = (published(*_SIZES[name]) if name in _SIZES else {"digits": digits, "cifar10": cifar10}[name]()).lock()
+    stage = pairs.pop("stage", "next_scale")
+    if stage not in ("next_scale", "masked"):
+        raise InputError(f"stage={stage!r}: known are next_scale (stage 1), masked (stage 2)")
+    config = published(*_SIZES[name]) if name in _SIZES else {"digits": digits, "cifar10": cifar10}[name]()
+    if stage == "masked":
+        if "pattern" in pairs:
+            raise InputError("stage=masked and pattern do not go together: stage 2 takes the pattern of its stage 1, which must be diagonal")
+        config = masked(name, config)
+    config.lock()
     if "pattern" in pairs:
         override(config, "model.pattern", pairs.pop("pattern"))
     for key, text in pairs.items():

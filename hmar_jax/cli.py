@@ -193,7 +193,7 @@ def _train(args, overrides) -> None:
     for text in overrides:
         key, _, value = text.removeprefix("--config.").partition("=")
         configs.override(config, key, value)
-    commands = {"tokenizer": "train-tokenizer", "next_scale": "train"}
+    commands = {"tokenizer": "train-tokenizer", "next_scale": "train", "masked": "train"}
     task = config.get("task")
     if task not in commands:
         raise InputError(f"config.task={task!r}: known are {', '.join(commands)}")

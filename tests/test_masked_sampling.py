@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from hmar_jax import convert
-from hmar_jax.models.masked import MaskedTransformer
-from hmar_jax.models.tokenizer import Tokenizer
-from hmar_jax.models.transformer import NextScaleTransformer
+from hmar_jax.models.combined import CombinedModel
+from hmar_jax.models.spec import ModelSpec
 from hmar_jax.sampling import schedules
-from hmar_jax.sampling.sampler import Draw, Strength, least_confident, picture_keys, sample
+from hmar_jax.sampling.sampler import Draw, Strength, Trace, least_confident, picture_keys, sample
 from hmar_jax.scales import ScaleList
 from tests.conftest import relative
 
@@ -25,37 +24,44 @@ def parts(golden_state):
     config, transformer = convert.transformer_from_state(golden_state("next_scale", "transformer"), SCALES)
     masked = convert.masked_from_state(golden_state("masked", "transformer"), config, ["blocks.2", "blocks.3"], "head")
     params = {"tokenizer": tokenizer_params, "transformer": transformer, "masked": masked}
-    return NextScaleTransformer(config), Tokenizer(tokenizer), MaskedTransformer(config, 2), params
+    return CombinedModel(ModelSpec(tokenizer, config, masked_depth=2)), jax.tree.map(jnp.asarray, params)
 
 
 @pytest.mark.parametrize("case", "abcde")
 def test_every_pass_of(case, parts, load_golden):
-    model, tokenizer, masked, params = parts
+    model, params = parts
     z = load_golden("hmar")
     wanted = {"a": "none", "b": str(z["schedule_b"])}.get(case, str(z["schedule_c"]))
-    schedule = schedules.resolve(SCALES, wanted if wanted == "none" else json.loads(wanted))
+    plan = schedules.plan(schedules.resolve(SCALES, wanted if wanted == "none" else json.loads(wanted)))
     cfg = 0.0 if case == "d" else float(z["cfg"])
     draw = Draw(guided=cfg > 0, greedy=True, top_k=12 if case == "e" else 0, use_top_p=case == "e")
+    keys, ids, strength = picture_keys(jax.random.key(0), 2), jnp.asarray(z["labels"]), Strength(guidance=cfg, top_p=0.995)
 
     @jax.jit
-    def run(params, keys, ids, strength):
-        passes = []
-        images, tokens = sample(model, tokenizer, params, keys, ids, draw, strength, masked, schedule, passes)
-        return images, tokens, [p._replace(scale=jnp.array(p.scale)) for p in passes]
+    def run(params):
+        trace = Trace()
+        images, tokens = sample(model, params, keys, ids, draw, strength, plan, trace)
+        return images, tokens, [p._replace(scale=jnp.array(p.scale)) for p in trace.passes], trace.f_hats
 
-    images, tokens, passes = run(
-        params, picture_keys(jax.random.key(0), 2), jnp.asarray(z["labels"]), Strength(guidance=cfg, top_p=0.995))
+    images, tokens, passes, f_hats = run(params)
     assert [int(p.scale) for p in passes] == z[f"{case}/pass_scale"].tolist()
     for i, p in enumerate(passes):
         name = f"{case}/pass{i:02}"
         assert np.array_equal(p.masked, z[f"{name}_mask"]), name
+        assert np.array_equal(jnp.argmax(p.logits, -1), z[f"{name}_tokens"]), name
         assert np.array_equal(p.tokens, z[f"{name}_merged"]), name
         np.testing.assert_allclose(p.confidence, z[f"{name}_conf"], rtol=1e-4, atol=1e-7)
         if f"{name}_logits" in z:
             assert relative(p.logits, z[f"{name}_logits"]) < 1e-4
     assert np.array_equal(tokens, z[f"{case}/tokens_BL"])
+    for k, f_hat in enumerate(f_hats):
+        assert relative(f_hat, np.moveaxis(z[f"{case}/fhat_scale{k}"], 1, -1)) < 1e-4
     if f"{case}/image" in z:
         assert relative(images, np.moveaxis(z[f"{case}/image"], 1, -1)) < 1e-4
+
+    # As users run it: no record, the passes of a scale in one loop.
+    again = jax.jit(lambda plan: sample(model, params, keys, ids, draw, strength, plan))(plan)
+    assert np.array_equal(again[1], tokens) and relative(again[0], images) < 1e-5
 
 
 def test_least_confident():

@@ -33,7 +33,7 @@ def test_every_row_sums_to_its_scale(sides, wanted):
 @pytest.mark.parametrize("wanted,message", [
     ("fast", "known are none, default"), ("cosine:0", "cosine:N"), ("cosine:x", "cosine:N"), (3, "list of lists"),
     ([[1], [4]], "2 rows, the model 3 scales"), ([[1], [1, 2], [9]], r"scale 1 \(2x2\) sums to 3, but the scale has 4"),
-    ([[1], [0, 4], [9]], r"scale 1 \(2x2\) is \[0, 4\]"), ([[1], [4], []], "scale 2")])
+    ([[1], [4, 0], [9]], r"scale 1 \(2x2\) is \[4, 0\]"), ([[0], [4], [9]], r"scale 0 \(1x1\)"), ([[1], [4], []], "scale 2")])
 def test_bad_schedules(wanted, message):
     with pytest.raises(InputError, match=message):
         schedules.resolve(ScaleList((1, 2, 3)), wanted)

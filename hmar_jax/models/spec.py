@@ -18,17 +18,24 @@ class ModelSpec:
     tokenizer: TokenizerConfig
     transformer: TransformerConfig | None = None
     masked_depth: int = 0  # M, blocks of stage 2; 0: there is no stage 2
+    next_scale: bool = True  # False: stage 2 alone, whose tail is the transformer's too and predicts whole scales from masks
     class_names: tuple[str, ...] = ()
     guidance: float = 0.0  # what this model is sampled with unless the caller says otherwise
     top_k: int = 0
     top_p: float = 0.0
+    masked_guidance: float = 0.0
+    confidence_noise: float = 0.0
     origin: str = ""  # where the parameters come from
     licence: str = ""
 
     def __post_init__(self):
         t = self.transformer
         if t is None:
+            if self.masked_depth:
+                raise InputError(f"masked_depth={self.masked_depth}, but there is no transformer")
             return
+        if not 0 <= self.masked_depth <= t.depth:
+            raise InputError(f"masked_depth={self.masked_depth}: the transformer has {t.depth} blocks")
         shared = ("scales", "vocab_size", "z_channels")
         for name in shared:
             if getattr(t, name) != getattr(self.tokenizer, name):
@@ -41,7 +48,7 @@ class ModelSpec:
         if self.transformer is None:
             return "tokenizer"
         if self.masked_depth:
-            return "HMAR, next-scale and masked prediction"
+            return "HMAR, next-scale and masked prediction" if self.next_scale else "HMAR, masked prediction alone"
         return "VAR" if self.transformer.pattern == "causal" else "HMAR, next-scale prediction"
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What may be drawn: guidance, top-k, top-p.
+"""What may be drawn: guidance, top-k, top-p, and mixtures instead of draws.
 
 Letters: B pictures, l tokens, V codebook entries.
 """
@@ -32,3 +32,21 @@ def top_p(logits, p):
     gone = gone.at[..., -1].set(False)
     kept = jnp.where(gone, -jnp.inf, ascending)
     return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), -1)
+
+
+def smooth_weights(logits, noise, ratio: float):
+    """How much of each entry a smooth code has: nearly all of one at the last scale, a mixture at the first.
+
+    softmax(((1 + r) logits + noise) / tau), tau = max(0.27 (1 - 0.95 r), 0.005). VAR's "more_smooth" (its published code;
+    arXiv 2404.02905 does not name it), for pictures that are looked at, not measured.
+
+    Args:
+      logits: (..., V); entries of -inf get nothing.
+      noise: (..., V) standard Gumbel.
+      ratio: r = k / (K - 1).
+
+    Returns:
+      (..., V), sums to 1.
+    """
+    tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    return jax.nn.softmax(((1 + ratio) * logits + noise) / tau)

@@ -4,13 +4,17 @@ HMAR (arXiv 2506.04421, section 3.3): the first entry of a scale is what the nex
 passes. A schedule is changed at sampling time; nothing is trained for one. Letters: K scales with l_k tokens.
 """
 
+import dataclasses
 import math
 from typing import Sequence
+
+import jax
+import numpy as np
 
 from hmar_jax.errors import InputError
 from hmar_jax.scales import PUBLISHED_SIDES, ScaleList
 
-Schedule = tuple[tuple[int, ...], ...]  # K rows; row k sums to l_k
+Schedule = tuple[tuple[int, ...], ...]  # K rows; row k sums to l_k, and only its first count may be 0
 
 # The published defaults; what they leave out is one pass.
 _PUBLISHED_STARTS = {
@@ -26,7 +30,8 @@ def resolve(scales: ScaleList, wanted) -> Schedule:
 
     Args:
       wanted: "none" (one pass a scale), "default", "cosine:N" (N passes a scale, or as many as it has tokens, few tokens
-        first), or a list of K lists of counts.
+        first), or a list of K lists of counts. A scale's first count may be 0: then all that its next-scale pass drew
+        is predicted again.
 
     Raises:
       InputError: an unknown name, another number of scales, a count below 1, or a row that does not sum to its scale's tokens.
@@ -41,6 +46,41 @@ def resolve(scales: ScaleList, wanted) -> Schedule:
             raise InputError(f"schedule {wanted!r}: known are none, default, cosine:N with N passes a scale, or a list of lists")
         return tuple(cosine(length, int(number)) for length in scales.lengths)
     return _checked(scales, wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A schedule as the compiled sampler takes it: numbers, so that another schedule compiles nothing.
+
+    Only which scales have masked passes at all is part of the program.
+    """
+
+    refined: tuple[bool, ...]  # (K,) static
+    passes: tuple[np.ndarray, ...]  # K scalars: passes of the scale, the next-scale pass included
+    left: tuple[np.ndarray, ...]  # K times (l_k + 1,): tokens still to be predicted in pass j; 0 beyond the last pass
+
+
+jax.tree_util.register_dataclass(Plan, ("passes", "left"), ("refined",))
+
+
+def plan(schedule: Schedule) -> Plan:
+    """From counts that `resolve` has checked."""
+    left = []
+    for row in schedule:
+        after = np.zeros(sum(row) + 1, np.int32)
+        after[:len(row)] = np.cumsum(row[::-1])[::-1]
+        left.append(after)
+    return Plan(
+        tuple(len(row) > 1 for row in schedule), tuple(np.int32(len(row)) for row in schedule), tuple(left))
+
+
+def see_known_tokens(schedule: Schedule) -> Schedule:
+    """For editing: the same passes, but what the next-scale pass drew is predicted once more in a masked pass.
+
+    The next-scale pass sees nothing of its own scale; a masked pass sees the tokens that are kept, and draws what fits
+    them. So a first count n_0 of a scale with several tokens becomes 0, n_0.
+    """
+    return tuple(row if sum(row) == 1 or row[0] == 0 else (0, *row) for row in schedule)
 
 
 def cosine(length: int, passes: int) -> tuple[int, ...]:
@@ -71,8 +111,10 @@ def _checked(scales: ScaleList, rows: Sequence[Sequence[int]]) -> Schedule:
     if len(rows) != scales.num_scales:
         raise InputError(f"schedule has {len(rows)} rows, the model {scales.num_scales} scales")
     for k, (row, length, side) in enumerate(zip(rows, scales.lengths, scales.sides)):
-        if not row or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in row):
-            raise InputError(f"schedule of scale {k} ({side}x{side}) is {list(row)}: whole numbers of 1 or more are wanted")
+        whole = row and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in row)
+        if not whole or min(row[1:], default=1) < 1 or row == (0,):
+            raise InputError(
+                f"schedule of scale {k} ({side}x{side}) is {list(row)}: whole numbers of 1 or more are wanted (the first may be 0)")
         if sum(row) != length:
             raise InputError(f"schedule of scale {k} ({side}x{side}) sums to {sum(row)}, but the scale has {length} tokens")
     return rows

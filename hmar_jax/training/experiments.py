@@ -1,4 +1,4 @@
-"""From a config to what the loop runs: data, task and what is shown. The only place that knows both families of task."""
+"""From a config to what the loop runs: data, task and what is shown. The only place that knows all kinds of task."""
 
 import dataclasses
 import functools
@@ -15,16 +15,19 @@ from ml_collections import ConfigDict
 
 from hmar_jax import configs
 from hmar_jax.data.pipeline import BrokenLog, Transform, make_loader
-from hmar_jax.data.sources import open_source
+from hmar_jax.data.sources import Source, open_source
 from hmar_jax.data.tokenize import make_token_loader, tokenize
 from hmar_jax.errors import InputError
+from hmar_jax.models.combined import CombinedModel
 from hmar_jax.models.perceptual import load_perceptual, perceptual_distance
 from hmar_jax.models.spec import ModelSpec
 from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, to_float
 from hmar_jax.models.transformer import TransformerConfig
-from hmar_jax.sampling import grid, sampler
-from hmar_jax.sampling.pipeline import load_parts
-from hmar_jax.training.losses import position_weights
+from hmar_jax.sampling import grid, sampler, schedules
+from hmar_jax.sampling.pipeline import STAGE1_FOLDER, TOKENIZER_FOLDER, load_parts
+from hmar_jax.training.losses import masked_weights, position_weights
+from hmar_jax.training.masked_steps import MaskedTask
+from hmar_jax.training.masking import draw_ratios
 from hmar_jax.training.metrics import LOGGER
 from hmar_jax.training.next_scale_steps import NextScaleTask
 from hmar_jax.training.tokenizer_steps import TokenizerTask
@@ -48,21 +51,30 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A model that is trained on top of; the run keeps it in a folder of its own."""
+
+    folder: str
+    spec: ModelSpec
+    params: dict
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """What the loop needs to know of a model: how to begin, to step, to judge and to show."""
 
-    task: Any  # init(rng), train_step(state, batch, rng, *extra), eval_step(state, batch, *extra)
+    task: Any  # init(rng, *extra), train_step(state, batch, rng, *extra), eval_step(state, batch, *extra)
     spec: ModelSpec  # of the model that comes out
     extra: tuple  # further arguments of the steps: pytrees of arrays
     loader: Callable[[], grain.IterDataset]  # batches for training; reading tokens can take a while
     validation: grain.IterDataset | None
     picture: Callable[[Any, jax.Array], Any]  # (state, rng) -> PIL picture of samples
     broken: BrokenLog
-    frozen: dict | None = None  # parameters of the tokenizer that the run must keep beside its own
+    frozen: Frozen | None = None  # what the run must keep beside its own parameters
 
 
 def build(config: ConfigDict, workdir: str | None = None) -> Experiment:
-    """From a config; a run in `workdir` that goes on keeps the tokenizer that it was begun with.
+    """From a config; a run in `workdir` that goes on keeps the frozen model that it was begun with.
 
     Raises:
       InputError: something in the config does not fit together. Nothing has been written then.
@@ -70,8 +82,9 @@ def build(config: ConfigDict, workdir: str | None = None) -> Experiment:
     _check_ranges(config)
     if not config.data.source:
         raise InputError("config.data.source is empty: give --config.data.source=folder:DIR, tfds:NAME or digits")
-    experiment = _tokenizer(config) if config.task == "tokenizer" else _next_scale(config, workdir)
-    jax.eval_shape(experiment.task.init, jax.random.key(0))  # whatever only the networks and the optimizer find out
+    builders = {"tokenizer": _tokenizer, "next_scale": _next_scale, "masked": _masked}
+    experiment = builders[config.task](config, workdir)
+    jax.eval_shape(experiment.task.init, jax.random.key(0), *experiment.extra)  # whatever only the networks and the optimizer find out
     return experiment
 
 
@@ -103,7 +116,8 @@ def _open(config: ConfigDict, side: int, broken: BrokenLog):
     return source, transform, validation
 
 
-def _tokenizer(config: ConfigDict) -> Experiment:
+def _tokenizer(config: ConfigDict, workdir: str | None) -> Experiment:
+    del workdir  # nothing is frozen
     model = configs.build(TokenizerConfig, config.model)
     if config.steps < 1:
         raise InputError(f"steps={config.steps}: 1 or more is wanted")
@@ -137,16 +151,22 @@ def _tokenizer(config: ConfigDict) -> Experiment:
     return Experiment(task, spec, extra, loader, validation, picture, broken)
 
 
-def _next_scale(config: ConfigDict, workdir: str | None) -> Experiment:
-    if not config.tokenizer:
-        raise InputError("config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model")
-    kept = pathlib.Path(workdir or "", "tokenizer")
-    begun = bool(workdir) and os.path.isfile(kept / "config.json")
-    tokenizer_spec, params = load_parts(str(kept) if begun else config.tokenizer)
-    tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(jnp.asarray, params["tokenizer"])
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """What both stages of a transformer train on."""
+
+    source: Source
+    steps: int
+    loader: Callable[[], grain.IterDataset]
+    validation: grain.IterDataset
+    broken: BrokenLog
+
+
+def _data(config: ConfigDict, tokenizer: TokenizerConfig, tokenizer_params, name: str) -> _Data:
+    """Pictures for a frozen tokenizer, or tokens made of them beforehand; `name` is the tokenizer's in errors."""
     if config.image_side and config.image_side != tokenizer.image_side:
         raise InputError(
-            f"image_side={config.image_side} does not fit the tokenizer {config.tokenizer!r}: its scales "
+            f"image_side={config.image_side} does not fit the tokenizer {name!r}: its scales "
             f"{','.join(map(str, tokenizer.scales))} at {tokenizer.pixels_per_token} pixels a token make "
             f"{tokenizer.image_side} pixels")
     broken = BrokenLog()
@@ -154,35 +174,96 @@ def _next_scale(config: ConfigDict, workdir: str | None) -> Experiment:
     steps = config.steps or config.epochs * len(source) // config.batch_size
     if steps < 1:
         raise InputError(f"steps={config.steps} and epochs={config.epochs}: one of them must be 1 or more")
-    model = configs.build(
-        TransformerConfig, config.model, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
-        z_channels=tokenizer.z_channels, num_classes=source.num_classes)
-    position_weights(model.scale_list, config.recipe.loss_weights)  # is there such a weighting?
-    task = configs.build(
-        NextScaleTask, config.recipe, transformer=model, tokenizer=tokenizer, steps=steps, batch_size=config.batch_size)
-    draw, strength = sampler.options(vocab_size=tokenizer.vocab_size, **config.sampling)
-    spec = ModelSpec(
-        tokenizer=tokenizer, transformer=model, class_names=source.class_names, origin=f"trained on {config.data.source}",
-        licence=tokenizer_spec.licence, **config.sampling)
 
     def loader():
         if not config.data.cached_copies:
             return make_loader(
                 source, transform, batch_size=config.batch_size, seed=config.seed, train=True,
                 threads=config.data.threads, broken=broken)
-        encode = jax.jit(lambda x: Tokenizer(tokenizer).apply({"params": params}, to_float(x), method="encode"))
+        encode = jax.jit(lambda x: Tokenizer(tokenizer).apply({"params": tokenizer_params}, to_float(x), method="encode"))
         tokens = tokenize(
             encode, source, transform, copies=config.data.cached_copies, seed=config.seed, progress=True)
         return make_token_loader(tokens, batch_size=config.batch_size, seed=config.seed)
 
-    shown = np.repeat(np.arange(min(_SHOWN_CLASSES, model.num_classes)), _SHOWN_OF_EACH)
-    sample = jax.jit(
-        lambda p, keys, ids: sampler.sample(task.model, Tokenizer(tokenizer), p, keys, ids, draw, strength)[0])
+    return _Data(source, steps, loader, validation, broken)
+
+
+def _samples(config: ConfigDict, spec: ModelSpec, params_of: Callable) -> Callable:
+    """A grid of samples as a function of (state, rng); `params_of(state)` gives all of the model's parameters."""
+    draw, strength = sampler.options(vocab_size=spec.tokenizer.vocab_size, **config.sampling)
+    schedule = schedules.resolve(spec.tokenizer.scale_list, "default" if spec.masked_depth else "none")
+    shown = np.repeat(np.arange(min(_SHOWN_CLASSES, spec.transformer.num_classes)), _SHOWN_OF_EACH)
+    sample = jax.jit(functools.partial(
+        sampler.sample, CombinedModel(spec), draw=draw, strength=strength, plan=schedules.plan(schedule)))
 
     def picture(state, rng):
-        images = sample({"tokenizer": params, "transformer": state.params}, sampler.picture_keys(rng, len(shown)), jnp.array(shown))
+        images, _ = sample(params_of(state), sampler.picture_keys(rng, len(shown)), jnp.array(shown))
         names = [spec.class_names[i] for i in shown[::_SHOWN_OF_EACH]]
         return grid.draw(np.asarray(images), columns=_SHOWN_OF_EACH, labels=names)
 
+    return picture
+
+
+def _begun(workdir: str | None, name: str) -> str | None:
+    """Where a run that goes on keeps its frozen parameters."""
+    kept = pathlib.Path(workdir or "", name)
+    return str(kept) if workdir and os.path.isfile(kept / "config.json") else None
+
+
+def _next_scale(config: ConfigDict, workdir: str | None) -> Experiment:
+    if not config.tokenizer:
+        raise InputError("config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model")
+    tokenizer_spec, params = load_parts(_begun(workdir, TOKENIZER_FOLDER) or config.tokenizer)
+    tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(jnp.asarray, params["tokenizer"])
+    data = _data(config, tokenizer, params, config.tokenizer)
+    model = configs.build(
+        TransformerConfig, config.model, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
+        z_channels=tokenizer.z_channels, num_classes=data.source.num_classes)
+    position_weights(model.scale_list, config.recipe.loss_weights)  # is there such a weighting?
+    task = configs.build(
+        NextScaleTask, config.recipe, transformer=model, tokenizer=tokenizer, steps=data.steps, batch_size=config.batch_size)
+    spec = ModelSpec(
+        tokenizer=tokenizer, transformer=model, class_names=data.source.class_names, origin=f"trained on {config.data.source}",
+        licence=tokenizer_spec.licence, **config.sampling)
+    picture = _samples(config, spec, lambda state: {"tokenizer": params, "transformer": state.params})
+    frozen = Frozen(TOKENIZER_FOLDER, dataclasses.replace(spec, transformer=None), {"tokenizer": params})
+    return Experiment(task, spec, (params,), data.loader, data.validation, picture, data.broken, frozen)
+
+
+def _masked(config: ConfigDict, workdir: str | None) -> Experiment:
+    if not config.init_from:
+        raise InputError("config.init_from is empty: give --config.init_from=RUN, a run of hmar train or another model of stage 1")
+    stage1, params = load_parts(_begun(workdir, STAGE1_FOLDER) or config.init_from)
+    if stage1.transformer is None:
+        raise InputError(f"init_from {config.init_from!r} is a tokenizer alone: stage 2 starts from a transformer")
+    if stage1.transformer.pattern != "diagonal":
+        raise InputError(
+            f"init_from {config.init_from!r} attends to earlier scales (pattern=causal, VAR): stage 2 needs a stage 1 of pattern=diagonal")
+    if not stage1.next_scale:
+        raise InputError(f"init_from {config.init_from!r} is a stage 2 alone: stage 2 starts from a stage 1")
+    if stage1.transformer.scale_list.num_scales == 1:
+        raise InputError(f"init_from {config.init_from!r} has one scale only: its tokens are never masked")
+    depth = config.model.masked_depth
+    if not 1 <= depth <= stage1.transformer.depth:
+        raise InputError(
+            f"model.masked_depth={depth}: {config.init_from!r} has {stage1.transformer.depth} blocks, 1 to "
+            f"{stage1.transformer.depth} is wanted")
+    params = jax.tree.map(jnp.asarray, {part: params[part] for part in ("tokenizer", "transformer")})
+    data = _data(config, stage1.tokenizer, params["tokenizer"], config.init_from)
+    if data.source.num_classes != stage1.transformer.num_classes:
+        raise InputError(
+            f"{config.data.source} has {data.source.num_classes} classes, init_from {config.init_from!r} has "
+            f"{stage1.transformer.num_classes}")
+    changes = {key: value for key, value in config.model.items() if key != "masked_depth"}
+    model = dataclasses.replace(stage1.transformer, **changes)
+    masked_weights(model.scale_list, config.recipe.loss_weights, jnp.ones((1, model.scale_list.length - model.scale_list.lengths[0]), bool))
+    draw_ratios(jax.random.key(0), 1, config.recipe.mask_ratios)  # are there such weights and ratios?
+    task = configs.build(
+        MaskedTask, config.recipe, transformer=model, tokenizer=stage1.tokenizer, masked_depth=depth, steps=data.steps,
+        batch_size=config.batch_size)
+    alone = dataclasses.replace(stage1, masked_depth=0)
+    spec = dataclasses.replace(
+        stage1, transformer=model, masked_depth=depth, origin=f"trained on {config.data.source}", **config.sampling)
+    picture = _samples(config, spec, lambda state: {**params, "masked": state.params})
     return Experiment(
-        task, spec, (params,), loader, validation, picture, broken, frozen=params)
+        task, spec, (params,), data.loader, data.validation, picture, data.broken, Frozen(STAGE1_FOLDER, alone, params))

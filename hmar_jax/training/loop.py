@@ -4,7 +4,6 @@ How a run chooses its starting point: the latest good checkpoint of its director
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import pathlib
@@ -25,7 +24,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.files import read_json, write_by_rename
 from hmar_jax.sampling.pipeline import run_config
 from hmar_jax.training.experiments import Experiment
-from hmar_jax.training.metrics import LOGGER, MetricsWriter, log_to_file
+from hmar_jax.training.metrics import LOGGER, MetricsWriter, average, log_to_file
 
 
 def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
@@ -56,9 +55,9 @@ def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
 def _run(config: ConfigDict, experiment: Experiment, directory: pathlib.Path, checkpoints: RunCheckpoints) -> Any:
     task = experiment.task
     init_key, run_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
-    restored = checkpoints.restore_latest(jax.eval_shape(task.init, init_key))
+    restored = checkpoints.restore_latest(jax.eval_shape(task.init, init_key, *experiment.extra))
     if restored is None:
-        state, start = jax.jit(task.init)(init_key), 0
+        state, start = jax.jit(task.init)(init_key, *experiment.extra), 0
     else:
         state, start = restored.state, restored.step
         LOGGER.info("resuming from step %d", start)
@@ -124,11 +123,11 @@ def _prepare(directory: pathlib.Path, config: ConfigDict, experiment: Experiment
         directory.mkdir(parents=True, exist_ok=True)
         write_by_rename(saved, json.dumps(ours, indent=1, sort_keys=True))  # first: it makes this a run directory
         (directory / "samples").mkdir(exist_ok=True)
-        if experiment.frozen is not None and not (directory / "tokenizer").exists():
-            alone = dataclasses.replace(experiment.spec, transformer=None)
+        frozen = experiment.frozen
+        if frozen is not None and not (directory / frozen.folder).exists():
             save_model(
-                directory / "tokenizer", alone.to_json(), {"tokenizer": experiment.frozen},
-                "The frozen tokenizer that this run was trained with.\n")
+                directory / frozen.folder, frozen.spec.to_json(), frozen.params,
+                "The frozen model that this run was trained on top of.\n")
     except OSError as e:
         raise InputError(f"workdir {directory} cannot be written: {e.strerror or e}") from None
     return directory
@@ -164,12 +163,8 @@ def evaluate(eval_step, state, experiment: Experiment) -> dict[str, float]:
     """Means over the validation pictures, names prefixed with "validation/"."""
     if experiment.validation is None:
         return {}
-    sums: dict[str, float] = {}
-    for batch in experiment.validation:
-        for name, value in jax.device_get(eval_step(state, batch, *experiment.extra)).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    count = max(sums.pop("count"), 1.0)
-    return {f"validation/{name}": value / count for name, value in sums.items()}
+    figures = average(jax.device_get(eval_step(state, batch, *experiment.extra)) for batch in experiment.validation)
+    return {f"validation/{name}": value for name, value in figures.items()}
 
 
 class _Meter:
@@ -206,7 +201,7 @@ class _Meter:
         """The means and the times, and begins anew."""
         self.check_finite()
         seconds = time.perf_counter() - self._started - self._seconds["aside"]
-        figures = {name: float(np.mean([m[name] for m in self._metrics])) for name in self._metrics[0]}
+        figures = average(self._metrics)
         figures |= {
             "time": time.time(), "images_per_second": len(self._metrics) * self._batch_size / seconds,
             "device_seconds": seconds - self._seconds["waited"], "host_wait_seconds": self._seconds["waited"]}

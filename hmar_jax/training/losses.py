@@ -12,6 +12,8 @@ from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleList
 
 WEIGHTINGS = ("lognorm", "equal", "plain")
+_SHIFTED = "_published"
+MASKED_WEIGHTINGS = ("unweighted", "lognorm", "equal", "lognorm" + _SHIFTED, "equal" + _SHIFTED)
 
 
 def position_weights(scales: ScaleList, kind: str) -> np.ndarray:
@@ -38,6 +40,33 @@ def position_weights(scales: ScaleList, kind: str) -> np.ndarray:
     else:
         raise InputError(f"loss_weights={kind!r}: known are {', '.join(WEIGHTINGS)}")
     return np.repeat(per_position, scales.lengths)
+
+
+def masked_weights(scales: ScaleList, kind: str, masked) -> jax.Array:
+    """The weight of each position in the loss of masked prediction: 0 where nothing is masked.
+
+    Args:
+      kind: "unweighted": the mean over a picture's masked positions, the published default. "lognorm", "equal": as
+        position_weights, of the masked positions, normalised to sum to 1 for each picture. "lognorm_published",
+        "equal_published": as the published code has them, each position with the weight of the one l_0 places before it,
+        and not normalised.
+      masked: (B, L - l_0) bool, the positions after the first scale, which is never masked.
+
+    Returns:
+      (B, L - l_0) float32.
+
+    Raises:
+      InputError: unknown kind.
+    """
+    if kind not in MASKED_WEIGHTINGS:
+        raise InputError(f"loss_weights={kind!r}: known for masked prediction are {', '.join(MASKED_WEIGHTINGS)}")
+    first = scales.lengths[0]
+    weights = masked.astype(jnp.float32)
+    if kind.endswith(_SHIFTED):
+        return weights * position_weights(scales, kind.removesuffix(_SHIFTED))[:scales.length - first].astype(np.float32)
+    if kind != "unweighted":
+        weights = weights * position_weights(scales, kind)[first:].astype(np.float32)
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def cross_entropy(logits, targets, label_smoothing: float = 0.0):

@@ -3,13 +3,39 @@
 import json
 import logging
 import pathlib
-from typing import Mapping
+from typing import Any, Iterable, Mapping, NamedTuple
 
+import jax.numpy as jnp
 import tensorboardX
 
 from hmar_jax.files import write_by_rename
 
 LOGGER = logging.getLogger("hmar_jax")
+
+
+class Mean(NamedTuple):
+    """A mean that goes on over steps or batches: figures that not every step has, such as the loss at some mask ratio."""
+
+    total: Any
+    count: Any  # or the sum of the weights
+
+    @classmethod
+    def of(cls, values, weights) -> "Mean":
+        """Of arrays of one shape; where the weight is 0 the value does not count."""
+        weights = weights.astype(jnp.float32)
+        return cls((values * weights).sum(), weights.sum())
+
+
+def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Means by name over rows of numbers and of Means; a Mean that never had a value is left out."""
+    sums: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            total, count = value if isinstance(value, Mean) else (value, 1.0)
+            sum_so_far = sums.setdefault(name, [0.0, 0.0])
+            sum_so_far[0] += float(total)
+            sum_so_far[1] += float(count)
+    return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 class MetricsWriter:

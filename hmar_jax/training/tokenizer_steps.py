@@ -20,6 +20,7 @@ from hmar_jax.models.discriminator import PatchDiscriminator
 from hmar_jax.models.perceptual import PerceptualNetwork, perceptual_distance
 from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, to_float
 from hmar_jax.training import adversarial
+from hmar_jax.training.metrics import Mean
 from hmar_jax.training.optimizer import adamw, lr_schedule
 from hmar_jax.training.tokenizer_loss import quantizer_loss, straight_through
 
@@ -88,7 +89,8 @@ class TokenizerTask:
     def discriminator_optimizer(self) -> optax.GradientTransformation:
         return optax.adam(self.discriminator_learning_rate, b1=0.5, b2=0.9)
 
-    def init(self, rng: jax.Array) -> TokenizerState:
+    def init(self, rng: jax.Array, perceptual: PerceptualNetwork | None = None) -> TokenizerState:
+        del perceptual  # frozen: not part of the state
         side = self.tokenizer.image_side
         images = jnp.zeros((1, side, side, 3))
         rng, key = jax.random.split(rng)
@@ -240,14 +242,17 @@ class TokenizerTask:
 
         return state.replace(params=params, opt_state=jax.tree_util.tree_map_with_path(forget, state.opt_state))
 
-    def eval_step(self, state: TokenizerState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Per-picture figures, means over the pictures marked valid: {"l1", "l2", "psnr"}, and their number."""
-        images, valid = to_float(batch["image"]), batch["valid"].astype(jnp.float32)
+    def eval_step(
+        self, state: TokenizerState, batch: dict[str, jax.Array], perceptual: PerceptualNetwork | None = None
+    ) -> dict[str, Mean]:
+        """Per-picture figures, means over the pictures marked valid: {"l1", "l2", "psnr"}."""
+        del perceptual
+        images = to_float(batch["image"])
         painted = self.reconstruct(state, batch["image"])
         figures = {
             "l1": jnp.abs(painted - images).mean((1, 2, 3)), "l2": ((painted - images) ** 2).mean((1, 2, 3)),
             "psnr": jax.vmap(psnr)(painted, images)}
-        return {name: (value * valid).sum() for name, value in figures.items()} | {"count": valid.sum()}
+        return {name: Mean.of(value, batch["valid"]) for name, value in figures.items()}
 
     def reconstruct(self, state: TokenizerState, images) -> jax.Array:
         """(B, h, w, 3) uint8 -> (B, h, w, 3) in [-1, 1], through the tokens (without, while the codebook is not drawn)."""

@@ -1,0 +1,91 @@
+"""What masked passes change: figures of samples by schedule, each at its own best guidance, and what stage 2 has learned.
+
+    python benchmarks/refinement.py --model=digits [--variants none default default,confidence_noise=4] [--seeds=5]
+
+A variant is a schedule with sampling options after it. For each, every guidance is tried with one set of random numbers; the best
+is the one of lowest Fréchet distance among those whose samples are read as asked at least as often as held-out real digits
+are read correctly (if none is, the one read best). With other random numbers the best one is then drawn `seeds` times.
+Fréchet distances are over the features of the independent classifier, against held-out digits (evaluation/report.py).
+
+--losses prints stage 2's validation loss by tenth of the mask ratio: does it fall as more of a scale is revealed?
+"""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hmar_jax
+from hmar_jax.data.sources import open_source
+from hmar_jax.evaluation.classifier import read_all
+from hmar_jax.evaluation.report import digit_report
+from hmar_jax.training.masked_steps import MaskedTask, tenth_name
+from hmar_jax.training.metrics import average
+from hmar_jax.training.recipe import TrainState
+
+_FIGURES = ("read_as_asked", "diversity", "near", "frechet")
+_SEARCH_SEED, _FIRST_SEED = 1000, 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="digits")
+    parser.add_argument("--reference", default="digits")
+    parser.add_argument("--variants", nargs="+", default=["none", "default"])
+    parser.add_argument("--guidances", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0, 1.5])
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--losses", action="store_true")
+    parser.add_argument("--json", default=None)
+    args = parser.parse_args()
+
+    pipe = hmar_jax.load(args.model)
+    real = [read_all(open_source(args.reference, split)) for split in ("train", "validate")]
+    results = {"losses": losses(pipe, *real[1])} if args.losses else {}
+    if args.losses:
+        print("validation loss of masked tokens by mask ratio: " + "  ".join(
+            f"{name.removeprefix('loss/ratio_')} {value:.3f}" for name, value in results["losses"].items()))
+    for variant in args.variants:
+        search = [figures(pipe, real, variant, g, _SEARCH_SEED, args.samples) for g in args.guidances]
+        readable = [i for i, f in enumerate(search) if f["read_as_asked"] >= f["held_out_accuracy"]]
+        best = min(readable, key=lambda i: search[i]["frechet"]) if readable else max(
+            range(len(search)), key=lambda i: search[i]["read_as_asked"])
+        runs = [
+            figures(pipe, real, variant, args.guidances[best], _FIRST_SEED + i, args.samples) for i in range(args.seeds)]
+        results[variant] = {"search": dict(zip(map(str, args.guidances), search)), "best": args.guidances[best], "runs": runs}
+        print(f"\n{variant}")
+        for g, f in zip(args.guidances, search):
+            print(f"  guidance {g:<5g}" + "  ".join(f"{name} {f[name]:.4f}" for name in _FIGURES))
+        print(f"  best {args.guidances[best]:g}, {args.seeds} seeds: " + "  ".join(
+            f"{name} {np.mean([r[name] for r in runs]):.4f} ± {np.std([r[name] for r in runs], ddof=1):.4f}" for name in _FIGURES
+        ) + f"  (Fréchet of real training digits: {runs[0]['frechet_floor']:.3f})", flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
+def figures(pipe, real, variant: str, guidance: float, seed: int, samples: int) -> dict[str, float]:
+    """digit_report of `samples` pictures, the classes in turn."""
+    schedule, *options = variant.split(",")
+    options = {key: float(value) for key, value in (o.split("=") for o in options)}
+    ids = np.arange(samples) % pipe.spec.transformer.num_classes
+    images = pipe.sample(jax.random.key(seed), ids, guidance=guidance, schedule=schedule, **options)
+    return digit_report(np.asarray(images), ids, *real)
+
+
+def losses(pipe, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Mean cross-entropy of masked tokens of real pictures, by tenth of the mask ratio."""
+    spec = pipe.spec
+    task = MaskedTask(
+        transformer=spec.transformer, tokenizer=spec.tokenizer, masked_depth=spec.masked_depth, steps=1, batch_size=1,
+        learning_rate=0.0)
+    state = TrainState(step=jnp.int32(0), params=pipe.params["masked"], opt_state=())
+    batch = {"tokens": pipe.encode(images), "label": jnp.asarray(labels), "valid": jnp.ones(len(labels), bool)}
+    found = average([jax.device_get(jax.jit(task.eval_step)(state, batch, pipe.params))])
+    return {tenth_name(t): found[tenth_name(t)] for t in range(10)}
+
+
+if __name__ == "__main__":
+    main()
