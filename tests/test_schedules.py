@@ -14,6 +14,11 @@ def test_published_defaults():
     assert schedules.resolve(ScaleList(PUBLISHED_SIDES[1024]), "default")[3] == (3, 5, 8)
 
 
+def test_defaults_of_other_lists():
+    assert schedules.resolve(ScaleList((1, 2, 3, 4, 6)), "default") == (
+        (1,), (1, 1, 1, 1), (1, 2, 3, 3), (2, 3, 5, 6), (36,))
+
+
 def test_cosine():
     assert schedules.cosine(1, 4) == (1,)
     assert schedules.cosine(4, 8) == (1, 1, 1, 1)
