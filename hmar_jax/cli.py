@@ -105,14 +105,34 @@ def _parser() -> argparse.ArgumentParser:
     _model(sub)
     sub.add_argument("--classes", default=None, help="ids or names, separated by commas (default: the first ten)")
     sub.add_argument("--n", type=_positive, default=8, help="pictures of each class (default 8)")
-    _strength(sub)
-    sub.add_argument("--greedy", action="store_true", help="the likeliest token everywhere")
-    sub.add_argument("--schedule", type=_schedule, default=None,
-                     help="none, default, cosine:N, or counts such as [[1],[1,3],[9],[16]] (default: the model's own)")
-    sub.add_argument("--masked_guidance", type=float, default=0.0, help="guidance of masked passes (default 0: none)")
+    _strength(sub, several_schedules=True)
+    _manner(sub)
     sub.add_argument("--seed", type=_seed, default=0)
     sub.add_argument("--out", type=_output, required=True, help="a .png file: a grid with a labelled row for each class")
-    sub.add_argument("--npz", type=_output, default=None, help="also write images (uint8), labels and tokens to this .npz file")
+    sub.add_argument("--npz", type=_output, default=None,
+                     help="also write images (uint8), labels and tokens to this .npz file (of one schedule)")
+
+    sub = command(
+        "edit", _edit, "draw new content into a part of a picture, without training",
+        "hmar edit --model=digits --image=seven.png --box=0,11,32,21 --class=7 --out=edited.png --show=before_and_after.png")
+    _model(sub)
+    sub.add_argument("--image", required=True, help="a picture file; one of another size than the model's is resized")
+    where = sub.add_mutually_exclusive_group(required=True)
+    where.add_argument("--box", type=_box, default=None, help="x0,y0,x1,y1 in pixels of the picture, x1 and y1 the first outside")
+    where.add_argument("--mask", default=None, help="a picture file of the same size, white where new content goes")
+    sub.add_argument("--mode", choices=["inpaint", "outpaint"], default="inpaint",
+                     help="inpaint: box or mask is made new (default); outpaint: it stays, and all around it is made new")
+    sub.add_argument("--class", dest="class_id", default=None, help="what the new content is of: an id or name (default: no class)")
+    sub.add_argument("--coarse", choices=["keep", "free"], default=None,
+                     help="the tokens of scales up to 2x2, which hold the layout: kept, or drawn anew (default: kept without --class)")
+    sub.add_argument("--ring", type=_whole, default=0, help="cells around the hole that are drawn anew too (default 0)")
+    sub.add_argument("--feather", type=float, default=0.0, help="pixels inside the hole over which old and new are mixed (default 0)")
+    sub.add_argument("--no_paste", action="store_true", help="leave all pixels to the decoder, those outside the hole too")
+    _strength(sub)
+    _manner(sub)
+    sub.add_argument("--seed", type=_seed, default=0)
+    sub.add_argument("--out", type=_output, required=True, help="a .png file: the edited picture")
+    sub.add_argument("--show", type=_output, default=None, help="a .png file: before, mask and after, side by side")
 
     sub = command(
         "evaluate", _evaluate, "judge samples against real pictures", "hmar evaluate --model=digits --reference=digits --features=classifier")
@@ -131,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "convert", _convert, "turn published PyTorch weights into a model directory",
         "hmar convert --torch=var_d16.pth --tokenizer=vae.pth --out=models/var_d16")
-    sub.add_argument("--torch", default=None, help="the transformer's .pth file; without it the tokenizer alone is converted")
+    sub.add_argument("--torch", default=None,
+                     help="the .pth file of stage 1, VAR, stage 2 or the combined model; without it the tokenizer alone is converted")
+    sub.add_argument("--masked", default=None, help="the .pth file of a stage 2, where --torch is its stage 1")
     sub.add_argument("--tokenizer", required=True, help="the tokenizer's .pth file")
     sub.add_argument("--scales", default=None, help="sides, such as 1,2,3,4,6; needed where the list is not a published one")
     sub.add_argument("--heads", type=_positive, default=None, help="where the weights do not tell (default: as many as blocks)")
@@ -151,10 +173,42 @@ def _model(sub) -> None:
     sub.add_argument("--model", required=True, help="a bundled model (digits), a run directory or a model directory")
 
 
-def _strength(sub) -> None:
+def _strength(sub, several_schedules: bool = False) -> None:
     sub.add_argument("--guidance", type=float, default=None, help="0 is none (default: the model's own)")
     sub.add_argument("--top_k", type=int, default=None, help="0 is off (default: the model's own)")
     sub.add_argument("--top_p", type=float, default=None, help="0 is off (default: the model's own)")
+    sub.add_argument("--masked_guidance", type=float, default=None, help="guidance of masked passes, 0 is none (default: the model's own)")
+    sub.add_argument("--confidence_noise", type=float, default=None,
+                     help="chance in the order in which masked passes fix tokens, 0 is none (default: the model's own)")
+    sub.add_argument("--schedule", type=_schedule, default=None, action="append" if several_schedules else "store",
+                     help="passes of each scale: none (one each), default, cosine:N, or counts such as [[1],[1,3],[9],[16]] (default: "
+                     "the model's own)" + ("; given several times: side by side" if several_schedules else ""))
+
+
+def _manner(sub) -> None:
+    sub.add_argument("--greedy", action="store_true", help="the likeliest token everywhere")
+    sub.add_argument("--smooth", action="store_true", help="mixtures of tokens: smoother pictures, to look at and not to measure")
+
+
+def _sampling_options(args) -> dict:
+    names = ("guidance", "top_k", "top_p", "masked_guidance", "confidence_noise", "greedy", "smooth")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def _box(text: str) -> tuple[int, ...]:
+    try:
+        box = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        box = ()
+    if len(box) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r}: four whole numbers x0,y0,x1,y1 are wanted")
+    return box
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of 0 or more is wanted")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -219,27 +273,101 @@ def _sample(args) -> None:
 
     from hmar_jax.sampling import grid, pipeline
 
-    pipe = pipeline.load(args.model)
+    pipe = pipeline.load(args.model, devices=jax.devices())
     spec = pipe.spec
     if spec.transformer is None:
         raise InputError(f"model {args.model!r} is a tokenizer alone: it cannot sample")
     asked = args.classes.split(",") if args.classes is not None else range(min(10, spec.transformer.num_classes))
     classes = [spec.resolve_class(c) for c in asked]
+    schedules = args.schedule or [None]
+    if args.npz and len(schedules) > 1:
+        raise InputError(f"--npz takes the samples of one schedule, --schedule is given {len(schedules)} times")
+    for schedule in schedules:
+        pipe.schedule(schedule)  # is it one? before the first is drawn
     ids = np.repeat(classes, args.n)
-    images, tokens = pipe.sample(
-        jax.random.key(args.seed), ids, guidance=args.guidance, top_k=args.top_k, top_p=args.top_p, greedy=args.greedy,
-        schedule=args.schedule, masked_guidance=args.masked_guidance,
-        return_tokens=True)
-    images = np.asarray(images)
+    drawn = [
+        pipe.sample(jax.random.key(args.seed), ids, schedule=schedule, return_tokens=True, **_sampling_options(args))
+        for schedule in schedules]
+    images = np.stack([np.asarray(images) for images, _ in drawn])  # (schedules, classes n, h, w, 3)
+    rows = images.reshape(len(schedules), len(classes), args.n, *images.shape[2:]).swapaxes(0, 1)
     names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
-    picture = io.BytesIO()
-    grid.draw(images, columns=args.n, labels=names).save(picture, format="PNG")
-    files.write_by_rename(args.out, picture.getvalue())
+    titles = [f"schedule {args.schedule[i]}" for i in range(len(schedules))] if len(schedules) > 1 else ()
+    _write_png(args.out, grid.draw(rows.reshape(-1, *images.shape[2:]), columns=len(schedules) * args.n, labels=names, titles=titles))
     if args.npz:
         arrays = io.BytesIO()
-        np.savez(arrays, images=(images * 255).round().astype(np.uint8), labels=ids, tokens=np.asarray(tokens))
+        np.savez(arrays, images=(images[0] * 255).round().astype(np.uint8), labels=ids, tokens=np.asarray(drawn[0][1]))
         files.write_by_rename(args.npz, arrays.getvalue())
-    print(f"{args.out}: {len(ids)} pictures of {len(classes)} classes" + (f"; {args.npz}" if args.npz else ""))
+    print(f"{args.out}: {images.shape[0] * len(ids)} pictures of {len(classes)} classes" + (f"; {args.npz}" if args.npz else ""))
+
+
+def _write_png(path: str, picture) -> None:
+    import io
+
+    from hmar_jax import files
+
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    files.write_by_rename(path, buffer.getvalue())
+
+
+def _edit(args) -> None:
+    from hmar_jax import files
+
+    for path in filter(None, (args.out, args.show)):
+        files.check_writable(path)
+    import warnings
+
+    import jax
+    import numpy as np
+    from PIL import Image
+
+    from hmar_jax.sampling import editing, grid, pipeline
+
+    image = _read_picture("--image", args.image)  # uint8 (h, w, 3)
+    if args.box:
+        hole = editing.box_hole(args.box, *image.shape[:2])
+    else:
+        mask = _read_picture("--mask", args.mask)
+        if mask.shape != image.shape:
+            raise InputError(
+                f"mask {args.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {image.shape[1]} x {image.shape[0]}: "
+                "one of the picture's size is wanted")
+        hole = mask.mean(-1) >= 128
+    if args.mode == "outpaint":
+        hole = ~hole
+    if not hole.any():
+        raise InputError(
+            "the box is the whole picture: nothing around it is left to be made new" if args.box
+            else f"mask {args.mask} selects nothing: white (128 and above) is wanted where "
+            + ("the picture stays, and black elsewhere" if args.mode == "outpaint" else "new content goes"))
+    pipe = pipeline.load(args.model)
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always", UserWarning)
+        edited = np.asarray(pipe.edit(
+            jax.random.key(args.seed), image, hole, args.class_id, keep_coarse=args.coarse and args.coarse == "keep",
+            ring=args.ring, paste=not args.no_paste, feather=args.feather, schedule=args.schedule, **_sampling_options(args)))
+    for notice in notices:
+        print(f"hmar edit: {notice.message}", file=sys.stderr)
+    _write_png(args.out, Image.fromarray((edited * 255).round().astype(np.uint8)))
+    if args.show:
+        side = edited.shape[0]
+        before = pipeline.resize_picture(image / np.float32(255), side)
+        shown = editing.resize_hole(hole[None], side)[0]
+        sheet = np.stack([before, np.repeat(shown[..., None], 3, -1), edited])
+        _write_png(args.show, grid.draw(sheet, columns=3, titles=["before", "mask", "after"]))
+    print(args.out + (f"; {args.show}" if args.show else ""))
+
+
+def _read_picture(option: str, path: str):
+    """uint8 (h, w, 3)"""
+    from hmar_jax.data.sources import BrokenPicture, decode_picture
+
+    if not os.path.isfile(path):
+        raise InputError(f"{option} {path}: no such file")
+    try:
+        return decode_picture(path)
+    except BrokenPicture as e:
+        raise InputError(f"{option} {path}: cannot be read as a picture ({e.reason})") from None
 
 
 def _evaluate(args) -> None:
@@ -255,17 +383,17 @@ def _evaluate(args) -> None:
     from hmar_jax.evaluation.report import digit_report, format_report
     from hmar_jax.sampling import pipeline
 
-    pipe = pipeline.load(args.model)
+    pipe = pipeline.load(args.model, devices=jax.devices())
     if pipe.spec.transformer is None:
         raise InputError(f"model {args.model!r} is a tokenizer alone: it cannot sample")
+    pipe.schedule(args.schedule)
     real = [open_source(args.reference, split) for split in ("train", "validate")]
     if real[0].num_classes != pipe.spec.transformer.num_classes:
         raise InputError(
             f"reference {args.reference!r} has {real[0].num_classes} classes, model {args.model!r} has "
             f"{pipe.spec.transformer.num_classes}")
     ids = np.arange(args.n) % pipe.spec.transformer.num_classes
-    images = np.asarray(pipe.sample(
-        jax.random.key(args.seed), ids, guidance=args.guidance, top_k=args.top_k, top_p=args.top_p))
+    images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, schedule=args.schedule, **_sampling_options(args)))
     report = digit_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
     if args.json:
         files.write_by_rename(args.json, json.dumps(report, indent=1) + "\n")
@@ -291,13 +419,20 @@ def _info(args) -> None:
         m = spec.transformer
         lines += [
             ("transformer", f"{count('transformer'):,} parameters, depth {m.depth}, width {m.width}, {m.heads} heads, {m.pattern} attention"),
-            *([("stage 2", f"{count('masked'):,} parameters, depth {spec.masked_depth}")] if spec.masked_depth else []),
+            *([("stage 2", _stage2(spec, count("masked")))] if spec.masked_depth else []),
             ("classes", f"{m.num_classes}" + (f": {', '.join(spec.class_names[:10])}{', …' if len(spec.class_names) > 10 else ''}" if spec.class_names else "")),
-            ("sampling", f"guidance {spec.guidance:g}, top-k {spec.top_k or 'off'}, top-p {spec.top_p or 'off'}"),
+            ("sampling", f"guidance {spec.guidance:g}, top-k {spec.top_k or 'off'}, top-p {spec.top_p or 'off'}" + (
+                f", masked guidance {spec.masked_guidance:g}, confidence noise {spec.confidence_noise:g}" if spec.masked_depth else "")),
         ]
     lines += [(name, text) for name, text in (("origin", spec.origin), ("licence", spec.licence)) if text]
     for name, text in lines:
         print(f"{name:12} {text}")
+
+
+def _stage2(spec, parameters: int) -> str:
+    if not spec.next_scale:
+        return "alone: it predicts whole scales from masks, then parts of them"
+    return f"{parameters:,} parameters, depth {spec.masked_depth}; the first {spec.transformer.depth - spec.masked_depth} blocks are shared"
 
 
 def _convert(args) -> None:
@@ -308,7 +443,8 @@ def _convert(args) -> None:
     checkpoints.check_new_model(args.out)
     scales = ScaleList.parse(args.scales).sides if args.scales else None
     try:
-        spec, params = pipeline.torch_parts(args.torch, tokenizer=args.tokenizer, scales=scales, heads=args.heads)
+        spec, params = pipeline.torch_parts(
+            args.torch, tokenizer=args.tokenizer, masked=args.masked, scales=scales, heads=args.heads)
     except ImportError as e:
         raise InputError(str(e)) from None
     readme = f"# {pathlib.Path(args.out).name}\n\n{spec.kind}, {spec.origin}.\n\nLicence: {spec.licence}.\n"

@@ -5,6 +5,7 @@ convolution kernels go from OIHW to HWIO, and the blocks' tensors are stacked on
 """
 
 import collections.abc
+import dataclasses
 import re
 from typing import Any, Mapping
 
@@ -19,6 +20,7 @@ from hmar_jax.scales import ScaleList, published_list
 _WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile leave behind
 _TRANSFORMER_KEY = "pos_1LC"
 _TOKENIZER_KEY = "quantize.embedding.weight"
+_MASK_EMBED = "mask_embed.weight"
 
 
 def load_state_dicts(path: str) -> dict[str, dict[str, np.ndarray]]:
@@ -307,10 +309,51 @@ def combined_from_state(state: Mapping[str, np.ndarray], scales=None, heads: int
     return config, params, tail, masked
 
 
+def is_stage2(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether a state dict is a stage 2 by itself: all blocks, the last ones trained anew, but no second tail."""
+    return _MASK_EMBED in state and not is_combined(state)
+
+
+def stage2_from_state(state: Mapping[str, np.ndarray], scales=None, heads: int | None = None):
+    """Stage 2 without its stage 1, which predicts whole scales from masks.
+
+    Returns:
+      Config and parameters of the transformer that its blocks make, and M and the parameters of stage 2. The blocks of
+      both are the same ones, so M, what is not shared, is as small as it can be.
+    """
+    config, params = transformer_from_state(state, scales, heads)
+    return config, params, 1, masked_from_state(state, config, [f"blocks.{config.depth - 1}"], "head")
+
+
+def join_stages(stage1: Mapping[str, np.ndarray], stage2: Mapping[str, np.ndarray], scales=None, heads: int | None = None):
+    """Both stages from a state dict each.
+
+    Returns:
+      As combined_from_state. M is the number of last blocks in which the two differ.
+
+    Raises:
+      InputError: what stage 2 keeps of its stage 1 is not in this one.
+    """
+    config, params = transformer_from_state(stage1, scales, heads)
+    other_config, other = transformer_from_state(stage2, scales, heads)
+    if other_config != config:
+        field = next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(other_config, f.name))
+        raise InputError(
+            f"stage 2 does not fit stage 1: {field} is {getattr(other_config, field)} there and {getattr(config, field)} here")
+    blocks, others = (jax.tree.leaves(p["blocks"]) for p in (params, other))
+    equal = [all(np.array_equal(a[i], b[i]) for a, b in zip(blocks, others)) for i in range(config.depth)]
+    shared = equal.index(False) if False in equal else config.depth - 1
+    embeddings = zip(jax.tree.leaves(params["embed"]), jax.tree.leaves(other["embed"]))
+    if not shared or not all(np.array_equal(a, b) for a, b in embeddings):
+        raise InputError("stage 2 was trained on another stage 1: its frozen parameters are not those of this one")
+    masked = masked_from_state(stage2, config, [f"blocks.{i}" for i in range(shared, config.depth)], "head")
+    return config, params, config.depth - shared, masked
+
+
 def masked_from_state(state: Mapping[str, np.ndarray], config: TransformerConfig, blocks: list[str], head: str) -> dict:
     """Stage 2's own parameters: the named blocks, {head}_nm and {head}, and the mask embedding."""
     r = _Reader(state)
     return {
-        "mask_embed": r("mask_embed.weight")[0],
+        "mask_embed": r(_MASK_EMBED)[0],
         "blocks": stack_blocks(r, config, blocks),
         "head": head_from_state(r, f"{head}_nm", head)}

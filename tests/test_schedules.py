@@ -17,6 +17,7 @@ def test_published_defaults():
 def test_defaults_of_other_lists():
     assert schedules.resolve(ScaleList((1, 2, 3, 4, 6)), "default") == (
         (1,), (1, 1, 1, 1), (1, 2, 3, 3), (2, 3, 5, 6), (36,))
+    assert schedules.resolve(ScaleList((2, 3)), "default") == ((4,), (1, 2, 3, 3))  # the first scale is never masked
 
 
 def test_cosine():
@@ -38,7 +39,18 @@ def test_every_row_sums_to_its_scale(sides, wanted):
 @pytest.mark.parametrize("wanted,message", [
     ("fast", "known are none, default"), ("cosine:0", "cosine:N"), ("cosine:x", "cosine:N"), (3, "list of lists"),
     ([[1], [4]], "2 rows, the model 3 scales"), ([[1], [1, 2], [9]], r"scale 1 \(2x2\) sums to 3, but the scale has 4"),
-    ([[1], [4, 0], [9]], r"scale 1 \(2x2\) is \[4, 0\]"), ([[0], [4], [9]], r"scale 0 \(1x1\)"), ([[1], [4], []], "scale 2")])
+    ([[1], [0, 4], [9]], r"scale 1 \(2x2\) is \[0, 4\]"), ([[1], [4], []], "scale 2")])
 def test_bad_schedules(wanted, message):
     with pytest.raises(InputError, match=message):
         schedules.resolve(ScaleList((1, 2, 3)), wanted)
+
+
+def test_the_first_scale_has_no_masked_passes():
+    with pytest.raises(InputError, match=r"scale 0 \(2x2\) is \[1, 3\]: the first scale has no masked passes"):
+        schedules.resolve(ScaleList((2, 3)), [[1, 3], [9]])
+
+
+def test_plan():
+    plan = schedules.plan(((1,), (1, 3), (2, 3, 4)))
+    assert plan.refined == (False, True, True) and [int(n) for n in plan.passes] == [1, 2, 3]
+    assert [left.tolist() for left in plan.left] == [[1], [4, 3, 0, 0], [9, 7, 4, 0, 0, 0, 0, 0, 0]]

@@ -82,7 +82,8 @@ class MaskedTransformer:
         model = self.stage1
         condition = model.embed(stage1_params, class_ids, method="condition")
         x = model.embed(stage1_params, x, positions, method="place")
-        x, _ = model.run_blocks(stage1_params, x, condition, 0, self.base_depth, block_sizes=block_sizes)
+        if self.base_depth:
+            x, _ = model.run_blocks(stage1_params, x, condition, 0, self.base_depth, block_sizes=block_sizes)
         tail = {**stage1_params, "blocks": params["blocks"], "head": params["head"]}
         x, _ = model.run_blocks(
             tail, x, condition, self.base_depth, self.config.depth, stacked_from=self.base_depth, dropout_rng=dropout_rng,

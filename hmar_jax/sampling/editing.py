@@ -70,8 +70,7 @@ def kept_tokens(scales: ScaleList, hole: np.ndarray, *, ring: int = 0, keep_coar
 def hide(images: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """Pictures (B, h, w, 3) whose hole has the mean colour of the rest (grey where there is no rest).
 
-    So nothing of what was there reaches the tokens that are kept. A flat mean disturbs them less than black or grey does,
-    see benchmarks/RESULTS.md.
+    So nothing of what was there reaches the tokens that are kept: cells at the border leak into their neighbours.
     """
     rest = ~hole[..., None]
     count = rest.sum((1, 2), keepdims=True)

@@ -120,9 +120,7 @@ class Pipeline:
           ring: cells around the hole, at every scale, whose tokens are drawn anew too.
           paste: return the pixels outside the mask untouched; otherwise the whole picture is the decoder's.
           feather: with paste, pixels from the hole's border inwards over which old and new are mixed.
-          schedule: as in `sample`; None: the model's default passes with the first one masked too (where there is stage 2),
-            so that new tokens are drawn seeing the kept ones of their scale.
-          Others as in `sample`.
+          Others as in `sample`. The counts of the schedule become shares of each picture's free tokens.
 
         Returns:
           float32 pictures in [0, 1], (h, w, 3) for one picture and one class, otherwise (B, h, w, 3); with return_tokens
@@ -138,7 +136,7 @@ class Pipeline:
             raise InputError(f"ring={ring}: a whole number of cells, 0 or more, is wanted")
         if not feather >= 0:
             raise InputError(f"feather={feather}: a number of pixels, 0 or more, is wanted")
-        plan = schedules.plan(self._editing_schedule(schedule))
+        plan = schedules.plan(self.schedule(schedule))
         ids, one_class = self._classes(class_id)
         hole, one_mask = _mask_of(mask, np.shape(image))
         images, one_image = self._pictures(image)
@@ -196,10 +194,6 @@ class Pipeline:
             raise InputError(f"schedule {wanted!r} has masked passes, but this model has no stage 2: schedule='none' is wanted")
         return schedule
 
-    def _editing_schedule(self, wanted) -> schedules.Schedule:
-        schedule = self.schedule(wanted)
-        return schedules.see_known_tokens(schedule) if wanted is None and self.spec.masked_depth else schedule
-
     def _in_turns(self, draw, *rows):
         """draw(*rows), from arrays of one row a picture to such arrays, for at most _MAX_BATCH pictures a device at a time.
 
@@ -244,7 +238,7 @@ class Pipeline:
         side = self.spec.tokenizer.image_side
         if images.shape[1:3] != (side, side):
             warnings.warn(f"resizing a picture of {images.shape[2]}x{images.shape[1]} to the model's {side}x{side}", stacklevel=3)
-            images = np.stack([_resized(x, side) for x in images])
+            images = np.stack([resize_picture(x, side) for x in images])
         return images, single
 
 
@@ -277,7 +271,7 @@ def _mask_of(mask, image_shape) -> tuple[np.ndarray, bool]:
     return masks, single
 
 
-def _resized(image, side: int) -> np.ndarray:
+def resize_picture(image, side: int) -> np.ndarray:
     """(h, w, 3) float in [0, 1] -> (side, side, 3), Lanczos, each channel in full precision."""
     channels = [Image.fromarray(image[..., c].astype(np.float32)).resize((side, side), Image.LANCZOS) for c in range(3)]
     return np.stack([np.asarray(c) for c in channels], -1).clip(0, 1)
@@ -326,18 +320,22 @@ def _load_run(directory: pathlib.Path, config: dict):
     return spec, {**frozen, "transformer": saved["params"]}
 
 
-def from_torch(model: str | None = None, *, tokenizer: str, scales=None, heads: int | None = None, dtype: str = "auto") -> Pipeline:
+def from_torch(
+    model: str | None = None, *, tokenizer: str, masked: str | None = None, scales=None, heads: int | None = None,
+    dtype: str = "auto") -> Pipeline:
     """Published PyTorch weights as a Pipeline; see torch_parts."""
-    return Pipeline(*torch_parts(model, tokenizer=tokenizer, scales=scales, heads=heads), dtype)
+    return Pipeline(*torch_parts(model, tokenizer=tokenizer, masked=masked, scales=scales, heads=heads), dtype)
 
 
-def torch_parts(model: str | None = None, *, tokenizer: str, scales=None, heads: int | None = None):
+def torch_parts(
+    model: str | None = None, *, tokenizer: str, masked: str | None = None, scales=None, heads: int | None = None):
     """Reads published weights.
 
     Args:
-      model: a .pth file with a stage-1, VAR or combined HMAR state dict, or a trainer's checkpoint that nests one; None:
-        tokenizer alone.
+      model: a .pth file with a state dict of stage 1, VAR, stage 2 or the combined HMAR model, or a trainer's checkpoint that
+        nests one; None: tokenizer alone. A stage 2 alone predicts whole scales from masks.
       tokenizer: the .pth file of VAR's tokenizer.
+      masked: the .pth file of a stage 2 that was trained on the stage 1 in `model`.
       scales: the sides, where the weights' K and L are not those of a published list.
       heads: where the weights do not tell; None takes the published rule, as many as blocks.
 
@@ -345,26 +343,43 @@ def torch_parts(model: str | None = None, *, tokenizer: str, scales=None, heads:
       ModelSpec and parameters on the host.
 
     Raises:
-      InputError: a file is unreadable or no such model, or the scale list is not known.
+      InputError: a file is unreadable or no such model, the two stages do not fit, or the scale list is not known.
     """
-    states = convert.load_state_dicts(tokenizer)
-    if "tokenizer" not in states:
-        raise InputError(f"{tokenizer}: holds a transformer and no tokenizer; give the tokenizer's file, such as vae.pth")
+    tokenizer_state = _state_of(tokenizer, "tokenizer", "such as vae.pth")
     licence = "HMAR's published weights are for non-commercial use, VAR's are MIT: the converted weights keep their licence"
-    transformer, depth, params = None, 0, {}
+    transformer, next_scale, depth, params = None, True, 0, {}
     if model is not None:
-        found = convert.load_state_dicts(model)
-        if "transformer" not in found:
-            raise InputError(f"{model}: holds a tokenizer and no transformer")
-        if convert.is_combined(found["transformer"]):
-            transformer, params["transformer"], depth, params["masked"] = convert.combined_from_state(
-                found["transformer"], scales, heads)
+        state = _state_of(model, "transformer", "such as hmar.pth")
+        combined, alone = convert.is_combined(state), convert.is_stage2(state)
+        if masked is not None:
+            if combined or alone:
+                raise InputError(f"{model}: holds a stage 2 already; a stage 1 is wanted with masked={masked}")
+            state2 = _state_of(masked, "transformer", "such as masked.pth")
+            if not convert.is_stage2(state2):
+                raise InputError(f"{masked}: is no stage 2 by itself")
+            transformer, params["transformer"], depth, params["masked"] = convert.join_stages(state, state2, scales, heads)
+        elif combined or alone:
+            read = convert.combined_from_state if combined else convert.stage2_from_state
+            transformer, params["transformer"], depth, params["masked"] = read(state, scales, heads)
+            next_scale = combined
         else:
-            transformer, params["transformer"] = convert.transformer_from_state(found["transformer"], scales, heads)
+            transformer, params["transformer"] = convert.transformer_from_state(state, scales, heads)
         scale_list = transformer.scale_list
+    elif masked is not None:
+        raise InputError(f"masked={masked} without a model: the stage 1 that it was trained on is wanted too")
     else:
-        scale_list = convert.tokenizer_scales(states["tokenizer"], scales)
-    config, params["tokenizer"] = convert.tokenizer_from_state(states["tokenizer"], scale_list)
-    origin = f"converted from {pathlib.Path(tokenizer).name}" + (f" and {pathlib.Path(model).name}" if model else "")
-    spec = ModelSpec(tokenizer=config, transformer=transformer, masked_depth=depth, origin=origin, licence=licence)
+        scale_list = convert.tokenizer_scales(tokenizer_state, scales)
+    config, params["tokenizer"] = convert.tokenizer_from_state(tokenizer_state, scale_list)
+    origin = "converted from " + " and ".join(pathlib.Path(p).name for p in (tokenizer, model, masked) if p)
+    spec = ModelSpec(
+        tokenizer=config, transformer=transformer, masked_depth=depth, next_scale=next_scale, origin=origin, licence=licence)
     return spec, params
+
+
+def _state_of(path: str, kind: str, example: str):
+    """The state dict of the tokenizer or of the transformer in a .pth file."""
+    states = convert.load_state_dicts(path)
+    if kind not in states:
+        other = {"tokenizer": "transformer", "transformer": "tokenizer"}[kind]
+        raise InputError(f"{path}: holds a {other} and no {kind}; give the {kind}'s file, {example}")
+    return states[kind]

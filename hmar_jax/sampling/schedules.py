@@ -1,7 +1,8 @@
 """How many tokens of each scale are fixed in each pass: schedules, as data.
 
 HMAR (arXiv 2506.04421, section 3.3): the first entry of a scale is what the next-scale pass fixes, the others are masked
-passes. A schedule is changed at sampling time; nothing is trained for one. Letters: K scales with l_k tokens.
+passes. The first scale has the start token for input and no masked passes. A schedule is changed at sampling time; nothing is
+trained for one. Letters: K scales with l_k tokens.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 from hmar_jax.errors import InputError
 from hmar_jax.scales import PUBLISHED_SIDES, ScaleList
 
-Schedule = tuple[tuple[int, ...], ...]  # K rows; row k sums to l_k, and only its first count may be 0
+Schedule = tuple[tuple[int, ...], ...]  # K rows; row k sums to l_k
 
 # The published defaults; what they leave out is one pass.
 _PUBLISHED_STARTS = {
@@ -32,8 +33,7 @@ def resolve(scales: ScaleList, wanted) -> Schedule:
 
     Args:
       wanted: "none" (one pass a scale), "default", "cosine:N" (N passes a scale, or as many as it has tokens, few tokens
-        first), or a list of K lists of counts. A scale's first count may be 0: then all that its next-scale pass drew
-        is predicted again.
+        first), or a list of K lists of counts.
 
     Raises:
       InputError: an unknown name, another number of scales, a count below 1, or a row that does not sum to its scale's tokens.
@@ -46,7 +46,7 @@ def resolve(scales: ScaleList, wanted) -> Schedule:
         name, _, number = wanted.partition(":")
         if name != "cosine" or not number.isdecimal() or int(number) < 1:
             raise InputError(f"schedule {wanted!r}: known are none, default, cosine:N with N passes a scale, or a list of lists")
-        return tuple(cosine(length, int(number)) for length in scales.lengths)
+        return _after_first(scales, tuple(cosine(length, int(number)) for length in scales.lengths[1:]))
     return _checked(scales, wanted)
 
 
@@ -59,7 +59,7 @@ class Plan:
 
     refined: tuple[bool, ...]  # (K,) static
     passes: tuple[np.ndarray, ...]  # K scalars: passes of the scale, the next-scale pass included
-    left: tuple[np.ndarray, ...]  # K times (l_k + 1,): tokens still to be predicted in pass j; 0 beyond the last pass
+    left: tuple[np.ndarray, ...]  # K times (l_k,): tokens still to be predicted in pass j; 0 beyond the last pass
 
 
 jax.tree_util.register_dataclass(Plan, ("passes", "left"), ("refined",))
@@ -69,20 +69,11 @@ def plan(schedule: Schedule) -> Plan:
     """From counts that `resolve` has checked."""
     left = []
     for row in schedule:
-        after = np.zeros(sum(row) + 1, np.int32)
+        after = np.zeros(sum(row), np.int32)
         after[:len(row)] = np.cumsum(row[::-1])[::-1]
         left.append(after)
     return Plan(
         tuple(len(row) > 1 for row in schedule), tuple(np.int32(len(row)) for row in schedule), tuple(left))
-
-
-def see_known_tokens(schedule: Schedule) -> Schedule:
-    """For editing: the same passes, but what the next-scale pass drew is predicted once more in a masked pass.
-
-    The next-scale pass sees nothing of its own scale; a masked pass sees the tokens that are kept, and draws what fits
-    them. So a first count n_0 of a scale with several tokens becomes 0, n_0.
-    """
-    return tuple(row if sum(row) == 1 or row[0] == 0 else (0, *row) for row in schedule)
 
 
 def cosine(length: int, passes: int) -> tuple[int, ...]:
@@ -101,8 +92,13 @@ def cosine(length: int, passes: int) -> tuple[int, ...]:
 def _default(scales: ScaleList) -> Schedule:
     start = _PUBLISHED_STARTS.get(scales.sides)
     if start is None:
-        start = tuple(cosine(length, _PASSES) for length in scales.lengths if length <= _REFINED_TOKENS)
-    return start + tuple((length,) for length in scales.lengths[len(start):])
+        return _after_first(scales, tuple(cosine(length, _PASSES) for length in scales.lengths[1:] if length <= _REFINED_TOKENS))
+    return _after_first(scales, start[1:])
+
+
+def _after_first(scales: ScaleList, rows: Schedule) -> Schedule:
+    """The rows of the scales after the first; those left out are one pass."""
+    return (scales.lengths[:1], *rows, *((length,) for length in scales.lengths[1 + len(rows):]))
 
 
 def _checked(scales: ScaleList, rows: Sequence[Sequence[int]]) -> Schedule:
@@ -113,10 +109,10 @@ def _checked(scales: ScaleList, rows: Sequence[Sequence[int]]) -> Schedule:
     if len(rows) != scales.num_scales:
         raise InputError(f"schedule has {len(rows)} rows, the model {scales.num_scales} scales")
     for k, (row, length, side) in enumerate(zip(rows, scales.lengths, scales.sides)):
-        whole = row and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in row)
-        if not whole or min(row[1:], default=1) < 1 or row == (0,):
-            raise InputError(
-                f"schedule of scale {k} ({side}x{side}) is {list(row)}: whole numbers of 1 or more are wanted (the first may be 0)")
+        if not row or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in row):
+            raise InputError(f"schedule of scale {k} ({side}x{side}) is {list(row)}: whole numbers of 1 or more are wanted")
+        if k == 0 and len(row) > 1:
+            raise InputError(f"schedule of scale 0 ({side}x{side}) is {list(row)}: the first scale has no masked passes, [{length}] is wanted")
         if sum(row) != length:
             raise InputError(f"schedule of scale {k} ({side}x{side}) sums to {sum(row)}, but the scale has {length} tokens")
     return rows
