@@ -1,5 +1,6 @@
 """Published weights to pictures: tokens as the published sampler drew them."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,8 @@ import pytest
 
 import hmar_jax
 from hmar_jax.errors import InputError
+from hmar_jax.models.combined import CombinedModel
+from hmar_jax.sampling import sampler, schedules
 from tests.conftest import relative
 
 SIDES = (1, 2, 3, 4, 6)
@@ -111,3 +114,88 @@ def test_masked_passes_need_stage_2(torch, golden):
         pipe.sample(jax.random.key(0), 1, schedule="default")
     with pytest.raises(InputError, match=r"scale 1 \(2x2\) sums to 3"):
         pipe.sample(jax.random.key(0), 1, schedule=[[1], [1, 2], [9], [16], [36]])
+
+
+def test_stage_2_beside_its_stage_1(torch, golden, load_golden):
+    """The two files are the combined one."""
+    z, weights = load_golden("hmar"), dict(tokenizer=str(golden / "vae.pth"), scales=SIDES)
+    pipe = hmar_jax.from_torch(str(golden / "next_scale.pth"), masked=str(golden / "masked.pth"), **weights)
+    combined = hmar_jax.from_torch(str(golden / "hmar.pth"), **weights)
+    assert pipe.spec.masked_depth == 2 and jax.tree.structure(pipe.params) == jax.tree.structure(combined.params)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(pipe.params), jax.tree.leaves(combined.params)))
+    # Its own stage 1 is asked for, and nothing else.
+    for model, masked, words in (
+            ("next_scale_shared_aln.pth", "masked.pth", "depth is 4 there and 2 here"),
+            ("next_scale.pth", "next_scale.pth", "is no stage 2"), ("hmar.pth", "masked.pth", "holds a stage 2 already")):
+        with pytest.raises(InputError, match=words):
+            hmar_jax.from_torch(str(golden / model), masked=str(golden / masked), **weights)
+    with pytest.raises(InputError, match="without a model"):
+        hmar_jax.from_torch(masked=str(golden / "masked.pth"), **weights)
+
+
+def test_stage_2_of_another_stage_1(torch, golden, tmp_path):
+    state = torch.load(golden / "next_scale.pth", weights_only=True)
+    state["blocks.0.ffn.fc1.bias"] = state["blocks.0.ffn.fc1.bias"] + 1
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="another stage 1"):
+        hmar_jax.from_torch(
+            str(tmp_path / "other.pth"), masked=str(golden / "masked.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES)
+
+
+def test_stage_2_alone(torch, golden, load_golden, tmp_path, capsys):
+    """It predicts what stage 2 of the combined model does, whole scales from masks too; and a model directory of it works."""
+    from hmar_jax.cli import main
+
+    out = tmp_path / "masked"
+    command = ["convert", f"--torch={golden / 'masked.pth'}", f"--tokenizer={golden / 'vae.pth'}", "--scales=1,2,3,4,6"]
+    assert main([*command, f"--out={out}"]) == 0 and main(["info", f"--model={out}"]) == 0
+    assert "HMAR, masked prediction alone" in capsys.readouterr().out
+    alone = hmar_jax.load(str(out))
+    whole = hmar_jax.from_torch(str(golden / "hmar.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES)
+    rng, z = np.random.default_rng(0), load_golden("tokenizer")
+    ids, codes = np.array([1, 2]), z["ns_input"][:, 1:5]
+    for masked in (rng.random((2, 4)) < 0.5, np.ones((2, 4), bool)):
+        predictions = [
+            CombinedModel(pipe.spec).masked_logits(pipe.params, 1, ids, codes, z["mask_input"][:, 1:5], masked) for pipe in (alone, whole)]
+        assert relative(*predictions) < 1e-5
+    first, _ = CombinedModel(alone.spec).next_scale_logits(alone.params, 1, ids, codes)
+    assert relative(first, predictions[1]) < 1e-5  # the first pass sees masks only
+    for schedule in ("none", "default"):
+        assert main(["sample", f"--model={out}", f"--schedule={schedule}", "--n=1", f"--out={tmp_path / 'x.png'}"]) == 0
+
+
+def test_combined_model_as_a_directory(torch, golden, load_golden, tmp_path, capsys):
+    from hmar_jax.cli import main
+
+    out, z = tmp_path / "hmar", load_golden("hmar")
+    weights = [f"--torch={golden / 'hmar.pth'}", f"--tokenizer={golden / 'vae.pth'}", "--scales=1,2,3,4,6"]
+    assert main(["convert", *weights, f"--out={out}"]) == 0 and main(["info", f"--model={out}"]) == 0
+    assert "next-scale and masked prediction" in capsys.readouterr().out
+    npz = tmp_path / "x.npz"
+    schedule = json.dumps(json.loads(str(z["schedule_c"])))
+    assert main(["sample", f"--model={out}", "--classes=1,2", "--n=1", "--greedy", f"--guidance={float(z['cfg'])}",
+                 f"--schedule={schedule}", f"--npz={npz}", f"--out={tmp_path / 'x.png'}"]) == 0
+    assert np.array_equal(np.load(npz)["tokens"], z["c/tokens_BL"])
+
+
+def test_var_with_its_cache(torch, golden, load_golden):
+    """Greedy generation with keys and values of earlier scales: logits of every pass, tokens, running sums, picture."""
+    z = load_golden("var")
+    stage1 = hmar_jax.from_torch(str(golden / "next_scale.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES)
+    spec = dataclasses.replace(stage1.spec, transformer=dataclasses.replace(stage1.spec.transformer, pattern="causal"))
+    plan, draw = schedules.plan(schedules.resolve(spec.tokenizer.scale_list, "none")), sampler.Draw(greedy=True)
+
+    @jax.jit
+    def run(params):
+        trace = sampler.Trace()
+        images, tokens = sampler.sample(
+            CombinedModel(spec), params, sampler.picture_keys(jax.random.key(0), 2), jax.numpy.asarray(z["gen/labels"]), draw,
+            sampler.Strength(guidance=float(z["gen/cfg"])), plan, trace)
+        return images, tokens, [p.logits for p in trace.passes], trace.f_hats
+
+    images, tokens, logits, f_hats = run(stage1.params)
+    assert np.array_equal(tokens, z["gen/tokens_BL"])
+    for k in range(len(SIDES)):
+        assert relative(logits[k], z[f"gen/pass{k:02}_logits"]) < 1e-4
+        assert relative(f_hats[k], np.moveaxis(z[f"gen/fhat_scale{k}"], 1, -1)) < 1e-4
+    assert relative(images, np.moveaxis(z["gen/image"], 1, -1)) < 1e-4

@@ -1,6 +1,8 @@
 """Pipelines: pictures do not depend on their neighbours, and what was saved comes back."""
 
 import shutil
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -57,6 +59,35 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(pipe):
     assert np.array_equal(others[0], alone)
     _, other_key = pipe.sample(jax.random.key(4), ids, return_tokens=True)
     assert not np.array_equal(other_key, seven)
+
+
+_SHARDED = """
+import jax, numpy as np, hmar_jax
+from hmar_jax.sampling import sampler
+
+pipe, key, ids = hmar_jax.load("digits"), jax.random.key(11), [7, 0, 3, 3, 9, 5, 1]
+assert jax.device_count() == 8
+images, seven = pipe.sample(key, ids, return_tokens=True)
+spread = hmar_jax.load("digits", devices=jax.devices())
+many_images, many = spread.sample(key, ids + [2, 4, 6, 8, 8, 8, 8, 0, 1], return_tokens=True)
+assert len(many.sharding.device_set) == 8
+assert np.array_equal(many[:7], seven) and np.allclose(many_images[:7], images, atol=1e-5)
+picture_keys = sampler.picture_keys
+for i in range(7):
+    sampler.picture_keys = lambda rng, count: picture_keys(rng, 7)[i:i + 1]
+    assert np.array_equal(pipe.sample(key, ids[i], return_tokens=True)[1], seven[i])
+print("agrees")
+"""
+
+
+def test_a_picture_is_the_same_on_eight_devices():
+    """Masked passes, guidance and noise included; in a process of its own: JAX counts its devices when it starts."""
+    if "digits" not in hmar_jax.sampling.pipeline.bundled_models():
+        pytest.skip("no bundled model digits")
+    flags = "--xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", _SHARDED], env={**tiny.ENVIRONMENT, "XLA_FLAGS": flags}, capture_output=True, text=True)
+    assert result.stdout == "agrees\n", result.stderr
 
 
 def test_more_than_one_turn(pipe, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 
 from hmar_jax import checkpoints, cli, configs
 from hmar_jax.data import pipeline
+from hmar_jax.sampling.pipeline import load_parts
 from hmar_jax.training import experiments, loop, metrics
 from tests import tiny
 
@@ -98,6 +99,32 @@ def test_a_transformer_learns():
     assert validation[-1]["validation/loss"] < validation[0]["validation/loss"] < training[0]["loss"]
 
 
+def test_stage_2_learns_and_nothing_else_changes():
+    training, validation = lines(tiny.masked_run())
+    assert training[-1]["loss"] < 0.9 * training[0]["loss"]
+    assert validation[-1]["validation/loss"] < validation[0]["validation/loss"]
+    tenths = [f"loss/ratio_{t / 10:.1f}-{(t + 1) / 10:.1f}" for t in range(10)]
+    assert {f"validation/{name}" for name in tenths} | {"validation/loss/2x2", "validation/accuracy"} <= validation[-1].keys()
+    assert set().union(*training) >= {*tenths, "loss", "accuracy", "grad_norm"}
+    by_tenth = [validation[-1][f"validation/{name}"] for name in tenths]
+    assert np.isclose(np.mean(by_tenth), validation[-1]["validation/loss"], rtol=1e-4)
+
+    spec, params = load_parts(str(tiny.masked_run()))
+    assert spec.masked_depth == 1 and spec.kind == "HMAR, next-scale and masked prediction"
+    _, stage1 = load_parts(str(tiny.model_run()))
+    for part in ("tokenizer", "transformer"):
+        for a, b in zip(jax.tree.leaves(params[part]), jax.tree.leaves(stage1[part]), strict=True):
+            assert np.array_equal(a, b), part
+    assert not np.array_equal(params["masked"]["head"]["kernel"], params["transformer"]["head"]["kernel"])
+
+
+def test_what_is_frozen_has_no_optimizer_state():
+    _, state = checkpoints.load_params_of_run(tiny.masked_run(), "opt_state")
+    sizes = lambda tree: sum(np.size(x) for x in jax.tree.leaves(tree))
+    assert set(state["params"]) == {"mask_embed", "blocks", "head"}
+    assert 2 * sizes(state["params"]) < sizes(state["opt_state"]) < 2 * sizes(state["params"]) + 10
+
+
 def test_what_a_run_directory_has():
     training, validation = lines(tiny.model_run())
     assert {"step", "time", "loss", "accuracy", "lr", "grad_norm", "images_per_second", "device_seconds", "host_wait_seconds",
@@ -106,8 +133,9 @@ def test_what_a_run_directory_has():
     assert {"l1", "l2", "psnr", "usage/1x1", "usage/2x2", "usage/any", "revived"} <= lines(tiny.tokenizer_run())[0][0].keys()
     config = json.loads((tiny.model_run() / "config.json").read_text())
     assert config["config"]["model"]["depth"] == 2 and config["model"]["class_names"] == list(tiny.CLASSES)
-    found = {p.name for p in tiny.model_run().iterdir()}
-    assert found == {"config.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints", "log.txt", "tokenizer"}
+    for run, frozen in ((tiny.model_run(), "tokenizer"), (tiny.masked_run(), "stage1")):
+        found = {p.name for p in run.iterdir()}
+        assert found == {"config.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints", "log.txt", frozen}
     assert sorted(p.name for p in (tiny.model_run() / "checkpoints").iterdir()) == ["60", "80"]  # keep_checkpoints=2
 
 
@@ -115,8 +143,8 @@ def test_what_a_run_directory_has():
 
 
 def test_killed_and_started_again_ends_as_if_nothing_had_happened(tmp_path):
-    uninterrupted = [tiny.tokenizer_run(), tiny.model_run()]
-    commands = [tiny.train_tokenizer(tmp_path / "tokenizer"), tiny.train(tmp_path / "model")]
+    uninterrupted = [tiny.tokenizer_run(), tiny.model_run(), tiny.masked_run()]
+    commands = [tiny.train_tokenizer(tmp_path / "tokenizer"), tiny.train(tmp_path / "model"), tiny.train_masked(tmp_path / "masked")]
     with concurrent.futures.ThreadPoolExecutor() as together:
         list(together.map(kill_after_first_checkpoint, commands))
     runs = [Process(command) for command in commands]
@@ -220,13 +248,16 @@ def test_a_kill_while_the_directory_is_made(tmp_path):
     assert json.loads((tmp_path / "new/config.json").read_text())["config"] == configs.to_dict(config)
 
 
-def test_a_run_keeps_the_tokenizer_it_was_begun_with(tmp_path, capfd):
-    run = shutil.copytree(tiny.model_run(), tmp_path / "run")
-    config = (run / "config.json").read_text()
+def test_a_run_keeps_what_it_was_begun_with(tmp_path, capfd):
     gone = tmp_path / "gone"
-    (run / "config.json").write_text(config.replace(str(tiny.tokenizer_run()), str(gone)))
-    assert cli.main(tiny.train(run, tokenizer=gone)) == 0
-    assert "this run is done" in capfd.readouterr().err
+    for source, frozen, command in (
+            (tiny.model_run(), tiny.tokenizer_run(), lambda run: tiny.train(run, tokenizer=gone)),
+            (tiny.masked_run(), tiny.model_run(), lambda run: tiny.train_masked(run, init_from=gone))):
+        run = shutil.copytree(source, tmp_path / source.name)
+        config = (run / "config.json").read_text()
+        (run / "config.json").write_text(config.replace(str(frozen), str(gone)))
+        assert cli.main(command(run)) == 0
+        assert "this run is done" in capfd.readouterr().err
 
 
 # Figures

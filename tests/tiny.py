@@ -1,4 +1,4 @@
-"""Tiny pictures and the two runs on them that many tests share, made once a process through the real command line.
+"""Tiny pictures and the three runs on them that many tests share, made once a process through the real command line.
 
 Nearly all their time is compilation, so every run here uses one compilation cache, which processes that the tests start
 share too: `cached` for this process, ENVIRONMENT for others.
@@ -39,6 +39,9 @@ TOKENIZER = _STEPS | {
 TRANSFORMER = _STEPS | {
     "data.transform.kind": "random_crop", "image_side": 0, "data.cached_copies": 0, "model.depth": 2, "model.width": 32,
     "model.heads": 2, "sampling.guidance": 1.0}
+
+MASKED = _STEPS | {
+    "data.transform.kind": "random_crop", "image_side": 0, "data.cached_copies": 0, "model.masked_depth": 1, "sampling.guidance": 1.0}
 
 
 @contextlib.contextmanager
@@ -98,6 +101,13 @@ def train(workdir, **changes) -> list[str]:
     return ["train", "--config=configs/hmar.py:digits", f"--workdir={workdir}", *overrides(values)]
 
 
+def train_masked(workdir, **changes) -> list[str]:
+    values = MASKED | {"data.source": f"folder:{pictures()}"} | _dotted(changes)
+    if "init_from" not in values:
+        values["init_from"] = model_run()
+    return ["train", "--config=configs/hmar.py:digits,stage=masked", f"--workdir={workdir}", *overrides(values)]
+
+
 def config_of(arguments: list[str]) -> ConfigDict:
     """The config that the command makes of these arguments."""
     config = configs.load_config(arguments[1].removeprefix("--config="))
@@ -126,3 +136,12 @@ def model_run() -> pathlib.Path:
     with cached():
         assert cli.main(arguments) == 0
     return FOLDER / "model"
+
+
+@functools.cache
+def masked_run() -> pathlib.Path:
+    """A finished run of stage 2 on that. Do not change it: copy it first."""
+    arguments = train_masked(FOLDER / "masked")
+    with cached():
+        assert cli.main(arguments) == 0
+    return FOLDER / "masked"
