@@ -1,4 +1,4 @@
-# make demo   sets up, trains tokenizer and transformer on handwritten digits, draws samples and judges them
+# make demo   sets up, trains tokenizer, transformer and masked prediction on handwritten digits, draws samples and judges them
 # make test   sets up and runs the tests
 # make PYTHON=python3.12 …   with another interpreter (3.11 or newer)
 
@@ -23,8 +23,12 @@ $(STAMP)-%: setup.py
 demo: $(STAMP)-demo
 	$(BIN)/hmar train-tokenizer --config=configs/tokenizer.py:digits --workdir=$(DEMO)/tokenizer
 	$(BIN)/hmar train --config=configs/hmar.py:digits --config.tokenizer=$(DEMO)/tokenizer --workdir=$(DEMO)/model
-	$(BIN)/hmar sample --model=$(DEMO)/model --n=12 --out=$(DEMO)/samples.png
-	$(BIN)/hmar evaluate --model=$(DEMO)/model --reference=digits --features=classifier --json=$(DEMO)/figures.json
+	$(BIN)/hmar train --config=configs/hmar.py:digits,stage=masked --config.init_from=$(DEMO)/model --workdir=$(DEMO)/hmar
+	$(BIN)/hmar sample --model=$(DEMO)/hmar --n=6 --schedule=none --schedule=default --out=$(DEMO)/samples.png
+	@echo "next-scale passes only:"
+	$(BIN)/hmar evaluate --model=$(DEMO)/hmar --reference=digits --features=classifier --schedule=none --json=$(DEMO)/figures_none.json
+	@echo "with masked passes:"
+	$(BIN)/hmar evaluate --model=$(DEMO)/hmar --reference=digits --features=classifier --schedule=default --json=$(DEMO)/figures_default.json
 
 test: $(STAMP)-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -1,6 +1,6 @@
 """In-painting held-out digits: is the class still read, and does new content fit what stayed?
 
-    python benchmarks/editing.py --model=digits [--n=200]
+    python benchmarks/editing.py --model=digits [--n=200] [--picture=docs/images/editing.png]
 
 For each third of the picture that is removed, and for each way of filling it: the share of pictures that the independent
 classifier reads as their class (it never sees a sample), and the error inside the hole against the real picture, root mean
@@ -15,7 +15,9 @@ import numpy as np
 import hmar_jax
 from hmar_jax.data.sources import open_source
 from hmar_jax.evaluation.classifier import accuracy, fit_classifier, read_all
+from hmar_jax.sampling import grid
 
+_SHOWN = (1, 3, 7, 8)  # classes of the digits in the picture
 _WAYS = {
     "class given": {},
     "class given, coarse scales kept": dict(keep_coarse=True),
@@ -31,6 +33,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="digits")
     parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--picture", default=None, help="a .png file to write: the middle rows of some digits, as each class")
     args = parser.parse_args()
     pipe = hmar_jax.load(args.model)
     classifier = fit_classifier(*read_all(open_source("digits", "train")))
@@ -50,6 +53,19 @@ def main():
             edited = np.asarray(pipe.edit(jax.random.key(0), images, hole, classes, **options))
             error = np.sqrt(np.mean((edited - images / 255)[:, hole] ** 2))
             print(f"  {way:<38} {accuracy(classifier, edited, labels):6.1%}   error in the hole {error:.3f}")
+    if args.picture:
+        hole = np.zeros((side, side), bool)
+        hole[third] = True
+        draw(pipe, images[[int(np.argmax(labels == c)) for c in _SHOWN]], hole).save(args.picture)
+
+
+def draw(pipe, images, hole):
+    """Before, mask, and the hole filled with each of ten classes: a row for each picture (h, w, 3) uint8."""
+    mask = np.repeat(hole[..., None], 3, -1)
+    rows = [
+        np.stack([image / 255, mask, *np.asarray(pipe.edit(jax.random.key(1), image, hole, list(range(10))))]) for image in images]
+    return grid.draw(
+        np.concatenate(rows), columns=12, titles=["before", "mask", *(f"as {c}" for c in range(10))])
 
 
 if __name__ == "__main__":

@@ -69,9 +69,9 @@ def sample(*arguments, model=None, out="x.png"):
 def test_help(hmar):
     status, out, err = hmar("--help")
     assert status == 0 and err == ""
-    commands = ["train-tokenizer", "tokenize", "train", "sample", "evaluate", "info", "convert", "export"]
+    commands = ["train-tokenizer", "tokenize", "train", "sample", "edit", "evaluate", "info", "convert", "export"]
     found = [c for c in commands if re.search(rf"^ +{c}\b", out, re.MULTILINE)]
-    assert len(found) >= 7
+    assert len(found) >= 8
     for command in found:
         status, text, err = hmar(command, "--help")
         assert status == 0 and err == "" and f"usage: hmar {command}" in text and "example:\n  hmar" in text
@@ -98,6 +98,17 @@ def test_sample(hmar, elsewhere):
     assert pathlib.Path("again.png").read_bytes() == first
     assert hmar(*sample("--classes=0,2", "--n=2", "--seed=6", out="other.png"))[0] == 0
     assert pathlib.Path("other.png").read_bytes() != first
+
+
+def test_several_schedules_side_by_side(hmar, elsewhere):
+    model = tiny.masked_run()
+    one = "--schedule=[[1],[1,1,2]]"
+    status, out, _ = hmar(*sample("--n=2", "--schedule=none", one, "--smooth", model=model))
+    assert status == 0 and out == "x.png: 12 pictures of 3 classes\n"
+    both = Image.open("x.png")
+    assert hmar(*sample("--n=2", one, "--confidence_noise=3", "--masked_guidance=1", "--npz=x.npz", model=model))[0] == 0
+    assert both.width > 1.7 * Image.open("x.png").width and both.height > Image.open("x.png").height
+    assert np.load("x.npz")["tokens"].shape == (6, tiny.LENGTH)
 
 
 def test_a_failure_while_writing_leaves_the_old_file(hmar, elsewhere, monkeypatch):
@@ -170,6 +181,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(hmar, elsewhere, tmp_p
     ([*TRAIN, "--config.task=nope"], ["task='nope'", "tokenizer, next_scale"]),
     (["train", "--config=nope.py:digits", "--workdir=run"], ["'nope.py': no such"]),
     (["train", "--config=configs/hmar.py:nope", "--workdir=run"], ["'nope': known are digits, cifar10, d16_256"]),
+    (["train", "--config=configs/hmar.py:digits,stage=3", "--workdir=run"], ["stage='3'", "next_scale (stage 1), masked (stage 2)"]),
+    (["train", "--config=configs/hmar.py:digits,stage=masked,pattern=causal", "--workdir=run"], ["stage=masked and pattern"]),
+    (["train", "--config=configs/hmar.py:digits,stage=masked", "--workdir=run"], ["config.init_from is empty"]),
     (["train", "--config=configs/tokenizer.py:digits", "--workdir=run"], ["is for hmar train-tokenizer"]),
     (["train-tokenizer", "--config=configs/hmar.py:digits", "--workdir=run"], ["is for hmar train"]),
     (["train-tokenizer", "--config=configs/tokenizer.py:photos", "--workdir=run"], ["data.source is empty", "folder:DIR"]),
@@ -195,6 +209,23 @@ def test_mistakes_found_without_a_model(refused, arguments, words):
     (["--npz=no/x.npz"], ["no/x.npz", "no folder"]), (["--npz=/"], ["folder"])])
 def test_mistakes_in_sampling(refused, arguments, words):
     refused(*sample(*arguments), words=words)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--schedule=[[1],[1,2]]"], ["scale 1 (2x2) sums to 3, but the scale has 4 tokens"]),
+    (["--schedule=[[1],[4],[9]]"], ["3 rows", "2 scales"]), (["--schedule=[[1]"], ["--schedule", "list of lists"]),
+    (["--schedule=fast"], ["'fast'", "none, default, cosine:N"]), (["--schedule=[[1],[0,4]]"], ["[0, 4]", "1 or more"]),
+    (["--schedule=none", "--schedule=default", "--npz=x.npz"], ["--npz", "given 2 times"]),
+    (["--masked_guidance=-1"], ["masked_guidance=-1.0"]), (["--confidence_noise=nan"], ["confidence_noise=nan"]),
+    (["--greedy", "--smooth"], ["greedy and smooth"])])
+def test_mistakes_in_masked_sampling(refused, arguments, words):
+    refused(*sample(*arguments, model=tiny.masked_run()), words=words)
+
+
+def test_masked_passes_need_stage_2(refused):
+    for command in (sample("--schedule=none", "--schedule=default"),
+                    ("evaluate", f"--model={tiny.model_run()}", "--schedule=cosine:2")):
+        refused(*command, words=["has masked passes, but this model has no stage 2", "schedule='none'"])
 
 
 def test_outputs_that_cannot_be_written_are_found_before_the_work(refused, elsewhere, monkeypatch):
@@ -257,6 +288,28 @@ def test_mistakes_in_training_a_tokenizer(refused, changes, words):
     (dict(sampling__top_p=1.5), ["top_p=1.5", "0 to 1"]), (dict(sampling__top_k=17), ["top_k=17", "0 to 16"])])
 def test_mistakes_in_training_a_transformer(refused, changes, words):
     refused(*tiny.train("run", **changes), words=words)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(init_from="nope"), ["model 'nope'", "bundled"]), (dict(init_from=""), ["config.init_from is empty", "--config.init_from=RUN"]),
+    (dict(model__masked_depth=3), ["masked_depth=3", "has 2 blocks, 1 to 2 is wanted"]), (dict(model__masked_depth=0), ["masked_depth=0"]),
+    (dict(recipe__loss_weights="plain"), ["'plain'", "unweighted, lognorm, equal, lognorm_published"]),
+    (dict(recipe__mask_ratios="nope"), ["'nope'", "uniform, cosine"]), (dict(image_side=48), ["image_side=48"]),
+    (dict(sampling__confidence_noise=-1.0), ["confidence_noise=-1.0"])])
+def test_mistakes_in_training_stage_2(refused, changes, words):
+    refused(*tiny.train_masked("run", **changes), words=words)
+
+
+def test_stage_2_needs_a_stage_1_of_its_kind(refused, tmp_path, elsewhere):
+    refused(*tiny.train_masked("run", init_from=tiny.tokenizer_run()), words=["is a tokenizer alone"])
+    causal = shutil.copytree(tiny.model_run(), tmp_path / "causal")
+    config = (causal / "config.json").read_text()
+    (causal / "config.json").write_text(config.replace('"pattern": "diagonal"', '"pattern": "causal"'))
+    refused(*tiny.train_masked("run", init_from=causal), words=["pattern=causal", "pattern=diagonal"])
+    fewer = shutil.copytree(tiny.pictures(), tmp_path / "fewer")
+    for split in ("train", "validate"):
+        shutil.rmtree(fewer / split / "cross")
+    refused(*tiny.train_masked("run", data__source=f"folder:{fewer}"), words=["has 2 classes", "has 3"])
 
 
 def test_a_bundled_tokenizer_says_what_it_makes(refused):

@@ -13,6 +13,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.models.tokenizer import TokenizerConfig
 from hmar_jax.models.transformer import NextScaleTransformer, TransformerConfig
 from hmar_jax.scales import PUBLISHED_SIDES
+from hmar_jax.training.masked_steps import MaskedTask
 from hmar_jax.training.next_scale_steps import NextScaleTask
 from hmar_jax.training.tokenizer_steps import TokenizerTask
 
@@ -46,6 +47,27 @@ def test_transformers(name):
             NextScaleTask, config.recipe, transformer=model, tokenizer=TokenizerConfig(scales=model.scales),
             steps=config.steps or config.epochs * IMAGENET // config.batch_size, batch_size=config.batch_size)
         assert task.optimizer() and 0 < task.warmup_steps < task.steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stage_2_of_transformers(name):
+    stage1, config = (configs.load_config(f"{HMAR}:{name}{more}") for more in ("", ",stage=masked"))
+    assert config.task == "masked" and config.init_from == "" and (config.batch_size, config.data) == (stage1.batch_size, stage1.data)
+    model = transformer(stage1)
+    depth = config.model.masked_depth
+    assert depth == (8 if name in PUBLISHED else max(1, model.depth // 2) if name in ("digits", "cifar10") else 8)
+    task = configs.build(
+        MaskedTask, config.recipe, transformer=model, tokenizer=TokenizerConfig(scales=model.scales), masked_depth=depth,
+        steps=config.steps or config.epochs * IMAGENET // config.batch_size, batch_size=config.batch_size)
+    assert task.optimizer() and 0 < task.warmup_steps < task.steps
+    assert (task.loss_weights, task.mask_ratios, task.shared_mask) == ("unweighted", "uniform", False)
+    if name in PUBLISHED:
+        assert config.epochs == 100
+    total = parameters(model)
+    stage2 = jax.eval_shape(task.model.init, jax.random.key(0), jax.eval_shape(NextScaleTransformer(model).init, jax.random.key(0)))
+    added = sum(math.prod(x.shape) for x in jax.tree.leaves(stage2))
+    if name == "d16_256":
+        assert 0.45 < added / total < 0.55  # the paper's 465 M are half as much again as VAR's 310 M
 
 
 @pytest.mark.parametrize("name", ["digits", "photos", "cifar10", "vae_256"])

@@ -62,14 +62,15 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(pipe):
 
 
 _SHARDED = """
-import jax, numpy as np, hmar_jax
+import sys, jax, numpy as np, hmar_jax
 from hmar_jax.sampling import sampler
 
-pipe, key, ids = hmar_jax.load("digits"), jax.random.key(11), [7, 0, 3, 3, 9, 5, 1]
+pipe, key = hmar_jax.load(sys.argv[1]), jax.random.key(11)
+ids = [i % pipe.spec.transformer.num_classes for i in (7, 0, 3, 3, 9, 5, 1)]
 assert jax.device_count() == 8
 images, seven = pipe.sample(key, ids, return_tokens=True)
-spread = hmar_jax.load("digits", devices=jax.devices())
-many_images, many = spread.sample(key, ids + [2, 4, 6, 8, 8, 8, 8, 0, 1], return_tokens=True)
+spread = hmar_jax.load(sys.argv[1], devices=jax.devices())
+many_images, many = spread.sample(key, ids + ids[::-1] + ids[:2], return_tokens=True)
 assert len(many.sharding.device_set) == 8
 assert np.array_equal(many[:7], seven) and np.allclose(many_images[:7], images, atol=1e-5)
 picture_keys = sampler.picture_keys
@@ -80,13 +81,15 @@ print("agrees")
 """
 
 
-def test_a_picture_is_the_same_on_eight_devices():
-    """Masked passes, guidance and noise included; in a process of its own: JAX counts its devices when it starts."""
-    if "digits" not in hmar_jax.sampling.pipeline.bundled_models():
+@pytest.mark.parametrize("model", ["tiny", pytest.param("digits", marks=pytest.mark.slow)])
+def test_a_picture_is_the_same_on_eight_devices(model):
+    """Masked passes and guidance included; in a process of its own: JAX counts its devices when it starts."""
+    if model == "digits" and "digits" not in hmar_jax.sampling.pipeline.bundled_models():
         pytest.skip("no bundled model digits")
-    flags = "--xla_force_host_platform_device_count=8"
+    name = str(tiny.masked_run()) if model == "tiny" else model
     result = subprocess.run(
-        [sys.executable, "-c", _SHARDED], env={**tiny.ENVIRONMENT, "XLA_FLAGS": flags}, capture_output=True, text=True)
+        [sys.executable, "-c", _SHARDED, name], env={**tiny.ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True, text=True)
     assert result.stdout == "agrees\n", result.stderr
 
 
