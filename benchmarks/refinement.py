@@ -2,9 +2,9 @@
 
     python benchmarks/refinement.py --model=digits [--variants none default default,confidence_noise=4] [--seeds=5]
 
-A variant is a schedule with sampling options after it. For each, every guidance is tried with one set of random numbers; the best
-is the one of lowest Fréchet distance among those whose samples are read as asked at least as often as held-out real digits
-are read correctly (if none is, the one read best). With other random numbers the best one is then drawn `seeds` times.
+A variant is a schedule with sampling options after it. For each, every guidance is tried with some seeds; the best is the one of
+lowest mean Fréchet distance among those whose samples are read as asked at least as often as held-out real digits are read
+correctly (if none is, the one read best). With other seeds the best one is then drawn anew.
 Fréchet distances are over the features of the independent classifier, against held-out digits (evaluation/report.py).
 
 --losses prints stage 2's validation loss by tenth of the mask ratio: does it fall as more of a scale is revealed?
@@ -26,7 +26,7 @@ from hmar_jax.training.metrics import average
 from hmar_jax.training.recipe import TrainState
 
 _FIGURES = ("read_as_asked", "diversity", "near", "frechet")
-_SEARCH_SEED, _FIRST_SEED = 1000, 1
+_FIRST_SEARCH_SEED, _FIRST_SEED = 1000, 1
 
 
 def main():
@@ -35,7 +35,8 @@ def main():
     parser.add_argument("--reference", default="digits")
     parser.add_argument("--variants", nargs="+", default=["none", "default"])
     parser.add_argument("--guidances", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0, 1.5])
-    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--search_seeds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--losses", action="store_true")
     parser.add_argument("--json", default=None)
@@ -48,7 +49,9 @@ def main():
         print("validation loss of masked tokens by mask ratio: " + "  ".join(
             f"{name.removeprefix('loss/ratio_')} {value:.3f}" for name, value in results["losses"].items()))
     for variant in args.variants:
-        search = [figures(pipe, real, variant, g, _SEARCH_SEED, args.samples) for g in args.guidances]
+        search = [
+            average(figures(pipe, real, variant, g, _FIRST_SEARCH_SEED + i, args.samples) for i in range(args.search_seeds))
+            for g in args.guidances]
         readable = [i for i, f in enumerate(search) if f["read_as_asked"] >= f["held_out_accuracy"]]
         best = min(readable, key=lambda i: search[i]["frechet"]) if readable else max(
             range(len(search)), key=lambda i: search[i]["read_as_asked"])

@@ -22,6 +22,14 @@ def test_agree_with_recorded(load_golden):
     assert np.array_equal(ties > -jnp.inf, z["keep_ties_topk10"])
 
 
+def test_smooth_weights_agree_with_recorded(load_golden):
+    z = load_golden("filters")
+    filtered = filters.top_p(filters.top_k(jnp.asarray(z["logits"]), 10), 0.9)
+    for i, ratio in enumerate(z["gumbel_ratio"]):
+        for logits, name in ((jnp.asarray(z["logits"]), f"gumbel_y_{i}"), (filtered, f"gumbel_filtered_y_{i}")):
+            np.testing.assert_allclose(filters.smooth_weights(logits, z["gumbel_noise"], float(ratio)), z[name], atol=2e-5, err_msg=name)
+
+
 def test_off():
     logits = jax.random.normal(jax.random.key(0), (2, 3, 8))
     assert filters.top_k(logits, 0) is logits and filters.top_k(logits, 8) is logits

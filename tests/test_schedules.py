@@ -25,6 +25,8 @@ def test_cosine():
     assert schedules.cosine(4, 8) == (1, 1, 1, 1)
     assert schedules.cosine(16, 4) == (2, 3, 5, 6)  # still masked: 14, 11, 6, 0
     assert schedules.cosine(16, 1) == (16,)
+    rows = schedules.resolve(ScaleList((1, 2, 4)), "cosine:1,2,4")
+    assert rows == ((1,), (2, 2), (2, 3, 5, 6))
 
 
 @pytest.mark.parametrize("sides", [*PUBLISHED_SIDES.values(), (1, 2, 3, 4), (3, 5), (7,), (2, 9, 10)])
@@ -37,7 +39,7 @@ def test_every_row_sums_to_its_scale(sides, wanted):
 
 
 @pytest.mark.parametrize("wanted,message", [
-    ("fast", "known are none, default"), ("cosine:0", "cosine:N"), ("cosine:x", "cosine:N"), (3, "list of lists"),
+    ("fast", "known are none, default"), ("cosine:1,2", "2 numbers, the model 3 scales"), ("cosine:1,,2", "cosine:N"), ("cosine:0", "cosine:N"), ("cosine:x", "cosine:N"), (3, "list of lists"),
     ([[1], [4]], "2 rows, the model 3 scales"), ([[1], [1, 2], [9]], r"scale 1 \(2x2\) sums to 3, but the scale has 4"),
     ([[1], [0, 4], [9]], r"scale 1 \(2x2\) is \[0, 4\]"), ([[1], [4], []], "scale 2")])
 def test_bad_schedules(wanted, message):

@@ -33,7 +33,7 @@ def resolve(scales: ScaleList, wanted) -> Schedule:
 
     Args:
       wanted: "none" (one pass a scale), "default", "cosine:N" (N passes a scale, or as many as it has tokens, few tokens
-        first), or a list of K lists of counts.
+        first), "cosine:1,2,4,4" (so many passes of each scale), or a list of K lists of counts.
 
     Raises:
       InputError: an unknown name, another number of scales, a count below 1, or a row that does not sum to its scale's tokens.
@@ -43,10 +43,16 @@ def resolve(scales: ScaleList, wanted) -> Schedule:
     if wanted == "default":
         return _default(scales)
     if isinstance(wanted, str):
-        name, _, number = wanted.partition(":")
-        if name != "cosine" or not number.isdecimal() or int(number) < 1:
-            raise InputError(f"schedule {wanted!r}: known are none, default, cosine:N with N passes a scale, or a list of lists")
-        return _after_first(scales, tuple(cosine(length, int(number)) for length in scales.lengths[1:]))
+        name, _, numbers = wanted.partition(":")
+        passes = numbers.split(",")
+        if name != "cosine" or not all(n.isdecimal() and int(n) >= 1 for n in passes):
+            raise InputError(
+                f"schedule {wanted!r}: known are none, default, cosine:N with N passes a scale (or cosine:N,N,… with a number for "
+                "each), or a list of lists")
+        if len(passes) not in (1, scales.num_scales):
+            raise InputError(f"schedule {wanted!r} has {len(passes)} numbers, the model {scales.num_scales} scales")
+        passes = [int(n) for n in passes] * (scales.num_scales if len(passes) == 1 else 1)
+        return _after_first(scales, tuple(cosine(length, n) for length, n in zip(scales.lengths[1:], passes[1:])))
     return _checked(scales, wanted)
 
 
