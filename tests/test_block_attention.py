@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import api, block_attention, tiles, xla
+from pallas_kernels import api, block_attention, mosaic_tpu, tiles, xla
 from pallas_kernels.reference import block_mask, dense_attention
 
 
@@ -28,9 +28,29 @@ PATTERNS = ("diagonal", "causal")
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "float64": 1e-12}
 
 
+# The kernels of mosaic_tpu where there is no TPU, in Pallas' interpret mode.
+INTERPRETED = "mosaic_tpu_interpreted"
+
+
+def attend_with(implementation):
+    """`block_attention` by one implementation."""
+    if implementation == INTERPRETED:
+        return interpreted
+    return functools.partial(block_attention, implementation=implementation)
+
+
+def interpreted(q, k, v, block_sizes, pattern="diagonal", scale=1.0):
+    return mosaic_tpu.attention(q, k, v, block_sizes, pattern, scale, interpret=True)
+
+
+def skip_unless_supported(implementation, dtype):
+    if implementation in ("mosaic_tpu", INTERPRETED) and dtype == "float16":
+        pytest.skip("TPU kernels compute in float32 and bfloat16")
+
+
 def implementation_params():
     """One parameter for each implementation; those that cannot run here are skipped and say why."""
-    params = []
+    params = [pytest.param(INTERPRETED)]
     for name in api.IMPLEMENTATIONS:
         try:
             block_attention(*[jnp.zeros((1, 1, 1, 64))] * 3, (1,), implementation=name)
@@ -98,8 +118,9 @@ def compare(function, sizes, pattern, batch=2, heads=2, dim=16, dtype="float32")
         assert error < TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
 
 
-def check(sizes, pattern, implementation, **options):
-    compare(functools.partial(block_attention, implementation=implementation), sizes, pattern, **options)
+def check(sizes, pattern, implementation, dtype="float32", **options):
+    skip_unless_supported(implementation, dtype)
+    compare(attend_with(implementation), sizes, pattern, dtype=dtype, **options)
 
 
 def random_sizes(seed, length=60):
@@ -212,8 +233,17 @@ def test_list_512(pattern, implementation):
     check(SIZES_512, pattern, implementation, batch=1, heads=1, dim=64)
 
 
-@every_implementation
-@pytest.mark.parametrize("seed", range(40))
+def random_list_params():
+    """(seed, implementation): forty lists for each; in interpret mode all but four of them are slow tests."""
+    params = []
+    for param in implementation_params():
+        for seed in range(40):
+            slow = param.values == (INTERPRETED,) and seed not in (0, 6, 10, 13)  # one of each dtype and pattern
+            params.append(pytest.param(seed, *param.values, marks=[*param.marks, *[pytest.mark.slow] * slow]))
+    return params
+
+
+@pytest.mark.parametrize("seed, implementation", random_list_params())
 def test_random_lists(seed, implementation):
     dtype = ("float32", "float32", "bfloat16", "float16")[seed % 4]
     # Head dim 8 lets groups of up to 32 keys keep their probabilities and longer ones recompute them.
@@ -226,7 +256,7 @@ def test_random_lists(seed, implementation):
 def test_list_1024_forward(pattern, implementation):
     q, k, v, _ = random_inputs(SIZES_1024, batch=1, heads=1, dim=64)
     options = dict(block_sizes=SIZES_1024, pattern=pattern, scale=0.125)
-    out = jax.jit(functools.partial(block_attention, implementation=implementation, **options))(q, k, v)
+    out = jax.jit(functools.partial(attend_with(implementation), **options))(q, k, v)
     expected = expected_in_float64(SIZES_1024, pattern, 0.125, q, k, v)
     assert relative_error(out, expected) < TOLERANCE["float32"]
 
@@ -242,18 +272,19 @@ def test_float64(pattern):
 def test_large_scores_stay_finite(pattern, implementation):
     # Scores in the thousands: exp overflows unless the maximum is subtracted, and softmax is nearly one-hot.
     q, k, v, d_out = random_inputs((1, 5, 30, 2), batch=1, heads=1, dim=16, spread=20.0)
-    options = dict(block_sizes=(1, 5, 30, 2), pattern=pattern, implementation=implementation)
-    for x in out_and_gradients(functools.partial(block_attention, **options), q, k, v, d_out):
+    options = dict(block_sizes=(1, 5, 30, 2), pattern=pattern)
+    for x in out_and_gradients(functools.partial(attend_with(implementation), **options), q, k, v, d_out):
         assert np.isfinite(x).all()
 
 
 @every_implementation
 def test_float16_keeps_small_gradients(implementation):
+    skip_unless_supported(implementation, "float16")
     # Cotangents of 1e-4 over 200 keys: d_scores would vanish in float16.
     sizes = (1, 200)
     q, k, v, d_out = random_inputs(sizes, batch=1, heads=1, dim=16, dtype="float16")
     d_out = (d_out * 1e-4).astype(jnp.float16)
-    function = functools.partial(block_attention, block_sizes=sizes, scale=0.25, implementation=implementation)
+    function = functools.partial(attend_with(implementation), block_sizes=sizes, scale=0.25)
     ours = out_and_gradients(function, q, k, v, d_out)
     expected = expected_in_float64(sizes, "diagonal", 0.25, q, k, v, d_out)
     # 1e-2: the results themselves lie where float16 has few digits.
@@ -267,7 +298,7 @@ SMALL = dict(block_sizes=(1, 4, 40), pattern="causal", scale=0.5)
 
 @every_implementation
 def test_vmap(implementation):
-    function = functools.partial(block_attention, implementation=implementation, **SMALL)
+    function = functools.partial(attend_with(implementation), **SMALL)
     q, k, v, d_out = (x.reshape(2, 3, *x.shape[1:]) for x in random_inputs(SMALL["block_sizes"], 6, 2, 8))
     expected = out_and_gradients(function, *(x.reshape(6, *x.shape[2:]) for x in (q, k, v, d_out)))
     for x, y in zip(out_and_gradients(jax.vmap(function), q, k, v, d_out), expected, strict=True):
@@ -276,7 +307,7 @@ def test_vmap(implementation):
 
 @every_implementation
 def test_vmap_with_shared_keys(implementation):
-    function = functools.partial(block_attention, implementation=implementation, **SMALL)
+    function = functools.partial(attend_with(implementation), **SMALL)
     q, k, v, _ = random_inputs(SMALL["block_sizes"], 2, 2, 8)
 
     def d_k(attend):
@@ -291,7 +322,7 @@ def test_vmap_with_shared_keys(implementation):
 @every_implementation
 def test_remat_and_scan(implementation):
     # As in a stack of layers: the body is rematerialised, and compiled once by scan.
-    attend = functools.partial(block_attention, implementation=implementation, **SMALL)
+    attend = functools.partial(attend_with(implementation), **SMALL)
     q, k, v, _ = random_inputs(SMALL["block_sizes"], 1, 2, 8)
 
     def d_q(body):
@@ -321,15 +352,15 @@ def test_backward_keeps_no_scores_of_long_groups():
 _SHARD_MAP = """
 import functools, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from pallas_kernels import block_attention
+from tests.test_block_attention import attend_with
 
-options = dict(block_sizes=(1, 4, 40), pattern="{pattern}", scale=0.5, implementation="{implementation}")
+options = dict(block_sizes=(1, 4, 40), pattern="{pattern}", scale=0.5)
 assert jax.device_count() == 8
 mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 spec = P("batch", None, "heads", None)
 rng = np.random.default_rng(0)
 q, k, v, d_out = (rng.standard_normal((8, 45, 4, 8), np.float32) for _ in range(4))
-attend = functools.partial(block_attention, **options)
+attend = functools.partial(attend_with("{implementation}"), **options)
 
 
 def run(function, *arrays):

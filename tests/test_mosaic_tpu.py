@@ -1,0 +1,124 @@
+"""The TPU kernels beyond what test_block_attention.py asks of every implementation: work lists, tile sizes, refusals."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import block_attention, mosaic_tpu, tiles
+from pallas_kernels.mosaic_tpu import TileSizes
+from pallas_kernels.reference import block_mask
+from tests.test_block_attention import (
+    SIZES_256,
+    SIZES_512,
+    SIZES_1024,
+    compare,
+    every_pattern,
+    interpreted,
+    random_sizes,
+)
+
+# The work lists.
+
+
+def mask_of_visits(sizes, pattern, q_rows, k_rows):
+    """The dense mask put together from the tile pairs, and how often each score was visited; up to whole tiles."""
+    visited, full = tiles.tile_pairs(sizes, pattern, q_rows, k_rows)
+    shape = (visited.shape[0] * q_rows, visited.shape[1] * k_rows)
+    mask, visits = np.zeros(shape, bool), np.zeros(shape, int)
+    lower, upper = tiles.key_bounds(sizes, pattern, shape[0])
+    keys = np.arange(shape[1])
+    for q_tile, k_tile in zip(*np.nonzero(visited), strict=True):
+        rows, columns = (slice(i * n, (i + 1) * n) for i, n in ((q_tile, q_rows), (k_tile, k_rows)))
+        inside = (lower[rows, None] <= keys[columns]) & (keys[columns] < upper[rows, None])
+        mask[rows, columns] = full[q_tile, k_tile] | inside
+        visits[rows, columns] += 1
+    return mask, visits
+
+
+@every_pattern
+@pytest.mark.parametrize("tile", [(8, 8), (16, 4), (4, 16), (7, 5), (64, 128)], ids=str)
+def test_visits_cover_the_mask_exactly(tile, pattern):
+    for seed in range(20):
+        sizes = random_sizes(seed, length=90 + seed)
+        mask, visits = mask_of_visits(sizes, pattern, *tile)
+        expected = np.zeros_like(mask)
+        expected[: sum(sizes), : sum(sizes)] = block_mask(sizes, pattern)
+        np.testing.assert_array_equal(mask, expected)
+        # No pair is visited twice, in vain, or under a mask that it does not need.
+        by_tile = expected.reshape(mask.shape[0] // tile[0], tile[0], -1, tile[1]).swapaxes(1, 2)
+        visited, full = tiles.tile_pairs(sizes, pattern, *tile)
+        np.testing.assert_array_equal(visited, by_tile.any((2, 3)))
+        np.testing.assert_array_equal(full, by_tile.all((2, 3)))
+        assert visits.max() == 1
+
+
+def test_small_work_list():
+    # Blocks of 2, 6 and 4 tokens in tiles of 4: the first tile holds the edge between the first two blocks.
+    visited, full = tiles.tile_pairs((2, 6, 4), "diagonal", 4, 4)
+    np.testing.assert_array_equal(visited, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(full, [[0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    visited, full = tiles.tile_pairs((2, 6, 4), "causal", 4, 4)
+    np.testing.assert_array_equal(visited, [[1, 1, 0], [1, 1, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(full, [[0, 0, 0], [1, 1, 0], [1, 1, 1]])
+
+
+@every_pattern
+@pytest.mark.parametrize("by_key", [False, True])
+def test_flags_open_and_close_every_sum_once(by_key, pattern):
+    q = jnp.zeros((1, 2, 8, 680))
+    plan = mosaic_tpu._Plan.of(q, SIZES_256, pattern, 1.0, True)
+    q_tiles, k_tiles, flags = plan.visits(by_key)
+    own = k_tiles if by_key else q_tiles
+    assert (np.diff(own) >= 0).all() and set(own) == set(range(own.max() + 1))
+    for tile in set(own):
+        of_tile = flags[own == tile]
+        np.testing.assert_array_equal(of_tile & mosaic_tpu._FIRST != 0, np.arange(len(of_tile)) == 0)
+        np.testing.assert_array_equal(of_tile & mosaic_tpu._LAST != 0, np.arange(len(of_tile)) == len(of_tile) - 1)
+
+
+@pytest.mark.parametrize(
+    "sizes, pattern, itemsize, expected, cells_per_needed",
+    [
+        (SIZES_256, "diagonal", 2, TileSizes(128, 128, 16), 2.97),
+        (SIZES_256, "causal", 2, TileSizes(128, 128, 16), 1.60),
+        (SIZES_512, "diagonal", 2, TileSizes(128, 128, 16), 1.29),
+        (SIZES_512, "causal", 2, TileSizes(256, 256, 8), 1.20),
+        (SIZES_1024, "diagonal", 2, TileSizes(256, 256, 8), 1.19),
+        (SIZES_1024, "causal", 2, TileSizes(256, 256, 8), 1.04),
+        (SIZES_1024, "causal", 4, TileSizes(512, 512, 2), 1.14),
+    ],
+)
+def test_tile_sizes_for_16_heads_of_64(sizes, pattern, itemsize, expected, cells_per_needed):
+    chosen = mosaic_tpu.choose_tiles(sizes, pattern, 16, 64, itemsize)
+    cells = tiles.tile_pairs(sizes, pattern, chosen.queries, chosen.keys)[0].sum() * chosen.queries * chosen.keys
+    needed = block_mask(sizes, pattern).sum()
+    assert (chosen, round(cells / needed, 2)) == (expected, cells_per_needed)
+
+
+# Values.
+
+
+@every_pattern
+@pytest.mark.parametrize("sizes_of_tiles", [TileSizes(128, 256, 1), TileSizes(256, 128, 3)], ids=str)
+def test_tiles_of_any_shape(sizes_of_tiles, pattern, monkeypatch):
+    # Several tiles both ways, steps over the heads, and a last tile that reaches past the end (there interpret mode reads
+    # nan). 24 channels are no power of two.
+    monkeypatch.setattr(mosaic_tpu, "choose_tiles", lambda *_: sizes_of_tiles)
+    compare(interpreted, (3, 200, 70, 150, 30), pattern, batch=2, heads=3, dim=24)
+
+
+# Refusals.
+
+
+def test_refuses_where_there_is_no_tpu():
+    q = jnp.zeros((1, 4, 1, 8))
+    if mosaic_tpu.why_not(q) is None:
+        pytest.skip("this process has a TPU")
+    with pytest.raises(NotImplementedError, match="'mosaic_tpu' cannot run here: it needs a TPU; this process runs on"):
+        block_attention(q, q, q, (4,), implementation="mosaic_tpu")
+
+
+def test_refuses_float16():
+    q = jnp.zeros((1, 4, 1, 8), "float16")
+    with pytest.raises(NotImplementedError, match="TPUs compute in float32 and bfloat16; q is float16"):
+        block_attention(q, q, q, (4,), implementation="mosaic_tpu")
