@@ -40,12 +40,12 @@ _FIRST, _LAST, _PARTIAL = 1, 2, 4
 # Tile lengths to choose from. Shorter ones would visit fewer masked scores, but lanes come by 128, and a matmul unit that
 # has loaded 128 x 128 weights must stream about as many rows through them to be busy.
 _TILE_LENGTHS = (128, 256, 512)
-# What a grid step costs beside its scores, in score cells: a step takes some 0.3 us to start, in which a v5e could
-# compute 2 ** 16 cells at about half its peak (512 FLOPs a cell: two matmuls of depth 128). An estimate, not measured.
-_CELLS_PER_STEP = 2**16
 # Of one operand's tile. There are up to seven operands and results with two buffers each, two float32 sums, and scores of
 # one head: with this limit they stay under the 16 MiB that a kernel may use by default.
 _TILE_BYTES = 2**18
+# What tile sizes are compared by: roughly a v5e at half its bfloat16 peak, its memory, and the start of one grid step.
+# Counted with these numbers, not measured.
+_FLOPS_PER_SECOND, _BYTES_PER_SECOND, _SECONDS_PER_STEP = 1e14, 8e11, 3e-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ class TileSizes:
     queries: int
     keys: int
     heads: int  # a divisor of H
+    shift: int = 0  # tokens of padding before the first, so that the edges of large blocks fall on edges of tiles
 
 
 def why_not(q):
@@ -75,33 +76,52 @@ def attention(q, k, v, block_sizes, pattern, scale, interpret=False):
     Args:
       interpret: runs the kernels' arithmetic in plain JAX, on any platform: for tests, very slow.
     """
+    sizes = choose_tiles(block_sizes, pattern, *q.shape[2:], q.dtype.itemsize)
     q, k, v = (x.transpose(0, 2, 3, 1) for x in _same_axes(q, k, v))
-    return _attend(q, k, v, block_sizes, pattern, scale, interpret).transpose(0, 3, 1, 2)
+    if sizes.shift:
+        block_sizes = (sizes.shift, *block_sizes)
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (sizes.shift, 0))) for x in (q, k, v))
+    out = _attend(q, k, v, block_sizes, pattern, scale, sizes, interpret)
+    return out[..., sizes.shift :].transpose(0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=256)
 def choose_tiles(block_sizes, pattern, heads, dim, itemsize):
-    """The TileSizes of least counted cost: score cells visited + _CELLS_PER_STEP for each grid step. Nothing is timed."""
+    """The TileSizes for which forward and backward pass together should take the least time, by counting.
 
-    def cost(sizes):
-        visits = tiles.tile_pairs(block_sizes, pattern, sizes.queries, sizes.keys)[0].sum()
-        return visits * (sizes.queries * sizes.keys + _CELLS_PER_STEP / sizes.heads)
-
+    What `tests/test_mosaic_tpu.py` lists for 16 heads of 64: a shift spares the 256 list 6 of 20 visits.
+    """
     candidates = []
     for queries, keys in itertools.product(_TILE_LENGTHS, _TILE_LENGTHS):
         most = max(1, _TILE_BYTES // (max(queries, keys) * dim * itemsize))
-        candidates.append(TileSizes(queries, keys, max(n for n in range(1, most + 1) if heads % n == 0)))
-    return min(candidates, key=cost)
+        heads_of_step = max(n for n in range(1, most + 1) if heads % n == 0)
+        # The padding is a block of its own, so that no query of another block sees it: not so if the pattern is causal.
+        shifts = range(0, min(queries, keys), 8) if pattern == "diagonal" and len(block_sizes) > 1 else [0]
+        candidates += [TileSizes(queries, keys, heads_of_step, shift) for shift in shifts]
+    return min(candidates, key=lambda sizes: _counted_seconds(sizes, block_sizes, pattern, dim, itemsize))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _attend(q, k, v, block_sizes, pattern, scale, interpret):
+def _counted_seconds(sizes, block_sizes, pattern, dim, itemsize):
+    """Forward and backward pass of one head."""
+    shifted = (sizes.shift, *block_sizes) if sizes.shift else block_sizes
+    visits = tiles.tile_pairs(shifted, pattern, sizes.queries, sizes.keys)[0].sum()
+    # Nine matmuls in three kernels, whose unit is 128 deep even if a head is not; float32 takes six passes.
+    flops = visits * sizes.queries * sizes.keys * 9 * 2 * max(dim, 128) * (6 if itemsize == 4 else 1)
+    # Two kernels copy k and v for each visit, one copies q and d_out; a shift reads and writes these four once more.
+    tokens = visits * (4 * sizes.keys + 2 * sizes.queries) + (8 * sum(shifted) if sizes.shift else 0)
+    copies = tokens * dim * itemsize
+    # As a sum, though most copies go on during the matmuls: other chips have more FLOPs for each byte.
+    return flops / _FLOPS_PER_SECOND + copies / _BYTES_PER_SECOND + 3 * visits * _SECONDS_PER_STEP / sizes.heads
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+def _attend(q, k, v, block_sizes, pattern, scale, sizes, interpret):
     """`attention` of (B, H, D, L) arrays."""
-    return _forward(q, k, v, block_sizes, pattern, scale, interpret)[0]
+    return _forward(q, k, v, block_sizes, pattern, scale, sizes, interpret)[0]
 
 
-def _forward(q, k, v, block_sizes, pattern, scale, interpret):
-    plan = _Plan.of(q, block_sizes, pattern, scale, interpret)
+def _forward(q, k, v, block_sizes, pattern, scale, sizes, interpret):
+    plan = _Plan(*q.shape, q.dtype, block_sizes, pattern, scale, sizes, interpret)
     out, logsumexp = _run(
         plan,
         _forward_kernel,
@@ -114,9 +134,9 @@ def _forward(q, k, v, block_sizes, pattern, scale, interpret):
     return out, (q, k, v, out, logsumexp)
 
 
-def _backward(block_sizes, pattern, scale, interpret, residuals, d_out):
+def _backward(block_sizes, pattern, scale, sizes, interpret, residuals, d_out):
     q, k, v, out, logsumexp = residuals
-    plan = _Plan.of(q, block_sizes, pattern, scale, interpret)
+    plan = _Plan(*q.shape, q.dtype, block_sizes, pattern, scale, sizes, interpret)
     d_q, mean = _run(
         plan,
         _d_q_kernel,
@@ -160,14 +180,8 @@ class _Plan:
     block_sizes: tuple[int, ...]
     pattern: str
     scale: float
-    interpret: bool
     sizes: TileSizes
-
-    @classmethod
-    def of(cls, q, block_sizes, pattern, scale, interpret):
-        _, heads, dim, _ = q.shape
-        sizes = choose_tiles(block_sizes, pattern, heads, dim, q.dtype.itemsize)
-        return cls(*q.shape, q.dtype, block_sizes, pattern, scale, interpret, sizes)
+    interpret: bool
 
     @property
     def steps(self):

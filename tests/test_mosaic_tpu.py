@@ -65,8 +65,7 @@ def test_small_work_list():
 @every_pattern
 @pytest.mark.parametrize("by_key", [False, True])
 def test_flags_open_and_close_every_sum_once(by_key, pattern):
-    q = jnp.zeros((1, 2, 8, 680))
-    plan = mosaic_tpu._Plan.of(q, SIZES_256, pattern, 1.0, True)
+    plan = mosaic_tpu._Plan(1, 2, 8, 680, jnp.float32, SIZES_256, pattern, 1.0, TileSizes(128, 256, 1), True)
     q_tiles, k_tiles, flags = plan.visits(by_key)
     own = k_tiles if by_key else q_tiles
     assert (np.diff(own) >= 0).all() and set(own) == set(range(own.max() + 1))
@@ -77,34 +76,42 @@ def test_flags_open_and_close_every_sum_once(by_key, pattern):
 
 
 @pytest.mark.parametrize(
-    "sizes, pattern, itemsize, expected, cells_per_needed",
+    "sizes, pattern, itemsize, expected, visits, cells_per_needed",
     [
-        (SIZES_256, "diagonal", 2, TileSizes(128, 128, 16), 2.97),
-        (SIZES_256, "causal", 2, TileSizes(128, 128, 16), 1.60),
-        (SIZES_512, "diagonal", 2, TileSizes(128, 128, 16), 1.29),
-        (SIZES_512, "causal", 2, TileSizes(256, 256, 8), 1.20),
-        (SIZES_1024, "diagonal", 2, TileSizes(256, 256, 8), 1.19),
-        (SIZES_1024, "causal", 2, TileSizes(256, 256, 8), 1.04),
-        (SIZES_1024, "causal", 4, TileSizes(512, 512, 2), 1.14),
+        (SIZES_256, "diagonal", 2, TileSizes(128, 128, 16, shift=88), 14, 2.08),
+        (SIZES_256, "causal", 2, TileSizes(256, 256, 8), 8, 1.83),
+        (SIZES_512, "diagonal", 2, TileSizes(256, 256, 8, shift=64), 31, 1.33),
+        (SIZES_512, "causal", 2, TileSizes(256, 256, 8), 60, 1.20),
+        (SIZES_1024, "diagonal", 2, TileSizes(256, 256, 8), 445, 1.19),
+        (SIZES_1024, "causal", 2, TileSizes(512, 512, 4), 247, 1.14),
+        (SIZES_256, "diagonal", 4, TileSizes(128, 128, 8, shift=88), 14, 2.08),
+        (SIZES_1024, "causal", 4, TileSizes(256, 256, 4), 907, 1.04),
     ],
 )
-def test_tile_sizes_for_16_heads_of_64(sizes, pattern, itemsize, expected, cells_per_needed):
+def test_tile_sizes_for_16_heads_of_64(sizes, pattern, itemsize, expected, visits, cells_per_needed):
     chosen = mosaic_tpu.choose_tiles(sizes, pattern, 16, 64, itemsize)
-    cells = tiles.tile_pairs(sizes, pattern, chosen.queries, chosen.keys)[0].sum() * chosen.queries * chosen.keys
+    assert chosen == expected
+    shifted = (chosen.shift, *sizes) if chosen.shift else sizes
+    assert tiles.tile_pairs(shifted, pattern, chosen.queries, chosen.keys)[0].sum() == visits
     needed = block_mask(sizes, pattern).sum()
-    assert (chosen, round(cells / needed, 2)) == (expected, cells_per_needed)
+    assert round(visits * chosen.queries * chosen.keys / needed, 2) == cells_per_needed
 
 
 # Values.
 
 
 @every_pattern
-@pytest.mark.parametrize("sizes_of_tiles", [TileSizes(128, 256, 1), TileSizes(256, 128, 3)], ids=str)
+@pytest.mark.parametrize("sizes_of_tiles", [TileSizes(128, 256, 1), TileSizes(256, 128, 3)], ids=["128x256", "256x128"])
 def test_tiles_of_any_shape(sizes_of_tiles, pattern, monkeypatch):
     # Several tiles both ways, steps over the heads, and a last tile that reaches past the end (there interpret mode reads
     # nan). 24 channels are no power of two.
     monkeypatch.setattr(mosaic_tpu, "choose_tiles", lambda *_: sizes_of_tiles)
     compare(interpreted, (3, 200, 70, 150, 30), pattern, batch=2, heads=3, dim=24)
+
+
+def test_shifted_tiles(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "choose_tiles", lambda *_: TileSizes(128, 128, 2, shift=56))
+    compare(interpreted, (3, 69, 128, 20), "diagonal", batch=1, heads=2, dim=16)
 
 
 # Refusals.

@@ -1,6 +1,8 @@
 """Compiles the TPU kernels for real chips, with libtpu, on a machine that has none: `pip install "jax[tpu]"`."""
 
 import functools
+import math
+import re
 
 import jax
 import numpy as np
@@ -56,12 +58,13 @@ def check(program, sizes, pattern, itemsize=2, batch=2, heads=16, dim=64):
         assert name in text
     # What the kernels say they compute is counted: 2, 3 and 4 matmuls over the score cells of the visited pairs.
     chosen = mosaic_tpu.choose_tiles(sizes, pattern, heads, dim, itemsize)
-    visits = tiles.tile_pairs(sizes, pattern, chosen.queries, chosen.keys)[0].sum()
+    shifted = (chosen.shift, *sizes) if chosen.shift else sizes
+    visits = tiles.tile_pairs(shifted, pattern, chosen.queries, chosen.keys)[0].sum()
     flops = 2 * 9 * batch * heads * dim * visits * chosen.queries * chosen.keys
     assert program.cost_analysis()["flops"] == pytest.approx(flops, rel=1e-3)
-    # XLA lays out tokens in the lanes, as the kernels want them: no operand or result is copied on the chip.
-    size = batch * heads * sum(sizes) * dim * itemsize
-    assert program.memory_analysis().temp_size_in_bytes < size
+    if dim == 64:  # then XLA lays out tokens in the lanes, as the kernels want them: nothing is transposed
+        moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+        assert max([math.prod(map(int, shape.split(","))) for shape in moved], default=0) < batch * heads * dim * sum(sizes)
 
 
 @every_pattern
