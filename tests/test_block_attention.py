@@ -60,6 +60,16 @@ def implementation_params():
     return params
 
 
+def with_each_implementation(values, interpreted):
+    """(value, implementation) for all of both; in interpret mode the values that are not in `interpreted` are slow tests."""
+    params = []
+    for param in implementation_params():
+        for value in values:
+            slow = param.values == (INTERPRETED,) and value not in interpreted
+            params.append(pytest.param(value, *param.values, marks=[*param.marks, *[pytest.mark.slow] * slow]))
+    return params
+
+
 every_implementation = pytest.mark.parametrize("implementation", implementation_params())
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
@@ -227,23 +237,12 @@ def test_list_256(dtype, pattern, implementation):
     check(SIZES_256, pattern, implementation, batch=1, heads=2, dim=32, dtype=dtype)
 
 
-@every_pattern
-@every_implementation
+@pytest.mark.parametrize("pattern, implementation", with_each_implementation(PATTERNS, interpreted=()))
 def test_list_512(pattern, implementation):
     check(SIZES_512, pattern, implementation, batch=1, heads=1, dim=64)
 
 
-def random_list_params():
-    """(seed, implementation): forty lists for each; in interpret mode all but four of them are slow tests."""
-    params = []
-    for param in implementation_params():
-        for seed in range(40):
-            slow = param.values == (INTERPRETED,) and seed not in (0, 6, 10, 13)  # one of each dtype and pattern
-            params.append(pytest.param(seed, *param.values, marks=[*param.marks, *[pytest.mark.slow] * slow]))
-    return params
-
-
-@pytest.mark.parametrize("seed, implementation", random_list_params())
+@pytest.mark.parametrize("seed, implementation", with_each_implementation(range(40), interpreted=(0, 6, 10, 13)))
 def test_random_lists(seed, implementation):
     dtype = ("float32", "float32", "bfloat16", "float16")[seed % 4]
     # Head dim 8 lets groups of up to 32 keys keep their probabilities and longer ones recompute them.
@@ -381,8 +380,7 @@ print("agrees")
 """
 
 
-@every_pattern
-@every_implementation
+@pytest.mark.parametrize("pattern, implementation", with_each_implementation(PATTERNS, interpreted=("causal",)))
 def test_shard_map_over_batch_and_heads(pattern, implementation):
     # In a process of its own: the number of fake devices is fixed when JAX starts.
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
