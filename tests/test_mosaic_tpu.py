@@ -1,5 +1,9 @@
 """The TPU kernels beyond what test_block_attention.py asks of every implementation: work lists, tile sizes, refusals."""
 
+import functools
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,6 +117,19 @@ def test_tiles_of_any_shape(pattern, sizes_of_tiles, monkeypatch):
 def test_shifted_tiles(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "choose_tiles", lambda *_: TileSizes(128, 128, 2, shift=56))
     compare(interpreted, (3, 69, 128, 20), "diagonal", batch=1, heads=2, dim=16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matmuls_round_no_operand_and_sum_in_float32(dtype):
+    # On a CPU every matmul of float32 is exact; a TPU rounds its operands to bfloat16 unless told otherwise.
+    x = jnp.zeros((1, 20, 1, 16), dtype)
+    attend = functools.partial(interpreted, block_sizes=(20,))
+    program = str(jax.make_jaxpr(lambda *arrays: jax.vjp(attend, *arrays)[1](arrays[0]))(x, x, x))
+    matmuls = re.findall(r"dot_general\[(.*?)\n *\]", program, re.DOTALL)
+    assert len(matmuls) == 9  # no full pairs here
+    for matmul in matmuls:
+        assert "preferred_element_type=float32" in matmul
+        assert dtype == "bfloat16" or matmul.count("Precision.HIGHEST") == 2
 
 
 # Refusals.

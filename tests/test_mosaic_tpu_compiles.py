@@ -108,3 +108,15 @@ def test_shard_map_over_batch_and_heads(chips):
     mapped = functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     program = compiled(NamedSharding(mesh, spec), SIZES_256, "diagonal", heads=4, mapped=mapped)
     assert not any(word in program.as_text() for word in ("all-gather", "all-reduce", "all-to-all"))
+
+
+def test_vmap_of_remat_and_scan(chips):
+    # As in a stack of layers, mapped over one more axis.
+    attend = functools.partial(mosaic_tpu.attention, block_sizes=SIZES_256, pattern="diagonal", scale=0.125)
+
+    def loss(x):
+        return jax.lax.scan(lambda x, _: (jax.checkpoint(attend)(x, x, x), None), x, length=2)[0].astype("float32").sum()
+
+    x = jax.ShapeDtypeStruct((2, 1, 680, 2, 64), "bfloat16", sharding=SingleDeviceSharding(chips("v5e")[0]))
+    text = jax.jit(jax.vmap(jax.grad(loss))).trace(x).lower().compile().as_text()
+    assert "block_attention_forward" in text and "block_attention_d_kv" in text
