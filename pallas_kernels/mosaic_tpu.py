@@ -2,16 +2,17 @@
 
 FlashAttention's scheme (arXiv 2205.14135) over lists of tile pairs that are known at trace time (`tiles.tile_pairs`):
 one kernel for the output and the logsumexp of every query, one for dq (for each query tile over its key tiles) and one
-for dk and dv (for each key tile over its query tiles). Each sum is made by one core in the order of its list, so the same
-inputs give the same bits. The lists reach the kernels as prefetched scalars, from which the tiles of the next step are
-looked up; full pairs skip the mask, others compare key positions with the first and last key of each query.
+for dk and dv (for each key tile over its query tiles). Each sum is made by one core in the order of its list, so the
+same inputs give the same bits. The lists reach the kernels as prefetched scalars, from which the tiles of the next step
+are looked up; full pairs skip the mask, others compare key positions with the first and last key of each query.
 
-Layout: (B, H, D, L), tokens in the lanes. It is how XLA itself lays out (B, L, H, D) arrays in memory, as a D of 64 in
-the last place would leave half of the 128 lanes empty; so the transposition here is only a change of names (seen in
-programs compiled for a layer of the transformer: with (B, L, H * D) every operand and result was copied, with this one
-none is). Scores are held as (keys, queries): then the maximum, sum and logsumexp of the queries are rows of lanes,
-softmax reduces over whole registers, and of all matmuls only k^T q and v^T d_out transpose an operand, a small one.
-Sequences are not padded: the last tile reads past the end, and what it finds there is replaced by zeros.
+Layout: (B, H, D, L), tokens in the lanes. For D = 64 it is how XLA itself lays out (B, L, H, D) arrays in memory, since
+64 in the last place would leave half of the 128 lanes empty; so the transposition here is only a change of names. (Seen
+in programs compiled for a layer of the transformer: kernels that take (B, L, H * D) have every operand and result
+copied; these have none copied for D = 64, and q, k and v together, once, for D = 128.) Scores are held as (keys,
+queries): then the maximum, sum and logsumexp of the queries are rows of lanes, softmax reduces over whole registers,
+and of all matmuls only k^T q and v^T d_out transpose an operand, a small one. The end of the sequence is not padded:
+the last tile reads past it, and what it finds there is replaced by zeros.
 
 Nothing here has run on a TPU yet: values are tested in Pallas' interpret mode, and compilation with libtpu.
 
@@ -31,17 +32,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles
 
-# Far below every score, yet finite: a query whose keys all lie in later tiles must not compute inf - inf. What it adds up
-# meanwhile is multiplied by exp(_MASKED - score) = 0 once a real score comes.
+# Far below every score, yet finite: a query whose keys all lie in later tiles must not compute inf - inf. What it adds
+# up meanwhile is multiplied by exp(_MASKED - score) = 0 once a real score comes.
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
 # Bits of the flags of one visit: the first or last one of its sum, a pair of tiles that needs the mask.
 _FIRST, _LAST, _PARTIAL = 1, 2, 4
 
-# Tile lengths to choose from. Shorter ones would visit fewer masked scores, but lanes come by 128, and a matmul unit that
-# has loaded 128 x 128 weights must stream about as many rows through them to be busy.
+# Tile lengths to choose from. Shorter ones would visit fewer masked scores, but lanes come by 128, and a matmul unit
+# that has loaded 128 x 128 weights must stream about as many rows through them to be busy.
 _TILE_LENGTHS = (128, 256, 512)
-# Of one operand's tile. There are up to seven operands and results with two buffers each, two float32 sums, and scores of
-# one head: with this limit they stay under the 16 MiB that a kernel may use by default.
+# Of one operand's tile. There are up to seven operands and results with two buffers each, two float32 sums, and scores
+# of one head: with this limit they stay under the 16 MiB that a kernel may use by default.
 _TILE_BYTES = 2**18
 # What tile sizes are compared by: roughly a v5e at half its bfloat16 peak, its memory, and the start of one grid step.
 # Counted with these numbers, not measured.
@@ -89,7 +90,7 @@ def attention(q, k, v, block_sizes, pattern, scale, interpret=False):
 def choose_tiles(block_sizes, pattern, heads, dim, itemsize):
     """The TileSizes for which forward and backward pass together should take the least time, by counting.
 
-    What `tests/test_mosaic_tpu.py` lists for 16 heads of 64: a shift spares the 256 list 6 of 20 visits.
+    `tests/test_mosaic_tpu.py` lists the choices for 16 heads of 64; a shift spares the 256 list 6 of 20 visits.
     """
     candidates = []
     for queries, keys in itertools.product(_TILE_LENGTHS, _TILE_LENGTHS):
@@ -168,8 +169,8 @@ _attend.defvjp(_forward, _backward)
 class _Plan:
     """All that is static in the three kernels of one attention.
 
-    Kinds of arrays: "queries" and "keys" are (B, H, D, L), cut along L into tiles of queries or keys; "stats", one float32
-    for each query, are (B, S, h, L up to whole tiles of queries).
+    Kinds of arrays: "queries" and "keys" are (B, H, D, L), cut along L into tiles of queries or keys; "stats", one
+    float32 for each query, are (B, S, h, L up to whole tiles of queries).
     """
 
     batch: int
@@ -281,8 +282,8 @@ def _same_axes(*arrays):
     return [jax.lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True)]
 
 
-# The kernels. Their first arguments are the plan and the kinds of visits that there are: [False] if only full pairs, [True]
-# if only partial ones; then the visits, and the bounds of `tiles.key_bounds`, (2, l).
+# The kernels. Their first arguments are the plan and the kinds of visits that there are: [False] if only full pairs,
+# [True] if only partial ones; then the visits, and the bounds of `tiles.key_bounds`, (2, l).
 
 
 def _forward_kernel(

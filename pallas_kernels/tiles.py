@@ -78,9 +78,7 @@ def group_mask(group: Group, pattern: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=256)
-def tile_pairs(
-    block_sizes: tuple[int, ...], pattern: str, q_rows: int, k_rows: int
-) -> tuple[np.ndarray, np.ndarray]:
+def tile_pairs(block_sizes: tuple[int, ...], pattern: str, q_rows: int, k_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Which pairs of tiles hold a score that the mask keeps, if queries and keys are cut into tiles of equal length.
 
     Tiles start at 0, q_rows, 2 q_rows, … and k_rows, 2 k_rows, …; the last ones may reach past the end.

@@ -61,7 +61,7 @@ def implementation_params():
 
 
 def with_each_implementation(values, interpreted):
-    """(value, implementation) for all of both; in interpret mode the values that are not in `interpreted` are slow tests."""
+    """(value, implementation) for all of both; interpreted, the values that are not in `interpreted` are slow tests."""
     params = []
     for param in implementation_params():
         for value in values:

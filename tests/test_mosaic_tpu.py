@@ -1,4 +1,4 @@
-"""The TPU kernels beyond what test_block_attention.py asks of every implementation: work lists, tile sizes, refusals."""
+"""The TPU kernels, beyond what test_block_attention.py asks of every implementation: lists, tile sizes, refusals."""
 
 import functools
 import re
@@ -108,8 +108,8 @@ def test_tile_sizes_for_16_heads_of_64(sizes, pattern, itemsize, expected, visit
     "pattern, sizes_of_tiles", [("causal", TileSizes(128, 256, 1)), ("diagonal", TileSizes(256, 128, 3))], ids=str
 )
 def test_tiles_of_any_shape(pattern, sizes_of_tiles, monkeypatch):
-    # Several tiles both ways, steps over the heads, and a last tile that reaches past the end (there interpret mode reads
-    # nan). 24 channels are no power of two.
+    # Several tiles both ways, steps over the heads, and a last tile that reaches past the end, where interpret mode
+    # reads nan. 24 channels are no power of two.
     monkeypatch.setattr(mosaic_tpu, "choose_tiles", lambda *_: sizes_of_tiles)
     compare(interpreted, (3, 200, 70, 150, 30), pattern, batch=2, heads=3, dim=24)
 
