@@ -75,3 +75,38 @@ def group_mask(group: Group, pattern: str) -> np.ndarray:
     """(stop - start, stop - key_start) bool: the part of `block_mask` that the group computes."""
     own = block_mask(group.block_sizes, pattern)
     return np.pad(own, ((0, 0), (group.start - group.key_start, 0)), constant_values=True)
+
+
+@functools.lru_cache(maxsize=256)
+def tile_pairs(block_sizes: tuple[int, ...], pattern: str, q_rows: int, k_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which pairs of tiles hold a score that the mask keeps, if queries and keys are cut into tiles of equal length.
+
+    Tiles start at 0, q_rows, 2 q_rows, … and k_rows, 2 k_rows, …; the last ones may reach past the end.
+
+    Returns:
+      visited: (query tiles, key tiles) bool: the pair has a score to compute. Every tile has one in its row or column.
+      full: the same shape: visited, and the mask keeps every score of the pair. A pair that reaches past the end is
+        not full.
+    """
+    length = sum(block_sizes)
+    block = np.repeat(np.arange(len(block_sizes)), block_sizes)
+
+    def ends(rows):
+        starts = np.arange(0, length, rows)
+        return block[starts], block[np.minimum(starts + rows, length) - 1], starts + rows <= length
+
+    (q_first, q_last, q_whole), (k_first, k_last, k_whole) = ends(q_rows), ends(k_rows)
+    visited = k_first[None, :] <= q_last[:, None]
+    full = k_last[None, :] <= q_first[:, None]
+    if pattern == "diagonal":
+        visited &= k_last[None, :] >= q_first[:, None]
+        full &= k_first[None, :] >= q_last[:, None]
+    return visited, full & q_whole[:, None] & k_whole[None, :]
+
+
+def key_bounds(block_sizes: tuple[int, ...], pattern: str, length: int) -> np.ndarray:
+    """(2, length) int32: query l sees the keys [bounds[0, l], bounds[1, l]); a query past the end sees none."""
+    edges = np.cumsum((0, *block_sizes))
+    first = edges[:-1] if pattern == "diagonal" else np.zeros_like(edges[:-1])
+    bounds = np.stack([np.repeat(first, block_sizes), np.repeat(edges[1:], block_sizes)])
+    return np.pad(bounds, ((0, 0), (0, length - edges[-1]))).astype(np.int32)

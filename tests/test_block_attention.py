@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import api, block_attention, tiles, xla
+from pallas_kernels import api, block_attention, mosaic_tpu, tiles, xla
 from pallas_kernels.reference import block_mask, dense_attention
 
 
@@ -28,15 +28,45 @@ PATTERNS = ("diagonal", "causal")
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "float64": 1e-12}
 
 
+# The kernels of mosaic_tpu where there is no TPU, in Pallas' interpret mode.
+INTERPRETED = "mosaic_tpu_interpreted"
+
+
+def attend_with(implementation):
+    """`block_attention` by one implementation."""
+    if implementation == INTERPRETED:
+        return interpreted
+    return functools.partial(block_attention, implementation=implementation)
+
+
+def interpreted(q, k, v, block_sizes, pattern="diagonal", scale=1.0):
+    return mosaic_tpu.attention(q, k, v, block_sizes, pattern, scale, interpret=True)
+
+
+def skip_unless_supported(implementation, dtype):
+    if implementation in ("mosaic_tpu", INTERPRETED) and dtype == "float16":
+        pytest.skip("TPU kernels compute in float32 and bfloat16")
+
+
 def implementation_params():
     """One parameter for each implementation; those that cannot run here are skipped and say why."""
-    params = []
+    params = [pytest.param(INTERPRETED)]
     for name in api.IMPLEMENTATIONS:
         try:
             block_attention(*[jnp.zeros((1, 1, 1, 64))] * 3, (1,), implementation=name)
             params.append(pytest.param(name))
         except NotImplementedError as error:
             params.append(pytest.param(name, marks=pytest.mark.skip(reason=str(error))))
+    return params
+
+
+def with_each_implementation(values, interpreted):
+    """(value, implementation) for all of both; interpreted, the values that are not in `interpreted` are slow tests."""
+    params = []
+    for param in implementation_params():
+        for value in values:
+            slow = param.values == (INTERPRETED,) and value not in interpreted
+            params.append(pytest.param(value, *param.values, marks=[*param.marks, *[pytest.mark.slow] * slow]))
     return params
 
 
@@ -98,8 +128,9 @@ def compare(function, sizes, pattern, batch=2, heads=2, dim=16, dtype="float32")
         assert error < TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
 
 
-def check(sizes, pattern, implementation, **options):
-    compare(functools.partial(block_attention, implementation=implementation), sizes, pattern, **options)
+def check(sizes, pattern, implementation, dtype="float32", **options):
+    skip_unless_supported(implementation, dtype)
+    compare(attend_with(implementation), sizes, pattern, dtype=dtype, **options)
 
 
 def random_sizes(seed, length=60):
@@ -206,14 +237,12 @@ def test_list_256(dtype, pattern, implementation):
     check(SIZES_256, pattern, implementation, batch=1, heads=2, dim=32, dtype=dtype)
 
 
-@every_pattern
-@every_implementation
+@pytest.mark.parametrize("pattern, implementation", with_each_implementation(PATTERNS, interpreted=()))
 def test_list_512(pattern, implementation):
     check(SIZES_512, pattern, implementation, batch=1, heads=1, dim=64)
 
 
-@every_implementation
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed, implementation", with_each_implementation(range(40), interpreted=(0, 6, 10, 13)))
 def test_random_lists(seed, implementation):
     dtype = ("float32", "float32", "bfloat16", "float16")[seed % 4]
     # Head dim 8 lets groups of up to 32 keys keep their probabilities and longer ones recompute them.
@@ -226,7 +255,7 @@ def test_random_lists(seed, implementation):
 def test_list_1024_forward(pattern, implementation):
     q, k, v, _ = random_inputs(SIZES_1024, batch=1, heads=1, dim=64)
     options = dict(block_sizes=SIZES_1024, pattern=pattern, scale=0.125)
-    out = jax.jit(functools.partial(block_attention, implementation=implementation, **options))(q, k, v)
+    out = jax.jit(functools.partial(attend_with(implementation), **options))(q, k, v)
     expected = expected_in_float64(SIZES_1024, pattern, 0.125, q, k, v)
     assert relative_error(out, expected) < TOLERANCE["float32"]
 
@@ -242,18 +271,19 @@ def test_float64(pattern):
 def test_large_scores_stay_finite(pattern, implementation):
     # Scores in the thousands: exp overflows unless the maximum is subtracted, and softmax is nearly one-hot.
     q, k, v, d_out = random_inputs((1, 5, 30, 2), batch=1, heads=1, dim=16, spread=20.0)
-    options = dict(block_sizes=(1, 5, 30, 2), pattern=pattern, implementation=implementation)
-    for x in out_and_gradients(functools.partial(block_attention, **options), q, k, v, d_out):
+    options = dict(block_sizes=(1, 5, 30, 2), pattern=pattern)
+    for x in out_and_gradients(functools.partial(attend_with(implementation), **options), q, k, v, d_out):
         assert np.isfinite(x).all()
 
 
 @every_implementation
 def test_float16_keeps_small_gradients(implementation):
+    skip_unless_supported(implementation, "float16")
     # Cotangents of 1e-4 over 200 keys: d_scores would vanish in float16.
     sizes = (1, 200)
     q, k, v, d_out = random_inputs(sizes, batch=1, heads=1, dim=16, dtype="float16")
     d_out = (d_out * 1e-4).astype(jnp.float16)
-    function = functools.partial(block_attention, block_sizes=sizes, scale=0.25, implementation=implementation)
+    function = functools.partial(attend_with(implementation), block_sizes=sizes, scale=0.25)
     ours = out_and_gradients(function, q, k, v, d_out)
     expected = expected_in_float64(sizes, "diagonal", 0.25, q, k, v, d_out)
     # 1e-2: the results themselves lie where float16 has few digits.
@@ -267,7 +297,7 @@ SMALL = dict(block_sizes=(1, 4, 40), pattern="causal", scale=0.5)
 
 @every_implementation
 def test_vmap(implementation):
-    function = functools.partial(block_attention, implementation=implementation, **SMALL)
+    function = functools.partial(attend_with(implementation), **SMALL)
     q, k, v, d_out = (x.reshape(2, 3, *x.shape[1:]) for x in random_inputs(SMALL["block_sizes"], 6, 2, 8))
     expected = out_and_gradients(function, *(x.reshape(6, *x.shape[2:]) for x in (q, k, v, d_out)))
     for x, y in zip(out_and_gradients(jax.vmap(function), q, k, v, d_out), expected, strict=True):
@@ -276,7 +306,7 @@ def test_vmap(implementation):
 
 @every_implementation
 def test_vmap_with_shared_keys(implementation):
-    function = functools.partial(block_attention, implementation=implementation, **SMALL)
+    function = functools.partial(attend_with(implementation), **SMALL)
     q, k, v, _ = random_inputs(SMALL["block_sizes"], 2, 2, 8)
 
     def d_k(attend):
@@ -291,7 +321,7 @@ def test_vmap_with_shared_keys(implementation):
 @every_implementation
 def test_remat_and_scan(implementation):
     # As in a stack of layers: the body is rematerialised, and compiled once by scan.
-    attend = functools.partial(block_attention, implementation=implementation, **SMALL)
+    attend = functools.partial(attend_with(implementation), **SMALL)
     q, k, v, _ = random_inputs(SMALL["block_sizes"], 1, 2, 8)
 
     def d_q(body):
@@ -321,15 +351,15 @@ def test_backward_keeps_no_scores_of_long_groups():
 _SHARD_MAP = """
 import functools, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from pallas_kernels import block_attention
+from tests.test_block_attention import attend_with
 
-options = dict(block_sizes=(1, 4, 40), pattern="{pattern}", scale=0.5, implementation="{implementation}")
+options = dict(block_sizes=(1, 4, 40), pattern="{pattern}", scale=0.5)
 assert jax.device_count() == 8
 mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 spec = P("batch", None, "heads", None)
 rng = np.random.default_rng(0)
 q, k, v, d_out = (rng.standard_normal((8, 45, 4, 8), np.float32) for _ in range(4))
-attend = functools.partial(block_attention, **options)
+attend = functools.partial(attend_with("{implementation}"), **options)
 
 
 def run(function, *arrays):
@@ -350,8 +380,7 @@ print("agrees")
 """
 
 
-@every_pattern
-@every_implementation
+@pytest.mark.parametrize("pattern, implementation", with_each_implementation(PATTERNS, interpreted=("causal",)))
 def test_shard_map_over_batch_and_heads(pattern, implementation):
     # In a process of its own: the number of fake devices is fixed when JAX starts.
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
