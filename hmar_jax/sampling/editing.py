@@ -68,13 +68,13 @@ def kept_tokens(scales: ScaleList, hole: np.ndarray, *, ring: int = 0, keep_coar
 
 
 def hide(images: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """Pictures (B, h, w, 3) whose hole has the mean colour of the rest (grey where there is no rest).
+    """Pictures (B, h, w, 3) in [0, 1] whose hole has the mean colour of the rest (grey where there is no rest).
 
     So nothing of what was there reaches the tokens that are kept: cells at the border leak into their neighbours.
     """
     rest = ~hole[..., None]
     count = rest.sum((1, 2), keepdims=True)
-    mean = np.where(count, (images * rest).sum((1, 2), keepdims=True) / np.maximum(count, 1), np.float32((images.min() + images.max()) / 2))
+    mean = np.where(count, (images * rest).sum((1, 2), keepdims=True) / np.maximum(count, 1), 0.5)
     return np.where(rest, images, mean).astype(images.dtype)
 
 

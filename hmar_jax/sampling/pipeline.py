@@ -138,8 +138,8 @@ class Pipeline:
             raise InputError(f"feather={feather}: a number of pixels, 0 or more, is wanted")
         plan = schedules.plan(self.schedule(schedule))
         ids, one_class = self._classes(class_id)
-        hole, one_mask = _mask_of(mask, np.shape(image))
         images, one_image = self._pictures(image)
+        hole, one_mask = _mask_of(mask, np.shape(image))
         hole = editing.resize_hole(hole, self.spec.tokenizer.image_side)
         count = max(len(images), len(ids), len(hole))
         for name, rows in (("pictures", images), ("classes", ids), ("masks", hole)):
@@ -225,9 +225,10 @@ class Pipeline:
         """
         tokens = np.asarray(tokens)
         length, vocab_size = self.spec.tokenizer.scale_list.length, self.spec.tokenizer.vocab_size
-        if tokens.ndim not in (1, 2) or tokens.shape[-1] != length or not np.issubdtype(tokens.dtype, np.integer):
+        shaped = tokens.ndim in (1, 2) and tokens.shape[-1] == length and tokens.size
+        if not shaped or not np.issubdtype(tokens.dtype, np.integer):
             raise InputError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: ({length},) or (B, {length}) integers are wanted")
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        if not 0 <= tokens.min() <= tokens.max() < vocab_size:
             raise InputError(f"tokens from {tokens.min()} to {tokens.max()}: the codebook has 0 to {vocab_size - 1}")
         images = self._in_turns(functools.partial(self._decode, self.params), np.atleast_2d(tokens).astype(np.int32))
         return images[0] if tokens.ndim == 1 else images
@@ -246,13 +247,13 @@ def _as_float(image) -> np.ndarray:
     """(h, w, 3) or (B, h, w, 3), uint8 or float in [0, 1] -> (B, h, w, 3) float32."""
     image = np.asarray(image)
     images = image[None] if image.ndim == 3 else image
-    if images.ndim != 4 or images.shape[-1] != 3:
+    if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
         raise InputError(f"picture of shape {image.shape}: (h, w, 3) or (B, h, w, 3) is wanted")
     if images.dtype == np.uint8:
         return images / np.float32(255)
     if not np.issubdtype(images.dtype, np.floating):
         raise InputError(f"picture of type {images.dtype}: uint8, or float in [0, 1] is wanted")
-    if images.size and not (images.min() >= 0 and images.max() <= 1):
+    if not (images.min() >= 0 and images.max() <= 1):
         raise InputError(f"picture with values from {images.min():g} to {images.max():g}: float pictures lie in [0, 1]")
     return images.astype(np.float32)
 
