@@ -75,3 +75,58 @@ def group_mask(group: Group, pattern: str) -> np.ndarray:
     """(stop - start, stop - key_start) bool: the part of `block_mask` that the group computes."""
     own = block_mask(group.block_sizes, pattern)
     return np.pad(own, ((0, 0), (group.start - group.key_start, 0)), constant_values=True)
+
+
+def pack_blocks(block_sizes: tuple[int, ...], pattern: str, rows: int) -> tuple[Group, ...]:
+    """Splits the blocks into consecutive groups: as many blocks as fit in `rows`, and longer blocks alone."""
+    edges = np.cumsum((0, *block_sizes)).tolist()
+    cuts = [0]
+    for block in range(1, len(block_sizes)):
+        if edges[block + 1] - edges[cuts[-1]] > rows:
+            cuts.append(block)
+    cuts.append(len(block_sizes))
+    return tuple(
+        Group(
+            edges[first], edges[last], edges[first] if pattern == "diagonal" else 0, tuple(block_sizes[first:last])
+        )
+        for first, last in zip(cuts, cuts[1:])
+    )
+
+
+def query_tiles(group: Group, rows: int, columns: int):
+    """Cuts the queries of a group into tiles of `rows`; the keys of each are visited in tiles of `columns`.
+
+    Returns:
+      A list of (first query, stop, first key, middle, stop): the key tiles before the middle need no mask and no check
+      against the last key.
+    """
+    # The keys that every query of the group sees.
+    common = group.start if group.needs_mask else group.stop
+    middle = group.key_start + (common - group.key_start) // columns * columns
+    return [
+        (start, min(start + rows, group.stop), group.key_start, middle, group.stop)
+        for start in range(group.start, group.stop, rows)
+    ]
+
+
+def key_tiles(group: Group, pattern: str, length: int, rows: int, columns: int):
+    """Cuts the keys of a group into tiles of `rows`; the queries of each are visited in tiles of `columns`.
+
+    Returns:
+      A list of (first key, stop, first query, middle, stop): the query tiles behind the middle need no mask.
+    """
+    stop = group.stop if pattern == "diagonal" else length
+    middle = group.start
+    if group.needs_mask:
+        middle = min(group.start - (group.start - group.stop) // columns * columns, stop)
+    return [
+        (start, min(start + rows, group.stop), group.start, middle, stop)
+        for start in range(group.start, group.stop, rows)
+    ]
+
+
+def query_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:
+    """(2, L) int32: the first key that each query sees, and one past the last."""
+    stops = np.cumsum(block_sizes)
+    starts = stops - block_sizes if pattern == "diagonal" else np.zeros_like(stops)
+    return np.stack([np.repeat(edge, block_sizes) for edge in (starts, stops)]).astype(np.int32)

@@ -1,0 +1,52 @@
+"""Runs the launches of triton_plan.py on PyTorch tensors: on a GPU for timing, on CPU tensors in Triton's interpreter."""
+
+import torch
+
+from pallas_kernels import tiles, triton_kernels, triton_plan
+
+
+class TorchAttention:
+    """Block attention of one shape, its tables and buffers on the device."""
+
+    def __init__(self, problem: triton_plan.Problem, like: torch.Tensor):
+        dtype = str(like.dtype).removeprefix("torch.")
+        batch, length, heads, _ = like.shape
+        self._forward = self._on(like.device, triton_plan.forward_launches(problem, like.shape, dtype))
+        self._backward = self._on(like.device, triton_plan.backward_launches(problem, like.shape, dtype))
+        self._bounds = torch.from_numpy(tiles.query_bounds(problem.block_sizes, problem.pattern)).to(like.device)
+        self.out, self.d_q, self.d_k, self.d_v = (torch.full_like(like, torch.nan) for _ in range(4))
+        wide = dict(dtype=torch.float32, device=like.device)
+        self.lse = torch.full((batch, heads, length), torch.nan, **wide)
+        self._delta = torch.full_like(self.lse, torch.nan)
+        pieces = [launch.constants["TILES"] for launch, _ in self._backward if launch.kernel == "prepare"]
+        self._tops = torch.full((batch, heads, 2, *(pieces or [1])), torch.nan, **wide)
+
+    @staticmethod
+    def _on(device, launches):
+        return [(launch, torch.from_numpy(launch.table).to(device)) for launch in launches]
+
+    def forward(self, q, k, v):
+        """Fills self.out and self.lse; returns out."""
+        for launch, table in self._forward:
+            results = (self.out, self.lse)
+            _run(launch, q, k, v, self._bounds, table, *results, *results)
+        return self.out
+
+    def backward(self, q, k, v, d_out):
+        """Fills d_q, d_k and d_v, for the q, k, v that `forward` saw last; returns them."""
+        for launch, table in self._backward:
+            if launch.kernel == "backward_whole":
+                results = (self.d_q, self.d_k, self.d_v)
+                _run(launch, q, k, v, d_out, self.lse, self._bounds, table, *results, *results)
+            elif launch.kernel == "prepare":
+                _run(launch, v, self.out, d_out, table, self._delta, self._tops)
+            else:
+                results = (self.d_k, self.d_v) if launch.kernel == "backward_keys" else (self.d_q,)
+                inputs = (q, k, v, d_out, self.lse, self._delta, self._tops, self._bounds, table)
+                _run(launch, *inputs, *results, *results)
+        return self.d_q, self.d_k, self.d_v
+
+
+def _run(launch, *arrays):
+    kernel = getattr(triton_kernels, launch.kernel)
+    kernel[(launch.grid,)](*arrays, **launch.constants, num_warps=launch.warps, num_stages=launch.stages)

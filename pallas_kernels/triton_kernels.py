@@ -1,0 +1,403 @@
+"""Triton kernels of block attention, forward and backward (FlashAttention 2, arXiv 2307.08691, over lists of tiles).
+
+Every program takes its row ranges from a table made in Python (triton_plan.py), so that it loads nothing outside its
+pattern. A table row is 8 ints: own start, own stop, other start, other middle, other stop, first piece, last piece
+stop, unused. "Own" rows are queries in the forward and dq kernels and keys in the dk/dv kernel; "other" rows are what
+the program loops over. Either before the middle or behind it, no score is masked out: each kernel says which.
+
+`bounds` is (2, L) int32: query l sees the keys [bounds[0, l], bounds[1, l]). Inside a kernel all scores are in base 2:
+LOG2_SCALE is scale * log2(e), and the stored logsumexp is a log2 too.
+
+Arrays are q, k, v, out and their gradients (B, L, H, D); lse and delta (B, H, L) float32; tops (B, H, 2, P) float32.
+Arguments named `old_...` are the same buffers as the outputs, where an earlier launch wrote the other rows; they are
+not read here. No kernel uses atomics: the same inputs give the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+_EVERY_KEY = tl.constexpr(1 << 30)  # an upper bound on keys for rows that are no query
+# float16: |scaled d_scores| is at most twice this, under float16's largest, 65504.
+_HALF_RANGE = tl.constexpr(16384.0)
+
+
+@triton.jit
+def _locate(TILES: tl.constexpr, TOGETHER: tl.constexpr, H: tl.constexpr):
+    """(row of the table, batch, head): TOGETHER heads at a time go through the whole table, heaviest tiles first.
+
+    So the tiles that read the same keys run at about the same time, and find them in the L2 cache.
+    """
+    pid = tl.program_id(0)
+    within = pid % (TILES * TOGETHER)
+    pair = pid // (TILES * TOGETHER) * TOGETHER + within % TOGETHER
+    return within // TOGETHER, pair // H, pair % H
+
+
+@triton.jit
+def _offsets(rows, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    return rows[:, None] * (H * D) + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _load(pointer, rows, stop, CHECKED: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows, BLOCK_D), zero where a row is not before stop (if CHECKED) or a column not before D."""
+    pointers = pointer + _offsets(rows, H, D, BLOCK_D)
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    if CHECKED:
+        if BLOCK_D == D:
+            return tl.load(pointers, mask=rows[:, None] < stop, other=0.0)
+        else:
+            return tl.load(pointers, mask=(rows[:, None] < stop) & (columns < D), other=0.0)
+    elif BLOCK_D == D:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=columns < D, other=0.0)
+
+
+@triton.jit
+def _store(pointer, x, rows, stop, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    mask = rows[:, None] < stop
+    if BLOCK_D != D:
+        mask = mask & (tl.arange(0, BLOCK_D)[None, :] < D)
+    tl.store(pointer + _offsets(rows, H, D, BLOCK_D), x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _largest(x):
+    return tl.max(tl.max(tl.abs(x.to(tl.float32)), 1), 0)
+
+
+@triton.jit
+def _factor(top_d_out, top_v, D: tl.constexpr):
+    """What to multiply d_scores with before they become float16: small gradients stay normal, none overflows.
+
+    |d_out . v| <= D max|d_out| max|v|, for every query and key of the program.
+    """
+    return _HALF_RANGE / (D * tl.maximum(top_d_out * top_v, 1e-30))
+
+
+@triton.jit
+def _attend_tile(
+    q, acc, total, top, k_base, v_base, keys, stop, lo, hi,
+    MASKED: tl.constexpr, LOG2_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One key tile of the forward pass: the running output, sum and maximum of each query, updated."""
+    k = _load(k_base, keys, stop, MASKED, H, D, BLOCK_D)
+    v = _load(v_base, keys, stop, MASKED, H, D, BLOCK_D)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        seen = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+        scores = tl.where(seen, scores * LOG2_SCALE, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # A query that has seen no key yet: any finite number keeps -inf - -inf out.
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+    else:
+        # The product with the scale is fused into the subtraction; so the maximum is taken of unscaled scores.
+        if LOG2_SCALE >= 0:
+            new_top = tl.maximum(top, tl.max(scores, 1) * LOG2_SCALE)
+        else:
+            new_top = tl.maximum(top, tl.min(scores, 1) * LOG2_SCALE)
+        base = new_top
+        weights = tl.exp2(scores * LOG2_SCALE - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit
+def forward(
+    q_ptr, k_ptr, v_ptr, bounds_ptr, table_ptr, old_out_ptr, old_lse_ptr, out_ptr, lse_ptr,
+    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    TILES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out and lse of a tile of queries. Before the middle every query sees every key; behind it the bounds decide."""
+    tile, b, h = _locate(TILES, TOGETHER, H)
+    own_start = tl.load(table_ptr + tile * 8)
+    own_stop = tl.load(table_ptr + tile * 8 + 1)
+    start = tl.load(table_ptr + tile * 8 + 2)
+    middle = tl.load(table_ptr + tile * 8 + 3)
+    stop = tl.load(table_ptr + tile * 8 + 4)
+    base = b.to(tl.int64) * (L * H * D) + h * D
+
+    rows = own_start + tl.arange(0, BLOCK_OWN)
+    q = _load(q_ptr + base, rows, own_stop, True, H, D, BLOCK_D)
+    lo = tl.load(bounds_ptr + rows, mask=rows < own_stop, other=0)
+    hi = tl.load(bounds_ptr + L + rows, mask=rows < own_stop, other=_EVERY_KEY)
+    acc = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_OWN,), tl.float32)
+    top = tl.full((BLOCK_OWN,), -float("inf"), tl.float32)
+    for key in range(start, middle, BLOCK_OTHER):
+        keys = key + tl.arange(0, BLOCK_OTHER)
+        acc, total, top = _attend_tile(
+            q, acc, total, top, k_ptr + base, v_ptr + base, keys, stop, lo, hi,
+            False, LOG2_SCALE, PRECISION, H, D, BLOCK_D,
+        )  # fmt: skip
+    for key in range(middle, stop, BLOCK_OTHER):
+        keys = key + tl.arange(0, BLOCK_OTHER)
+        acc, total, top = _attend_tile(
+            q, acc, total, top, k_ptr + base, v_ptr + base, keys, stop, lo, hi,
+            True, LOG2_SCALE, PRECISION, H, D, BLOCK_D,
+        )  # fmt: skip
+    _store(out_ptr + base, acc / total[:, None], rows, own_stop, H, D, BLOCK_D)
+    lse_base = (b * H + h).to(tl.int64) * L
+    tl.store(lse_ptr + lse_base + rows, top + tl.log2(total), mask=rows < own_stop)
+
+
+@triton.jit
+def prepare(
+    v_ptr, out_ptr, d_out_ptr, table_ptr, delta_ptr, tops_ptr,
+    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, TOGETHER: tl.constexpr,
+    BLOCK_OWN: tl.constexpr, BLOCK_D: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(out * d_out) of a piece of rows and, if RANGED, its largest |d_out| and |v|."""
+    tile, b, h = _locate(TILES, TOGETHER, H)
+    own_start = tl.load(table_ptr + tile * 8)
+    own_stop = tl.load(table_ptr + tile * 8 + 1)
+    base = b.to(tl.int64) * (L * H * D) + h * D
+    pair = (b * H + h).to(tl.int64)
+    rows = own_start + tl.arange(0, BLOCK_OWN)
+    out = _load(out_ptr + base, rows, own_stop, True, H, D, BLOCK_D)
+    d_out = _load(d_out_ptr + base, rows, own_stop, True, H, D, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    tl.store(delta_ptr + pair * L + rows, delta, mask=rows < own_stop)
+    if RANGED:
+        v = _load(v_ptr + base, rows, own_stop, True, H, D, BLOCK_D)
+        tl.store(tops_ptr + pair * (2 * TILES) + tile, _largest(d_out))
+        tl.store(tops_ptr + pair * (2 * TILES) + TILES + tile, _largest(v))
+
+
+@triton.jit
+def _factor_of_pieces(tops_ptr, pair, first, stop, D: tl.constexpr, PIECES: tl.constexpr, BLOCK_PIECES: tl.constexpr):
+    """`_factor` from the maxima that `prepare` stored for the pieces [first, stop)."""
+    pieces = tl.arange(0, BLOCK_PIECES)
+    inside = (pieces >= first) & (pieces < stop)
+    tops = tops_ptr + pair * (2 * PIECES) + pieces
+    top_d_out = tl.max(tl.load(tops, mask=inside, other=0.0), 0)
+    return _factor(top_d_out, tl.max(tl.load(tops + PIECES, mask=inside, other=0.0), 0), D)
+
+
+@triton.jit
+def _gradients_tile(
+    k, v, d_k, d_v, q, d_out, lse, delta, keys, key_stop, lo, hi, factor,
+    MASKED: tl.constexpr, EDGE: tl.constexpr, WHOLE: tl.constexpr, RANGED: tl.constexpr,
+    LOG2_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One query tile for a tile of keys: d_k and d_v updated, and d_scores (keys, queries) as a matmul operand."""
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = tl.exp2(scores * LOG2_SCALE - lse[None, :])
+    if MASKED:
+        p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
+    elif EDGE:
+        p = tl.where(keys[:, None] < key_stop, p, 0.0)
+    d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+    d_v = tl.dot(p.to(q.dtype), d_out, d_v, input_precision=PRECISION)
+    if WHOLE:  # every key of these queries is here: sum(p * d_p) over the keys is rowsum(out * d_out)
+        delta = tl.sum(p * d_p, 0)
+    if RANGED:
+        d_scores = p * (d_p * factor - (delta * factor)[None, :])
+    else:
+        d_scores = p * (d_p - delta[None, :])
+    d_scores = d_scores.to(q.dtype)
+    d_k = tl.dot(d_scores, q, d_k, input_precision=PRECISION)
+    return d_k, d_v, d_scores
+
+
+@triton.jit
+def _load_queries(
+    q_base, d_out_base, lse_ptr, bounds_ptr, rows, stop, MASKED: tl.constexpr,
+    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """q, d_out, lse, and bounds (if MASKED) of a tile; zeros behind stop, where d_out = 0 makes all gradients 0."""
+    q = _load(q_base, rows, stop, True, H, D, BLOCK_D)
+    d_out = _load(d_out_base, rows, stop, True, H, D, BLOCK_D)
+    lse = tl.load(lse_ptr + rows, mask=rows < stop, other=0.0)
+    if MASKED:
+        lo = tl.load(bounds_ptr + rows, mask=rows < stop, other=0)
+        hi = tl.load(bounds_ptr + L + rows, mask=rows < stop, other=0)
+    else:
+        lo = rows
+        hi = rows
+    return q, d_out, lse, lo, hi
+
+
+@triton.jit
+def backward_whole(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, bounds_ptr, table_ptr, old_dq_ptr, old_dk_ptr, old_dv_ptr,
+    dq_ptr, dk_ptr, dv_ptr,
+    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    TILES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dv of a group of blocks that sees itself alone and fits in BLOCK_OWN rows (diagonal pattern).
+
+    The keys stay on the chip while the queries pass by, so every input is read once and every output written once; the
+    forward output is not needed.
+    """
+    tile, b, h = _locate(TILES, TOGETHER, H)
+    start = tl.load(table_ptr + tile * 8)
+    stop = tl.load(table_ptr + tile * 8 + 1)
+    base = b.to(tl.int64) * (L * H * D) + h * D
+    lse_base = lse_ptr + (b * H + h).to(tl.int64) * L
+    keys = start + tl.arange(0, BLOCK_OWN)
+    k = _load(k_ptr + base, keys, stop, True, H, D, BLOCK_D)
+    v = _load(v_ptr + base, keys, stop, True, H, D, BLOCK_D)
+    d_k = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    d_v = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    factor = 1.0
+    if BLOCK_OTHER >= BLOCK_OWN:  # one query tile
+        rows = start + tl.arange(0, BLOCK_OTHER)
+        q, d_out, lse, lo, hi = _load_queries(
+            q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, MASKED, L, H, D, BLOCK_D
+        )
+        if RANGED:
+            factor = _factor(_largest(d_out), _largest(v), D)
+        d_k, d_v, d_scores = _gradients_tile(
+            k, v, d_k, d_v, q, d_out, lse, lse, keys, stop, lo, hi, factor,
+            MASKED, True, True, RANGED, LOG2_SCALE, PRECISION,
+        )  # fmt: skip
+        d_q = tl.trans(tl.dot(tl.trans(k), d_scores, input_precision=PRECISION))
+        _store(dq_ptr + base, d_q * (SCALE / factor), rows, stop, H, D, BLOCK_D)
+    else:
+        if RANGED:
+            top_d_out = 0.0
+            for query in range(start, stop, BLOCK_OTHER):
+                rows = query + tl.arange(0, BLOCK_OTHER)
+                top_d_out = tl.maximum(top_d_out, _largest(_load(d_out_ptr + base, rows, stop, True, H, D, BLOCK_D)))
+            factor = _factor(top_d_out, _largest(v), D)
+        for query in range(start, stop, BLOCK_OTHER):
+            rows = query + tl.arange(0, BLOCK_OTHER)
+            q, d_out, lse, lo, hi = _load_queries(
+                q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, MASKED, L, H, D, BLOCK_D
+            )
+            d_k, d_v, d_scores = _gradients_tile(
+                k, v, d_k, d_v, q, d_out, lse, lse, keys, stop, lo, hi, factor,
+                MASKED, True, True, RANGED, LOG2_SCALE, PRECISION,
+            )  # fmt: skip
+            d_q = tl.trans(tl.dot(tl.trans(k), d_scores, input_precision=PRECISION))
+            _store(dq_ptr + base, d_q * (SCALE / factor), rows, stop, H, D, BLOCK_D)
+    _store(dk_ptr + base, d_k * (SCALE / factor), keys, stop, H, D, BLOCK_D)
+    _store(dv_ptr + base, d_v, keys, stop, H, D, BLOCK_D)
+
+
+@triton.jit
+def backward_keys(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, tops_ptr, bounds_ptr, table_ptr, old_dk_ptr, old_dv_ptr,
+    dk_ptr, dv_ptr,
+    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    TILES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr, MASKED: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_PIECES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys. Before the middle the bounds of each query decide (only if MASKED); behind it every
+    query sees every key. Keys behind the tile's end load as zeros and touch only rows that are not stored."""
+    tile, b, h = _locate(TILES, TOGETHER, H)
+    own_start = tl.load(table_ptr + tile * 8)
+    own_stop = tl.load(table_ptr + tile * 8 + 1)
+    start = tl.load(table_ptr + tile * 8 + 2)
+    middle = tl.load(table_ptr + tile * 8 + 3)
+    stop = tl.load(table_ptr + tile * 8 + 4)
+    base = b.to(tl.int64) * (L * H * D) + h * D
+    pair = (b * H + h).to(tl.int64)
+    lse_base = lse_ptr + pair * L
+    keys = own_start + tl.arange(0, BLOCK_OWN)
+    k = _load(k_ptr + base, keys, own_stop, True, H, D, BLOCK_D)
+    v = _load(v_ptr + base, keys, own_stop, True, H, D, BLOCK_D)
+    d_k = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    d_v = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    factor = 1.0
+    if RANGED:
+        first = tl.load(table_ptr + tile * 8 + 5)
+        last = tl.load(table_ptr + tile * 8 + 6)
+        factor = _factor_of_pieces(tops_ptr, pair, first, last, D, PIECES, BLOCK_PIECES)
+    if MASKED:
+        for query in range(start, middle, BLOCK_OTHER):
+            rows = query + tl.arange(0, BLOCK_OTHER)
+            q, d_out, lse, lo, hi = _load_queries(
+                q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, True, L, H, D, BLOCK_D
+            )
+            delta = tl.load(delta_ptr + pair * L + rows, mask=rows < stop, other=0.0)
+            d_k, d_v, _ = _gradients_tile(
+                k, v, d_k, d_v, q, d_out, lse, delta, keys, own_stop, lo, hi, factor,
+                True, False, False, RANGED, LOG2_SCALE, PRECISION,
+            )  # fmt: skip
+    for query in range(middle, stop, BLOCK_OTHER):
+        rows = query + tl.arange(0, BLOCK_OTHER)
+        q, d_out, lse, lo, hi = _load_queries(
+            q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, False, L, H, D, BLOCK_D
+        )
+        delta = tl.load(delta_ptr + pair * L + rows, mask=rows < stop, other=0.0)
+        d_k, d_v, _ = _gradients_tile(
+            k, v, d_k, d_v, q, d_out, lse, delta, keys, own_stop, lo, hi, factor,
+            False, False, False, RANGED, LOG2_SCALE, PRECISION,
+        )  # fmt: skip
+    _store(dk_ptr + base, d_k * (SCALE / factor), keys, own_stop, H, D, BLOCK_D)
+    _store(dv_ptr + base, d_v, keys, own_stop, H, D, BLOCK_D)
+
+
+@triton.jit
+def _query_gradient_tile(
+    q, d_out, d_q, lse, delta, k_base, v_base, keys, stop, lo, hi, factor,
+    MASKED: tl.constexpr, LOG2_SCALE: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One key tile for a tile of queries: d_q updated."""
+    k = _load(k_base, keys, stop, MASKED, H, D, BLOCK_D)
+    v = _load(v_base, keys, stop, MASKED, H, D, BLOCK_D)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = tl.exp2(scores * LOG2_SCALE - lse[:, None])
+    if MASKED:
+        p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
+    d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+    if RANGED:
+        d_scores = p * (d_p * factor - (delta * factor)[:, None])
+    else:
+        d_scores = p * (d_p - delta[:, None])
+    return tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)
+
+
+@triton.jit
+def backward_queries(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, tops_ptr, bounds_ptr, table_ptr, old_dq_ptr, dq_ptr,
+    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    TILES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_PIECES: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries. Before the middle every query sees every key; behind it the bounds decide."""
+    tile, b, h = _locate(TILES, TOGETHER, H)
+    own_start = tl.load(table_ptr + tile * 8)
+    own_stop = tl.load(table_ptr + tile * 8 + 1)
+    start = tl.load(table_ptr + tile * 8 + 2)
+    middle = tl.load(table_ptr + tile * 8 + 3)
+    stop = tl.load(table_ptr + tile * 8 + 4)
+    base = b.to(tl.int64) * (L * H * D) + h * D
+    pair = (b * H + h).to(tl.int64)
+    rows = own_start + tl.arange(0, BLOCK_OWN)
+    q, d_out, lse, lo, hi = _load_queries(
+        q_ptr + base, d_out_ptr + base, lse_ptr + pair * L, bounds_ptr, rows, own_stop, True, L, H, D, BLOCK_D
+    )
+    delta = tl.load(delta_ptr + pair * L + rows, mask=rows < own_stop, other=0.0)
+    d_q = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
+    factor = 1.0
+    if RANGED:
+        first = tl.load(table_ptr + tile * 8 + 5)
+        last = tl.load(table_ptr + tile * 8 + 6)
+        factor = _factor_of_pieces(tops_ptr, pair, first, last, D, PIECES, BLOCK_PIECES)
+    for key in range(start, middle, BLOCK_OTHER):
+        keys = key + tl.arange(0, BLOCK_OTHER)
+        d_q = _query_gradient_tile(
+            q, d_out, d_q, lse, delta, k_ptr + base, v_ptr + base, keys, stop, lo, hi, factor,
+            False, LOG2_SCALE, PRECISION, RANGED, H, D, BLOCK_D,
+        )  # fmt: skip
+    for key in range(middle, stop, BLOCK_OTHER):
+        keys = key + tl.arange(0, BLOCK_OTHER)
+        d_q = _query_gradient_tile(
+            q, d_out, d_q, lse, delta, k_ptr + base, v_ptr + base, keys, stop, lo, hi, factor,
+            True, LOG2_SCALE, PRECISION, RANGED, H, D, BLOCK_D,
+        )  # fmt: skip
+    _store(dq_ptr + base, d_q * (SCALE / factor), rows, own_stop, H, D, BLOCK_D)
