@@ -18,7 +18,7 @@ class TorchAttention:
         wide = dict(dtype=torch.float32, device=like.device)
         self.lse = torch.full((batch, heads, length), torch.nan, **wide)
         self._delta = torch.full_like(self.lse, torch.nan)
-        pieces = [launch.constants["TILES"] for launch, _ in self._backward if launch.kernel == "prepare"]
+        pieces = [len(launch.table) for launch, _ in self._backward if launch.kernel == "prepare"]
         self._tops = torch.full((batch, heads, 2, *(pieces or [1])), torch.nan, **wide)
 
     @staticmethod
@@ -29,7 +29,7 @@ class TorchAttention:
         """Fills self.out and self.lse; returns out."""
         for launch, table in self._forward:
             results = (self.out, self.lse)
-            _run(launch, q, k, v, self._bounds, table, *results, *results)
+            _run(launch, q, k, v, self._bounds, table, *results, results=results)
         return self.out
 
     def backward(self, q, k, v, d_out):
@@ -37,16 +37,17 @@ class TorchAttention:
         for launch, table in self._backward:
             if launch.kernel == "backward_whole":
                 results = (self.d_q, self.d_k, self.d_v)
-                _run(launch, q, k, v, d_out, self.lse, self._bounds, table, *results, *results)
+                _run(launch, q, k, v, d_out, self.lse, self._bounds, table, *results, results=results)
             elif launch.kernel == "prepare":
-                _run(launch, v, self.out, d_out, table, self._delta, self._tops)
+                _run(launch, v, self.out, d_out, table, results=(self._delta, self._tops))
             else:
                 results = (self.d_k, self.d_v) if launch.kernel == "backward_keys" else (self.d_q,)
                 inputs = (q, k, v, d_out, self.lse, self._delta, self._tops, self._bounds, table)
-                _run(launch, *inputs, *results, *results)
+                _run(launch, *inputs, *results, results=results)
         return self.d_q, self.d_k, self.d_v
 
 
-def _run(launch, *arrays):
+def _run(launch, *inputs, results):
     kernel = getattr(triton_kernels, launch.kernel)
-    kernel[(launch.grid,)](*arrays, **launch.constants, num_warps=launch.warps, num_stages=launch.stages)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    kernel[(launch.grid,)](*inputs, *launch.counts, *results, **launch.constants, **options)

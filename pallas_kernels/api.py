@@ -7,7 +7,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import xla
+from pallas_kernels import triton, xla
 from pallas_kernels.reference import PATTERNS
 
 # Every name that users may write, in this version or another.
@@ -16,6 +16,7 @@ IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "mosaic_tpu")
 # What this version has, best first. A module offers `attention(q, k, v, block_sizes, pattern, scale)` and `why_not(q)`:
 # None if it can run here on arrays like q, otherwise the reason in words.
 _AVAILABLE = {
+    "triton": triton,
     "xla": xla,
 }
 

@@ -53,16 +53,16 @@ class Call:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend(q, k, v, call):
     """`attention`, with tile sizes and GPU given."""
-    return _run_forward(call)(q, k, v)[0]
+    return run_forward(call)(q, k, v)[0]
 
 
 def _forward(q, k, v, call):
-    out, lse = _run_forward(call)(q, k, v)
+    out, lse = run_forward(call)(q, k, v)
     return out, (q, k, v, out, lse)
 
 
 def _backward(call, residuals, d_out):
-    return _run_backward(call)(*residuals, d_out)
+    return run_backward(call)(*residuals, d_out)
 
 
 attend.defvjp(_forward, _backward)
@@ -86,7 +86,7 @@ def _batched(function):
 
 
 @functools.lru_cache(maxsize=256)
-def _run_forward(call):
+def run_forward(call):
     """(q, k, v), each (B, L, H, D) -> out (B, L, H, D), and lse (B, H, L) float32 in base 2."""
 
     @_batched
@@ -105,7 +105,7 @@ def _run_forward(call):
 
 
 @functools.lru_cache(maxsize=256)
-def _run_backward(call):
+def run_backward(call):
     """(q, k, v, out, lse, d_out) -> (dq, dk, dv), each (B, L, H, D)."""
 
     @_batched
@@ -118,7 +118,7 @@ def _run_backward(call):
             if launch.kernel == "backward_whole":
                 d_q, d_k, d_v = _launch(call, launch, (q, k, v, d_out, lse, bounds), (d_q, d_k, d_v))
             elif launch.kernel == "prepare":
-                pieces = launch.constants["TILES"]
+                pieces = len(launch.table)
                 made = (
                     jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
                     jax.ShapeDtypeStruct((batch, heads, 2, pieces), jnp.float32),
@@ -162,6 +162,7 @@ def _launch(call, launch, inputs, results, continued=True):
     made = jax_triton.triton_call(
         *inputs,
         *old,
+        *launch.counts,
         kernel=getattr(kernels, launch.kernel),
         name=f"block_attention_{launch.kernel}",
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],

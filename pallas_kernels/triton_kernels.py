@@ -19,17 +19,19 @@ import triton.language as tl
 _EVERY_KEY = tl.constexpr(1 << 30)  # an upper bound on keys for rows that are no query
 # float16: |scaled d_scores| is at most twice this, under float16's largest, 65504.
 _HALF_RANGE = tl.constexpr(16384.0)
+# Lists of other lengths need no other code.
+_COUNTS = ("L", "n_tiles", "n_pieces")
 
 
 @triton.jit
-def _locate(TILES: tl.constexpr, TOGETHER: tl.constexpr, H: tl.constexpr):
+def _locate(n_tiles, TOGETHER: tl.constexpr, H: tl.constexpr):
     """(row of the table, batch, head): TOGETHER heads at a time go through the whole table, heaviest tiles first.
 
     So the tiles that read the same keys run at about the same time, and find them in the L2 cache.
     """
     pid = tl.program_id(0)
-    within = pid % (TILES * TOGETHER)
-    pair = pid // (TILES * TOGETHER) * TOGETHER + within % TOGETHER
+    within = pid % (n_tiles * TOGETHER)
+    pair = pid // (n_tiles * TOGETHER) * TOGETHER + within % TOGETHER
     return within // TOGETHER, pair // H, pair % H
 
 
@@ -108,15 +110,16 @@ def _attend_tile(
     return acc, total, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def forward(
-    q_ptr, k_ptr, v_ptr, bounds_ptr, table_ptr, old_out_ptr, old_lse_ptr, out_ptr, lse_ptr,
-    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    TILES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, bounds_ptr, table_ptr, old_out_ptr, old_lse_ptr, L, n_tiles,
+    out_ptr, lse_ptr,
+    H: tl.constexpr, D: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of queries. Before the middle every query sees every key; behind it the bounds decide."""
-    tile, b, h = _locate(TILES, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, TOGETHER, H)
     own_start = tl.load(table_ptr + tile * 8)
     own_stop = tl.load(table_ptr + tile * 8 + 1)
     start = tl.load(table_ptr + tile * 8 + 2)
@@ -148,14 +151,15 @@ def forward(
     tl.store(lse_ptr + lse_base + rows, top + tl.log2(total), mask=rows < own_stop)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def prepare(
-    v_ptr, out_ptr, d_out_ptr, table_ptr, delta_ptr, tops_ptr,
-    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, TOGETHER: tl.constexpr,
-    BLOCK_OWN: tl.constexpr, BLOCK_D: tl.constexpr, RANGED: tl.constexpr,
+    v_ptr, out_ptr, d_out_ptr, table_ptr, L, n_tiles,
+    delta_ptr, tops_ptr,
+    H: tl.constexpr, D: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANGED: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(out * d_out) of a piece of rows and, if RANGED, its largest |d_out| and |v|."""
-    tile, b, h = _locate(TILES, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, TOGETHER, H)
     own_start = tl.load(table_ptr + tile * 8)
     own_stop = tl.load(table_ptr + tile * 8 + 1)
     base = b.to(tl.int64) * (L * H * D) + h * D
@@ -167,18 +171,18 @@ def prepare(
     tl.store(delta_ptr + pair * L + rows, delta, mask=rows < own_stop)
     if RANGED:
         v = _load(v_ptr + base, rows, own_stop, True, H, D, BLOCK_D)
-        tl.store(tops_ptr + pair * (2 * TILES) + tile, _largest(d_out))
-        tl.store(tops_ptr + pair * (2 * TILES) + TILES + tile, _largest(v))
+        tl.store(tops_ptr + pair * (2 * n_tiles) + tile, _largest(d_out))
+        tl.store(tops_ptr + pair * (2 * n_tiles) + n_tiles + tile, _largest(v))
 
 
 @triton.jit
-def _factor_of_pieces(tops_ptr, pair, first, stop, D: tl.constexpr, PIECES: tl.constexpr, BLOCK_PIECES: tl.constexpr):
+def _factor_of_pieces(tops_ptr, pair, n_pieces, first, stop, D: tl.constexpr, BLOCK_PIECES: tl.constexpr):
     """`_factor` from the maxima that `prepare` stored for the pieces [first, stop)."""
     pieces = tl.arange(0, BLOCK_PIECES)
     inside = (pieces >= first) & (pieces < stop)
-    tops = tops_ptr + pair * (2 * PIECES) + pieces
+    tops = tops_ptr + pair * (2 * n_pieces) + pieces
     top_d_out = tl.max(tl.load(tops, mask=inside, other=0.0), 0)
-    return _factor(top_d_out, tl.max(tl.load(tops + PIECES, mask=inside, other=0.0), 0), D)
+    return _factor(top_d_out, tl.max(tl.load(tops + n_pieces, mask=inside, other=0.0), 0), D)
 
 
 @triton.jit
@@ -189,12 +193,12 @@ def _gradients_tile(
 ):  # fmt: skip
     """One query tile for a tile of keys: d_k and d_v updated, and d_scores (keys, queries) as a matmul operand."""
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
     p = tl.exp2(scores * LOG2_SCALE - lse[None, :])
     if MASKED:
         p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
     elif EDGE:
         p = tl.where(keys[:, None] < key_stop, p, 0.0)
-    d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
     d_v = tl.dot(p.to(q.dtype), d_out, d_v, input_precision=PRECISION)
     if WHOLE:  # every key of these queries is here: sum(p * d_p) over the keys is rowsum(out * d_out)
         delta = tl.sum(p * d_p, 0)
@@ -209,8 +213,8 @@ def _gradients_tile(
 
 @triton.jit
 def _load_queries(
-    q_base, d_out_base, lse_ptr, bounds_ptr, rows, stop, MASKED: tl.constexpr,
-    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_base, d_out_base, lse_ptr, bounds_ptr, rows, stop, L, MASKED: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """q, d_out, lse, and bounds (if MASKED) of a tile; zeros behind stop, where d_out = 0 makes all gradients 0."""
     q = _load(q_base, rows, stop, True, H, D, BLOCK_D)
@@ -225,12 +229,12 @@ def _load_queries(
     return q, d_out, lse, lo, hi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def backward_whole(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, bounds_ptr, table_ptr, old_dq_ptr, old_dk_ptr, old_dv_ptr,
-    dq_ptr, dk_ptr, dv_ptr,
-    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    TILES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    L, n_tiles, dq_ptr, dk_ptr, dv_ptr,
+    H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of a group of blocks that sees itself alone and fits in BLOCK_OWN rows (diagonal pattern).
@@ -238,7 +242,7 @@ def backward_whole(
     The keys stay on the chip while the queries pass by, so every input is read once and every output written once; the
     forward output is not needed.
     """
-    tile, b, h = _locate(TILES, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, TOGETHER, H)
     start = tl.load(table_ptr + tile * 8)
     stop = tl.load(table_ptr + tile * 8 + 1)
     base = b.to(tl.int64) * (L * H * D) + h * D
@@ -252,7 +256,7 @@ def backward_whole(
     if BLOCK_OTHER >= BLOCK_OWN:  # one query tile
         rows = start + tl.arange(0, BLOCK_OTHER)
         q, d_out, lse, lo, hi = _load_queries(
-            q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, MASKED, L, H, D, BLOCK_D
+            q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, L, MASKED, H, D, BLOCK_D
         )
         if RANGED:
             factor = _factor(_largest(d_out), _largest(v), D)
@@ -264,15 +268,12 @@ def backward_whole(
         _store(dq_ptr + base, d_q * (SCALE / factor), rows, stop, H, D, BLOCK_D)
     else:
         if RANGED:
-            top_d_out = 0.0
-            for query in range(start, stop, BLOCK_OTHER):
-                rows = query + tl.arange(0, BLOCK_OTHER)
-                top_d_out = tl.maximum(top_d_out, _largest(_load(d_out_ptr + base, rows, stop, True, H, D, BLOCK_D)))
-            factor = _factor(top_d_out, _largest(v), D)
+            # Of all tiles at once; the loop below then finds them in the L2 cache.
+            factor = _factor(_largest(_load(d_out_ptr + base, keys, stop, True, H, D, BLOCK_D)), _largest(v), D)
         for query in range(start, stop, BLOCK_OTHER):
             rows = query + tl.arange(0, BLOCK_OTHER)
             q, d_out, lse, lo, hi = _load_queries(
-                q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, MASKED, L, H, D, BLOCK_D
+                q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, L, MASKED, H, D, BLOCK_D
             )
             d_k, d_v, d_scores = _gradients_tile(
                 k, v, d_k, d_v, q, d_out, lse, lse, keys, stop, lo, hi, factor,
@@ -284,18 +285,18 @@ def backward_whole(
     _store(dv_ptr + base, d_v, keys, stop, H, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def backward_keys(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, tops_ptr, bounds_ptr, table_ptr, old_dk_ptr, old_dv_ptr,
-    dk_ptr, dv_ptr,
-    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    TILES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    L, n_tiles, n_pieces, dk_ptr, dv_ptr,
+    H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr, MASKED: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK_PIECES: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys. Before the middle the bounds of each query decide (only if MASKED); behind it every
     query sees every key. Keys behind the tile's end load as zeros and touch only rows that are not stored."""
-    tile, b, h = _locate(TILES, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, TOGETHER, H)
     own_start = tl.load(table_ptr + tile * 8)
     own_stop = tl.load(table_ptr + tile * 8 + 1)
     start = tl.load(table_ptr + tile * 8 + 2)
@@ -313,12 +314,12 @@ def backward_keys(
     if RANGED:
         first = tl.load(table_ptr + tile * 8 + 5)
         last = tl.load(table_ptr + tile * 8 + 6)
-        factor = _factor_of_pieces(tops_ptr, pair, first, last, D, PIECES, BLOCK_PIECES)
+        factor = _factor_of_pieces(tops_ptr, pair, n_pieces, first, last, D, BLOCK_PIECES)
     if MASKED:
         for query in range(start, middle, BLOCK_OTHER):
             rows = query + tl.arange(0, BLOCK_OTHER)
             q, d_out, lse, lo, hi = _load_queries(
-                q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, True, L, H, D, BLOCK_D
+                q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, L, True, H, D, BLOCK_D
             )
             delta = tl.load(delta_ptr + pair * L + rows, mask=rows < stop, other=0.0)
             d_k, d_v, _ = _gradients_tile(
@@ -328,7 +329,7 @@ def backward_keys(
     for query in range(middle, stop, BLOCK_OTHER):
         rows = query + tl.arange(0, BLOCK_OTHER)
         q, d_out, lse, lo, hi = _load_queries(
-            q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, False, L, H, D, BLOCK_D
+            q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, L, False, H, D, BLOCK_D
         )
         delta = tl.load(delta_ptr + pair * L + rows, mask=rows < stop, other=0.0)
         d_k, d_v, _ = _gradients_tile(
@@ -349,10 +350,10 @@ def _query_gradient_tile(
     k = _load(k_base, keys, stop, MASKED, H, D, BLOCK_D)
     v = _load(v_base, keys, stop, MASKED, H, D, BLOCK_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
     p = tl.exp2(scores * LOG2_SCALE - lse[:, None])
     if MASKED:
         p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
-    d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
     if RANGED:
         d_scores = p * (d_p * factor - (delta * factor)[:, None])
     else:
@@ -360,16 +361,17 @@ def _query_gradient_tile(
     return tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, tops_ptr, bounds_ptr, table_ptr, old_dq_ptr, dq_ptr,
-    L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    TILES: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, tops_ptr, bounds_ptr, table_ptr, old_dq_ptr,
+    L, n_tiles, n_pieces, dq_ptr,
+    H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK_PIECES: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries. Before the middle every query sees every key; behind it the bounds decide."""
-    tile, b, h = _locate(TILES, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, TOGETHER, H)
     own_start = tl.load(table_ptr + tile * 8)
     own_stop = tl.load(table_ptr + tile * 8 + 1)
     start = tl.load(table_ptr + tile * 8 + 2)
@@ -379,7 +381,7 @@ def backward_queries(
     pair = (b * H + h).to(tl.int64)
     rows = own_start + tl.arange(0, BLOCK_OWN)
     q, d_out, lse, lo, hi = _load_queries(
-        q_ptr + base, d_out_ptr + base, lse_ptr + pair * L, bounds_ptr, rows, own_stop, True, L, H, D, BLOCK_D
+        q_ptr + base, d_out_ptr + base, lse_ptr + pair * L, bounds_ptr, rows, own_stop, L, True, H, D, BLOCK_D
     )
     delta = tl.load(delta_ptr + pair * L + rows, mask=rows < own_stop, other=0.0)
     d_q = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
@@ -387,7 +389,7 @@ def backward_queries(
     if RANGED:
         first = tl.load(table_ptr + tile * 8 + 5)
         last = tl.load(table_ptr + tile * 8 + 6)
-        factor = _factor_of_pieces(tops_ptr, pair, first, last, D, PIECES, BLOCK_PIECES)
+        factor = _factor_of_pieces(tops_ptr, pair, n_pieces, first, last, D, BLOCK_PIECES)
     for key in range(start, middle, BLOCK_OTHER):
         keys = key + tl.arange(0, BLOCK_OTHER)
         d_q = _query_gradient_tile(

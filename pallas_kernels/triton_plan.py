@@ -78,7 +78,8 @@ class Launch:
     grid: int  # programs
     warps: int
     stages: int
-    constants: dict  # the kernel's constexpr arguments
+    counts: tuple[int, ...]  # its int arguments: L, rows of the table and, where it has them, of `prepare`'s
+    constants: dict  # its constexpr arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,9 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     masked = [False] * len(short)
     pieces, key_rows, query_rows = [], [], []
     keys_masked = False
-    for group in _groups(problem, short[0].rows if short else keys.rows):
+    groups = _groups(problem, short[0].rows if short else keys.rows)
+    every_piece = (0, sum(-(-(group.stop - group.start) // _PIECE_ROWS) for group in groups))
+    for group in groups:
         fits = (index for index, tile in enumerate(short) if group.stop - group.start <= tile.rows)
         index = next(fits, None)
         if index is not None:
@@ -129,8 +132,8 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
             continue
         first = len(pieces)
         pieces += [(row, min(row + _PIECE_ROWS, group.stop)) for row in range(group.start, group.stop, _PIECE_ROWS)]
-        # The pieces whose rows the group's programs read; in the causal pattern that can be any.
-        read = (first, len(pieces)) if diagonal else (0, 1 << 30)
+        # The pieces whose rows the group's programs read.
+        read = (first, len(pieces)) if diagonal else every_piece
         keys_masked |= group.needs_mask
         key_rows += [
             (*row, *read) for row in tiles.key_tiles(group, problem.pattern, shape[1], keys.rows, keys.columns)
@@ -146,11 +149,12 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     if pieces:
         piece = Tile(_PIECE_ROWS, 0, 4, 1)
         prepare = _launch("prepare", pieces, shape, problem, piece, _constants(problem, shape, dtype, "RANGED"))
-        constants = {**constants, "PIECES": len(pieces), "BLOCK_PIECES": _power_of_two(len(pieces))}
+        constants["BLOCK_PIECES"] = max(16, _power_of_two(len(pieces)))
+        masked_keys = {**constants, "MASKED": keys_masked}
         launches += [
             prepare,
-            _launch("backward_keys", key_rows, shape, problem, keys, {**constants, "MASKED": keys_masked}),
-            _launch("backward_queries", query_rows, shape, problem, queries, constants),
+            _launch("backward_keys", key_rows, shape, problem, keys, masked_keys, len(pieces)),
+            _launch("backward_queries", query_rows, shape, problem, queries, constants, len(pieces)),
         ]
     return launches
 
@@ -161,7 +165,7 @@ def _groups(problem, rows):
 
 def _constants(problem, shape, dtype, *names):
     """The constexpr arguments that every kernel has, and those of the names given."""
-    _, length, heads, dim = shape
+    _, _, heads, dim = shape
     values = {
         "SCALE": problem.scale,
         "LOG2_SCALE": problem.scale * math.log2(math.e),
@@ -171,25 +175,25 @@ def _constants(problem, shape, dtype, *names):
         "RANGED": dtype == "float16",
     }
     # The matrix units take at least 16 columns.
-    always = {"L": length, "H": heads, "D": dim, "BLOCK_D": max(16, _power_of_two(dim))}
+    always = {"H": heads, "D": dim, "BLOCK_D": max(16, _power_of_two(dim))}
     return {**always, **{name: values[name] for name in names}}
 
 
-def _launch(kernel, rows, shape, problem, tile, constants):
+def _launch(kernel, rows, shape, problem, tile, constants, *more_counts):
     """A launch over the table of these rows, most work first so that the last programs to run are short."""
-    batch, _, heads, _ = shape
+    batch, length, heads, _ = shape
     table = np.zeros((len(rows), _TABLE_COLUMNS), np.int32)
     for row, values in zip(table, sorted(rows, key=_work), strict=True):
         row[: len(values)] = values
     constants = {
         **constants,
-        "TILES": len(rows),
         "TOGETHER": max(n for n in range(1, heads + 1) if heads % n == 0 and n <= problem.tuning.together),
         "BLOCK_OWN": tile.rows,
     }
     if tile.columns:
         constants["BLOCK_OTHER"] = tile.columns
-    return Launch(kernel, table, len(rows) * batch * heads, tile.warps, tile.stages, constants)
+    counts = (length, len(rows), *more_counts)
+    return Launch(kernel, table, len(rows) * batch * heads, tile.warps, tile.stages, counts, constants)
 
 
 def _work(row):
