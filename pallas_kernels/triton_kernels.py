@@ -186,47 +186,39 @@ def _factor_of_pieces(tops_ptr, pair, n_pieces, first, stop, D: tl.constexpr, BL
 
 
 @triton.jit
-def _gradients_tile(
-    k, v, d_k, d_v, q, d_out, lse, delta, keys, key_stop, lo, hi, factor,
-    MASKED: tl.constexpr, EDGE: tl.constexpr, WHOLE: tl.constexpr, RANGED: tl.constexpr,
-    LOG2_SCALE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One query tile for a tile of keys: d_k and d_v updated, and d_scores (keys, queries) as a matmul operand."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-    p = tl.exp2(scores * LOG2_SCALE - lse[None, :])
-    if MASKED:
-        p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
-    elif EDGE:
-        p = tl.where(keys[:, None] < key_stop, p, 0.0)
-    d_v = tl.dot(p.to(q.dtype), d_out, d_v, input_precision=PRECISION)
-    if WHOLE:  # every key of these queries is here: sum(p * d_p) over the keys is rowsum(out * d_out)
-        delta = tl.sum(p * d_p, 0)
+def _d_scores(p, d_p, delta, factor, RANGED: tl.constexpr):
+    """Gradients of the scaled scores, times factor if RANGED."""
     if RANGED:
-        d_scores = p * (d_p * factor - (delta * factor)[None, :])
+        return p * (d_p * factor - delta * factor)
     else:
-        d_scores = p * (d_p - delta[None, :])
-    d_scores = d_scores.to(q.dtype)
-    d_k = tl.dot(d_scores, q, d_k, input_precision=PRECISION)
-    return d_k, d_v, d_scores
+        return p * (d_p - delta)
 
 
 @triton.jit
-def _load_queries(
-    q_base, d_out_base, lse_ptr, bounds_ptr, rows, stop, L, MASKED: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _whole_tile(
+    k, v, d_k, d_v, q, d_out, lse_ptr, bounds_ptr, L, rows, keys, stop, factor,
+    MASKED: tl.constexpr, RANGED: tl.constexpr, LOG2_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, d_out, lse, and bounds (if MASKED) of a tile; zeros behind stop, where d_out = 0 makes all gradients 0."""
-    q = _load(q_base, rows, stop, True, H, D, BLOCK_D)
-    d_out = _load(d_out_base, rows, stop, True, H, D, BLOCK_D)
-    lse = tl.load(lse_ptr + rows, mask=rows < stop, other=0.0)
+    """One query tile of `backward_whole`: d_k and d_v updated, and d_q without its factors."""
+    inside = rows < stop
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+    p = tl.exp2(scores * LOG2_SCALE - lse[None, :])
     if MASKED:
-        lo = tl.load(bounds_ptr + rows, mask=rows < stop, other=0)
-        hi = tl.load(bounds_ptr + L + rows, mask=rows < stop, other=0)
+        lo = tl.load(bounds_ptr + rows, mask=inside, other=0)
+        hi = tl.load(bounds_ptr + L + rows, mask=inside, other=0)
+        p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
     else:
-        lo = rows
-        hi = rows
-    return q, d_out, lse, lo, hi
+        p = tl.where(keys[:, None] < stop, p, 0.0)
+    d_v = tl.dot(p.to(q.dtype), d_out, d_v, input_precision=PRECISION)
+    d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+    # Every key of these queries is here, so this is rowsum(out * d_out).
+    delta = tl.sum(p * d_p, 0)
+    d_scores = _d_scores(p, d_p, delta[None, :], factor, RANGED).to(q.dtype)
+    d_k = tl.dot(d_scores, q, d_k, input_precision=PRECISION)
+    # Transposed, the product has a head dim of rows, as many as the matrix units want for any number of queries.
+    d_q = tl.trans(tl.dot(tl.trans(k), d_scores, input_precision=PRECISION))
+    return d_k, d_v, d_q
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -240,7 +232,7 @@ def backward_whole(
     """dq, dk and dv of a group of blocks that sees itself alone and fits in BLOCK_OWN rows (diagonal pattern).
 
     The keys stay on the chip while the queries pass by, so every input is read once and every output written once; the
-    forward output is not needed.
+    forward output is not needed. Queries behind the end load as zeros, and so do their d_out and all gradients.
     """
     tile, b, h = _locate(n_tiles, TOGETHER, H)
     start = tl.load(table_ptr + tile * 8)
@@ -255,16 +247,14 @@ def backward_whole(
     factor = 1.0
     if BLOCK_OTHER >= BLOCK_OWN:  # one query tile
         rows = start + tl.arange(0, BLOCK_OTHER)
-        q, d_out, lse, lo, hi = _load_queries(
-            q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, L, MASKED, H, D, BLOCK_D
-        )
+        q = _load(q_ptr + base, rows, stop, True, H, D, BLOCK_D)
+        d_out = _load(d_out_ptr + base, rows, stop, True, H, D, BLOCK_D)
         if RANGED:
             factor = _factor(_largest(d_out), _largest(v), D)
-        d_k, d_v, d_scores = _gradients_tile(
-            k, v, d_k, d_v, q, d_out, lse, lse, keys, stop, lo, hi, factor,
-            MASKED, True, True, RANGED, LOG2_SCALE, PRECISION,
+        d_k, d_v, d_q = _whole_tile(
+            k, v, d_k, d_v, q, d_out, lse_base, bounds_ptr, L, rows, keys, stop, factor,
+            MASKED, RANGED, LOG2_SCALE, PRECISION,
         )  # fmt: skip
-        d_q = tl.trans(tl.dot(tl.trans(k), d_scores, input_precision=PRECISION))
         _store(dq_ptr + base, d_q * (SCALE / factor), rows, stop, H, D, BLOCK_D)
     else:
         if RANGED:
@@ -272,14 +262,12 @@ def backward_whole(
             factor = _factor(_largest(_load(d_out_ptr + base, keys, stop, True, H, D, BLOCK_D)), _largest(v), D)
         for query in range(start, stop, BLOCK_OTHER):
             rows = query + tl.arange(0, BLOCK_OTHER)
-            q, d_out, lse, lo, hi = _load_queries(
-                q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, L, MASKED, H, D, BLOCK_D
-            )
-            d_k, d_v, d_scores = _gradients_tile(
-                k, v, d_k, d_v, q, d_out, lse, lse, keys, stop, lo, hi, factor,
-                MASKED, True, True, RANGED, LOG2_SCALE, PRECISION,
+            q = _load(q_ptr + base, rows, stop, True, H, D, BLOCK_D)
+            d_out = _load(d_out_ptr + base, rows, stop, True, H, D, BLOCK_D)
+            d_k, d_v, d_q = _whole_tile(
+                k, v, d_k, d_v, q, d_out, lse_base, bounds_ptr, L, rows, keys, stop, factor,
+                MASKED, RANGED, LOG2_SCALE, PRECISION,
             )  # fmt: skip
-            d_q = tl.trans(tl.dot(tl.trans(k), d_scores, input_precision=PRECISION))
             _store(dq_ptr + base, d_q * (SCALE / factor), rows, stop, H, D, BLOCK_D)
     _store(dk_ptr + base, d_k * (SCALE / factor), keys, stop, H, D, BLOCK_D)
     _store(dv_ptr + base, d_v, keys, stop, H, D, BLOCK_D)
@@ -304,7 +292,6 @@ def backward_keys(
     stop = tl.load(table_ptr + tile * 8 + 4)
     base = b.to(tl.int64) * (L * H * D) + h * D
     pair = (b * H + h).to(tl.int64)
-    lse_base = lse_ptr + pair * L
     keys = own_start + tl.arange(0, BLOCK_OWN)
     k = _load(k_ptr + base, keys, own_stop, True, H, D, BLOCK_D)
     v = _load(v_ptr + base, keys, own_stop, True, H, D, BLOCK_D)
@@ -315,27 +302,25 @@ def backward_keys(
         first = tl.load(table_ptr + tile * 8 + 5)
         last = tl.load(table_ptr + tile * 8 + 6)
         factor = _factor_of_pieces(tops_ptr, pair, n_pieces, first, last, D, BLOCK_PIECES)
-    if MASKED:
-        for query in range(start, middle, BLOCK_OTHER):
-            rows = query + tl.arange(0, BLOCK_OTHER)
-            q, d_out, lse, lo, hi = _load_queries(
-                q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, L, True, H, D, BLOCK_D
-            )
-            delta = tl.load(delta_ptr + pair * L + rows, mask=rows < stop, other=0.0)
-            d_k, d_v, _ = _gradients_tile(
-                k, v, d_k, d_v, q, d_out, lse, delta, keys, own_stop, lo, hi, factor,
-                True, False, False, RANGED, LOG2_SCALE, PRECISION,
-            )  # fmt: skip
-    for query in range(middle, stop, BLOCK_OTHER):
+    for query in range(start, stop, BLOCK_OTHER):
         rows = query + tl.arange(0, BLOCK_OTHER)
-        q, d_out, lse, lo, hi = _load_queries(
-            q_ptr + base, d_out_ptr + base, lse_base, bounds_ptr, rows, stop, L, False, H, D, BLOCK_D
-        )
-        delta = tl.load(delta_ptr + pair * L + rows, mask=rows < stop, other=0.0)
-        d_k, d_v, _ = _gradients_tile(
-            k, v, d_k, d_v, q, d_out, lse, delta, keys, own_stop, lo, hi, factor,
-            False, False, False, RANGED, LOG2_SCALE, PRECISION,
-        )  # fmt: skip
+        inside = rows < stop
+        q = _load(q_ptr + base, rows, stop, True, H, D, BLOCK_D)
+        d_out = _load(d_out_ptr + base, rows, stop, True, H, D, BLOCK_D)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        # Loaded where they are used: a value for each column costs many registers.
+        lse = tl.load(lse_ptr + pair * L + rows, mask=inside, other=0.0)
+        p = tl.exp2(scores * LOG2_SCALE - lse[None, :])
+        if MASKED:
+            if query < middle:
+                lo = tl.load(bounds_ptr + rows, mask=inside, other=0)
+                hi = tl.load(bounds_ptr + L + rows, mask=inside, other=0)
+                p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
+        d_v = tl.dot(p.to(q.dtype), d_out, d_v, input_precision=PRECISION)
+        d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+        delta = tl.load(delta_ptr + pair * L + rows, mask=inside, other=0.0)
+        d_scores = _d_scores(p, d_p, delta[None, :], factor, RANGED)
+        d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision=PRECISION)
     _store(dk_ptr + base, d_k * (SCALE / factor), keys, own_stop, H, D, BLOCK_D)
     _store(dv_ptr + base, d_v, keys, own_stop, H, D, BLOCK_D)
 
@@ -354,10 +339,7 @@ def _query_gradient_tile(
     p = tl.exp2(scores * LOG2_SCALE - lse[:, None])
     if MASKED:
         p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
-    if RANGED:
-        d_scores = p * (d_p * factor - (delta * factor)[:, None])
-    else:
-        d_scores = p * (d_p - delta[:, None])
+    d_scores = _d_scores(p, d_p, delta[:, None], factor, RANGED)
     return tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)
 
 
@@ -380,10 +362,13 @@ def backward_queries(
     base = b.to(tl.int64) * (L * H * D) + h * D
     pair = (b * H + h).to(tl.int64)
     rows = own_start + tl.arange(0, BLOCK_OWN)
-    q, d_out, lse, lo, hi = _load_queries(
-        q_ptr + base, d_out_ptr + base, lse_ptr + pair * L, bounds_ptr, rows, own_stop, L, True, H, D, BLOCK_D
-    )
-    delta = tl.load(delta_ptr + pair * L + rows, mask=rows < own_stop, other=0.0)
+    inside = rows < own_stop
+    q = _load(q_ptr + base, rows, own_stop, True, H, D, BLOCK_D)
+    d_out = _load(d_out_ptr + base, rows, own_stop, True, H, D, BLOCK_D)
+    lse = tl.load(lse_ptr + pair * L + rows, mask=inside, other=0.0)
+    lo = tl.load(bounds_ptr + rows, mask=inside, other=0)
+    hi = tl.load(bounds_ptr + L + rows, mask=inside, other=0)
+    delta = tl.load(delta_ptr + pair * L + rows, mask=inside, other=0.0)
     d_q = tl.zeros((BLOCK_OWN, BLOCK_D), tl.float32)
     factor = 1.0
     if RANGED:

@@ -27,7 +27,7 @@ def random_sizes(seed, length=60):
 
 
 def case(sizes, pattern, dtype="float32", dim=16, scale=None, **options):
-    return dict(sizes=sizes, pattern=pattern, dtype=dtype, dim=dim, scale=scale or dim**-0.5, **options)
+    return dict(sizes=sizes, pattern=pattern, dtype=dtype, dim=dim, scale=dim**-0.5 if scale is None else scale, **options)
 
 
 CASES = [
@@ -36,7 +36,7 @@ CASES = [
     case([1, 4, 40], "causal", dim=8),  # fewer columns than the matrix units take
     case([5, 40], "diagonal", dim=24, batch=3, heads=3),  # columns that fill no power of two
     case([1, 4, 40], "causal", scale=-0.5),
-    case([1, 4, 40], "diagonal", scale=1e-9),
+    case([1, 4, 40], "diagonal", scale=0.0),
     case([1, 5, 30, 2], "diagonal", spread=20.0),  # scores in the thousands
     case([1, 5, 30, 2], "causal", spread=20.0),
     # Gradients that would vanish, or overflow, as float16 d_scores.
