@@ -186,6 +186,27 @@ def _factor_of_pieces(tops_ptr, pair, n_pieces, first, stop, D: tl.constexpr, BL
 
 
 @triton.jit
+def _load_columns(pointers, mask, N: tl.constexpr, SPREAD: tl.constexpr):
+    """(N,) numbers, one for each column of a product, zero where not mask.
+
+    Loaded plainly, each warp loads the numbers of all its columns, one by one, since the compiler takes few loads for
+    cheap. Where N * SPREAD is the number of threads, each thread loads one and they meet in shared memory.
+    """
+    if SPREAD == 1:
+        return tl.load(pointers, mask=mask, other=0.0)
+    else:
+        copies = tl.arange(0, SPREAD)[None, :] * 0
+        x = tl.load(pointers[:, None] + copies, mask=mask[:, None], other=0.0)
+        if SPREAD == 4:
+            x, _ = tl.split(tl.reshape(x, (N, 2, 2)))
+        elif SPREAD == 8:
+            x, _ = tl.split(tl.reshape(x, (N, 2, 2, 2)))
+            x, _ = tl.split(x)
+        x, _ = tl.split(x)
+        return x
+
+
+@triton.jit
 def _d_scores(p, d_p, delta, factor, RANGED: tl.constexpr):
     """Gradients of the scaled scores, times factor if RANGED."""
     if RANGED:
@@ -198,11 +219,12 @@ def _d_scores(p, d_p, delta, factor, RANGED: tl.constexpr):
 def _whole_tile(
     k, v, d_k, d_v, q, d_out, lse_ptr, bounds_ptr, L, rows, keys, stop, factor,
     MASKED: tl.constexpr, RANGED: tl.constexpr, LOG2_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OTHER: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """One query tile of `backward_whole`: d_k and d_v updated, and d_q without its factors."""
     inside = rows < stop
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+    lse = _load_columns(lse_ptr + rows, inside, BLOCK_OTHER, SPREAD)
     p = tl.exp2(scores * LOG2_SCALE - lse[None, :])
     if MASKED:
         lo = tl.load(bounds_ptr + rows, mask=inside, other=0)
@@ -228,6 +250,7 @@ def backward_whole(
     H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
     TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr, MASKED: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of a group of blocks that sees itself alone and fits in BLOCK_OWN rows (diagonal pattern).
 
@@ -253,7 +276,7 @@ def backward_whole(
             factor = _factor(_largest(d_out), _largest(v), D)
         d_k, d_v, d_q = _whole_tile(
             k, v, d_k, d_v, q, d_out, lse_base, bounds_ptr, L, rows, keys, stop, factor,
-            MASKED, RANGED, LOG2_SCALE, PRECISION,
+            MASKED, RANGED, LOG2_SCALE, PRECISION, BLOCK_OTHER, SPREAD,
         )  # fmt: skip
         _store(dq_ptr + base, d_q * (SCALE / factor), rows, stop, H, D, BLOCK_D)
     else:
@@ -266,7 +289,7 @@ def backward_whole(
             d_out = _load(d_out_ptr + base, rows, stop, True, H, D, BLOCK_D)
             d_k, d_v, d_q = _whole_tile(
                 k, v, d_k, d_v, q, d_out, lse_base, bounds_ptr, L, rows, keys, stop, factor,
-                MASKED, RANGED, LOG2_SCALE, PRECISION,
+                MASKED, RANGED, LOG2_SCALE, PRECISION, BLOCK_OTHER, SPREAD,
             )  # fmt: skip
             _store(dq_ptr + base, d_q * (SCALE / factor), rows, stop, H, D, BLOCK_D)
     _store(dk_ptr + base, d_k * (SCALE / factor), keys, stop, H, D, BLOCK_D)
@@ -280,7 +303,7 @@ def backward_keys(
     H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
     TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_PIECES: tl.constexpr,
+    SPREAD: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys. Before the middle the bounds of each query decide (only if MASKED); behind it every
     query sees every key. Keys behind the tile's end load as zeros and touch only rows that are not stored."""
@@ -309,7 +332,7 @@ def backward_keys(
         d_out = _load(d_out_ptr + base, rows, stop, True, H, D, BLOCK_D)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         # Loaded where they are used: a value for each column costs many registers.
-        lse = tl.load(lse_ptr + pair * L + rows, mask=inside, other=0.0)
+        lse = _load_columns(lse_ptr + pair * L + rows, inside, BLOCK_OTHER, SPREAD)
         p = tl.exp2(scores * LOG2_SCALE - lse[None, :])
         if MASKED:
             if query < middle:
@@ -318,7 +341,7 @@ def backward_keys(
                 p = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), p, 0.0)
         d_v = tl.dot(p.to(q.dtype), d_out, d_v, input_precision=PRECISION)
         d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-        delta = tl.load(delta_ptr + pair * L + rows, mask=inside, other=0.0)
+        delta = _load_columns(delta_ptr + pair * L + rows, inside, BLOCK_OTHER, SPREAD)
         d_scores = _d_scores(p, d_p, delta[None, :], factor, RANGED)
         d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision=PRECISION)
     _store(dk_ptr + base, d_k * (SCALE / factor), keys, own_stop, H, D, BLOCK_D)

@@ -23,6 +23,7 @@ class Tile:
     columns: int  # rows of the other side that it takes at a time
     warps: int  # warps of a program
     stages: int  # loads in flight: depth of the software pipeline over the other side
+    spread: int = 1  # whole, keys: threads that load each number kept for a query; see `_load_columns`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
 
     constants = _constants(problem, shape, dtype, "SCALE", "LOG2_SCALE", "PRECISION", "RANGED")
     launches = [
-        _launch("backward_whole", rows, shape, problem, tile, {**constants, "MASKED": mask})
+        _launch("backward_whole", rows, shape, problem, tile, {**constants, "MASKED": mask, "SPREAD": tile.spread})
         for rows, tile, mask in zip(classes, short, masked, strict=True)
         if rows
     ]
@@ -150,10 +151,10 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
         piece = Tile(_PIECE_ROWS, 0, 4, 1)
         prepare = _launch("prepare", pieces, shape, problem, piece, _constants(problem, shape, dtype, "RANGED"))
         constants["BLOCK_PIECES"] = max(16, _power_of_two(len(pieces)))
-        masked_keys = {**constants, "MASKED": keys_masked}
+        keys_constants = {**constants, "MASKED": keys_masked, "SPREAD": keys.spread}
         launches += [
             prepare,
-            _launch("backward_keys", key_rows, shape, problem, keys, masked_keys, len(pieces)),
+            _launch("backward_keys", key_rows, shape, problem, keys, keys_constants, len(pieces)),
             _launch("backward_queries", query_rows, shape, problem, queries, constants, len(pieces)),
         ]
     return launches

@@ -32,8 +32,8 @@ interpreter._patch_lang_tensor = _patch_tensor_for_numpy_2_4
 # Tiles small enough for short lists to be cut, packed and masked in every way.
 SMALL_TILES = Tuning(
     forward=(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)),
-    whole=(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)),
-    keys=Tile(16, 32, 4, 1),
+    whole=(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1, spread=8)),
+    keys=Tile(16, 32, 4, 1, spread=4),
     queries=Tile(32, 16, 4, 1),
     together=2,
 )
