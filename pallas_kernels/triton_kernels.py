@@ -20,19 +20,19 @@ _EVERY_KEY = tl.constexpr(1 << 30)  # an upper bound on keys for rows that are n
 # float16: |scaled d_scores| is at most twice this, under float16's largest, 65504.
 _HALF_RANGE = tl.constexpr(16384.0)
 # Lists of other lengths need no other code.
-_COUNTS = ("L", "n_tiles", "n_pieces")
+_COUNTS = ("L", "n_tiles", "together", "n_pieces")
 
 
 @triton.jit
-def _locate(n_tiles, TOGETHER: tl.constexpr, H: tl.constexpr):
-    """(row of the table, batch, head): TOGETHER heads at a time go through the whole table, heaviest tiles first.
+def _locate(n_tiles, together, H: tl.constexpr):
+    """(row of the table, batch, head): `together` heads at a time go through the whole table, heaviest tiles first.
 
     So the tiles that read the same keys run at about the same time, and find them in the L2 cache.
     """
     pid = tl.program_id(0)
-    within = pid % (n_tiles * TOGETHER)
-    pair = pid // (n_tiles * TOGETHER) * TOGETHER + within % TOGETHER
-    return within // TOGETHER, pair // H, pair % H
+    within = pid % (n_tiles * together)
+    pair = pid // (n_tiles * together) * together + within % together
+    return within // together, pair // H, pair % H
 
 
 @triton.jit
@@ -112,14 +112,14 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def forward(
-    q_ptr, k_ptr, v_ptr, bounds_ptr, table_ptr, old_out_ptr, old_lse_ptr, L, n_tiles,
+    q_ptr, k_ptr, v_ptr, bounds_ptr, table_ptr, old_out_ptr, old_lse_ptr, L, n_tiles, together,
     out_ptr, lse_ptr,
     H: tl.constexpr, D: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of queries. Before the middle every query sees every key; behind it the bounds decide."""
-    tile, b, h = _locate(n_tiles, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, together, H)
     own_start = tl.load(table_ptr + tile * 8)
     own_stop = tl.load(table_ptr + tile * 8 + 1)
     start = tl.load(table_ptr + tile * 8 + 2)
@@ -153,13 +153,13 @@ def forward(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def prepare(
-    v_ptr, out_ptr, d_out_ptr, table_ptr, L, n_tiles,
+    v_ptr, out_ptr, d_out_ptr, table_ptr, L, n_tiles, together,
     delta_ptr, tops_ptr,
-    H: tl.constexpr, D: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_D: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_D: tl.constexpr,
     RANGED: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(out * d_out) of a piece of rows and, if RANGED, its largest |d_out| and |v|."""
-    tile, b, h = _locate(n_tiles, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, together, H)
     own_start = tl.load(table_ptr + tile * 8)
     own_stop = tl.load(table_ptr + tile * 8 + 1)
     base = b.to(tl.int64) * (L * H * D) + h * D
@@ -246,9 +246,9 @@ def _whole_tile(
 @triton.jit(do_not_specialize=_COUNTS)
 def backward_whole(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, bounds_ptr, table_ptr, old_dq_ptr, old_dk_ptr, old_dv_ptr,
-    L, n_tiles, dq_ptr, dk_ptr, dv_ptr,
+    L, n_tiles, together, dq_ptr, dk_ptr, dv_ptr,
     H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr, MASKED: tl.constexpr,
     SPREAD: tl.constexpr,
 ):  # fmt: skip
@@ -257,7 +257,7 @@ def backward_whole(
     The keys stay on the chip while the queries pass by, so every input is read once and every output written once; the
     forward output is not needed. Queries behind the end load as zeros, and so do their d_out and all gradients.
     """
-    tile, b, h = _locate(n_tiles, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, together, H)
     start = tl.load(table_ptr + tile * 8)
     stop = tl.load(table_ptr + tile * 8 + 1)
     base = b.to(tl.int64) * (L * H * D) + h * D
@@ -299,15 +299,15 @@ def backward_whole(
 @triton.jit(do_not_specialize=_COUNTS)
 def backward_keys(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, tops_ptr, bounds_ptr, table_ptr, old_dk_ptr, old_dv_ptr,
-    L, n_tiles, n_pieces, dk_ptr, dv_ptr,
+    L, n_tiles, together, n_pieces, dk_ptr, dv_ptr,
     H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr, MASKED: tl.constexpr,
     SPREAD: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys. Before the middle the bounds of each query decide (only if MASKED); behind it every
     query sees every key. Keys behind the tile's end load as zeros and touch only rows that are not stored."""
-    tile, b, h = _locate(n_tiles, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, together, H)
     own_start = tl.load(table_ptr + tile * 8)
     own_stop = tl.load(table_ptr + tile * 8 + 1)
     start = tl.load(table_ptr + tile * 8 + 2)
@@ -369,14 +369,14 @@ def _query_gradient_tile(
 @triton.jit(do_not_specialize=_COUNTS)
 def backward_queries(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, tops_ptr, bounds_ptr, table_ptr, old_dq_ptr,
-    L, n_tiles, n_pieces, dq_ptr,
+    L, n_tiles, together, n_pieces, dq_ptr,
     H: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, LOG2_SCALE: tl.constexpr,
-    TOGETHER: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries. Before the middle every query sees every key; behind it the bounds decide."""
-    tile, b, h = _locate(n_tiles, TOGETHER, H)
+    tile, b, h = _locate(n_tiles, together, H)
     own_start = tl.load(table_ptr + tile * 8)
     own_stop = tl.load(table_ptr + tile * 8 + 1)
     start = tl.load(table_ptr + tile * 8 + 2)

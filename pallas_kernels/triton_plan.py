@@ -37,12 +37,19 @@ class Tuning:
     together: int  # heads that go through the list of tiles side by side, at most
 
 
-# Any GPU: little shared memory, few registers.
+# Under 100 KB of shared memory, for any GPU since Ampere.
 _DEFAULT = Tuning(
-    forward=(Tile(64, 64, 4, 2),),
-    whole=(Tile(64, 64, 4, 1), Tile(128, 32, 8, 1)),
-    keys=Tile(64, 64, 4, 2),
+    forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+    whole=(Tile(64, 64, 4, 1, spread=2), Tile(128, 32, 8, 2, spread=8)),
+    keys=Tile(128, 32, 8, 2, spread=8),
     queries=Tile(64, 64, 4, 2),
+    together=4,
+)
+_WIDE_HEADS = Tuning(  # more than 64 columns
+    forward=(Tile(64, 64, 4, 2),),
+    whole=(Tile(64, 32, 4, 1, spread=4),),
+    keys=Tile(64, 32, 4, 2, spread=4),
+    queries=Tile(64, 32, 4, 2),
     together=4,
 )
 # float32 products are done without matrix units: small tiles keep the unrolled code short.
@@ -66,7 +73,7 @@ def gpu_name(device_kind):
 def tuning_for(gpu, length, dim, dtype, pattern):
     """The tile sizes measured for this case, or ones that work everywhere."""
     kind = "float32" if dtype == "float32" else "half"
-    default = _FLOAT32 if kind == "float32" else _DEFAULT
+    default = _FLOAT32 if kind == "float32" else _WIDE_HEADS if dim > 64 else _DEFAULT
     return TUNED.get((gpu, length, dim, kind, pattern), default)
 
 
@@ -79,7 +86,7 @@ class Launch:
     grid: int  # programs
     warps: int
     stages: int
-    counts: tuple[int, ...]  # its int arguments: L, rows of the table and, where it has them, of `prepare`'s
+    counts: tuple[int, ...]  # its int arguments: L, rows of the table, heads together and, for some, pieces
     constants: dict  # its constexpr arguments
 
 
@@ -113,15 +120,15 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     """Launches that together write all of dq, dk and dv.
 
     First `backward_whole`s, which write all three of short groups; then, if there are longer ones, `prepare`,
-    `backward_keys` and `backward_queries`.
+    `backward_keys`s and `backward_queries`.
     """
     whole, keys, queries = problem.tuning.whole, problem.tuning.keys, problem.tuning.queries
     diagonal = problem.pattern == "diagonal"
     short = whole if diagonal else ()
     classes = [[] for _ in short]
     masked = [False] * len(short)
-    pieces, key_rows, query_rows = [], [], []
-    keys_masked = False
+    pieces, query_rows = [], []
+    key_rows = {False: [], True: []}  # without and with a mask: its registers would slow down all other tiles
     groups = _groups(problem, short[0].rows if short else keys.rows)
     every_piece = (0, sum(-(-(group.stop - group.start) // _PIECE_ROWS) for group in groups))
     for group in groups:
@@ -135,8 +142,7 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
         pieces += [(row, min(row + _PIECE_ROWS, group.stop)) for row in range(group.start, group.stop, _PIECE_ROWS)]
         # The pieces whose rows the group's programs read.
         read = (first, len(pieces)) if diagonal else every_piece
-        keys_masked |= group.needs_mask
-        key_rows += [
+        key_rows[group.needs_mask] += [
             (*row, *read) for row in tiles.key_tiles(group, problem.pattern, shape[1], keys.rows, keys.columns)
         ]
         query_rows += [(*row, *read) for row in tiles.query_tiles(group, queries.rows, queries.columns)]
@@ -149,14 +155,14 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     ]
     if pieces:
         piece = Tile(_PIECE_ROWS, 0, 4, 1)
-        prepare = _launch("prepare", pieces, shape, problem, piece, _constants(problem, shape, dtype, "RANGED"))
-        constants["BLOCK_PIECES"] = max(16, _power_of_two(len(pieces)))
-        keys_constants = {**constants, "MASKED": keys_masked, "SPREAD": keys.spread}
-        launches += [
-            prepare,
-            _launch("backward_keys", key_rows, shape, problem, keys, keys_constants, len(pieces)),
-            _launch("backward_queries", query_rows, shape, problem, queries, constants, len(pieces)),
-        ]
+        launches.append(_launch("prepare", pieces, shape, problem, piece, _constants(problem, shape, dtype, "RANGED")))
+        # Far more than short lists have, so that lists do not differ in compiled code.
+        constants["BLOCK_PIECES"] = max(256, _power_of_two(len(pieces)))
+        for mask, rows in key_rows.items():
+            if rows:
+                extended = {**constants, "MASKED": mask, "SPREAD": keys.spread}
+                launches.append(_launch("backward_keys", rows, shape, problem, keys, extended, len(pieces)))
+        launches.append(_launch("backward_queries", query_rows, shape, problem, queries, constants, len(pieces)))
     return launches
 
 
@@ -186,14 +192,11 @@ def _launch(kernel, rows, shape, problem, tile, constants, *more_counts):
     table = np.zeros((len(rows), _TABLE_COLUMNS), np.int32)
     for row, values in zip(table, sorted(rows, key=_work), strict=True):
         row[: len(values)] = values
-    constants = {
-        **constants,
-        "TOGETHER": max(n for n in range(1, heads + 1) if heads % n == 0 and n <= problem.tuning.together),
-        "BLOCK_OWN": tile.rows,
-    }
+    together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= problem.tuning.together)
+    constants = {**constants, "BLOCK_OWN": tile.rows}
     if tile.columns:
         constants["BLOCK_OTHER"] = tile.columns
-    counts = (length, len(rows), *more_counts)
+    counts = (length, len(rows), together, *more_counts)
     return Launch(kernel, table, len(rows) * batch * heads, tile.warps, tile.stages, counts, constants)
 
 
