@@ -1,7 +1,7 @@
 """Block attention on a GPU: times beside PyTorch's, checks against float64, and the choice of tile sizes.
 
     python benchmarks/attention.py [--dtype=bfloat16] [--beside=varlen,sdpa,flex] [--json=PATH]   times, one row a case
-    python benchmarks/attention.py --tune [--json=PATH]    finds tile sizes, prints them for triton_plan.TUNED, then times
+    python benchmarks/attention.py --tune [--json=PATH]    finds tile sizes for triton_plan.TUNED, then times
     python benchmarks/attention.py --check                 errors and reproducibility, through JAX
 
 Two times of our kernels: `kernels`, launched on PyTorch tensors and timed with CUDA events, the L2 cache flushed before
@@ -248,9 +248,12 @@ def measure(row, tunings, dtype, beside):
     return times
 
 
+def pair(x, digits=3):
+    return f"{x[0]:.{digits}f}/{x[1]:.{digits}f}" if x else "-"
+
+
 def print_row(row, times, beside):
     ours = times.get("kernels") or times["in jit"]
-    pair = lambda x, digits=3: f"{x[0]:.{digits}f}/{x[1]:.{digits}f}" if x else "-"  # noqa: E731
     work = [row.work(backward) for backward in (False, True)]
     seconds = [1e-3 * x for x in ours]
     columns = [
@@ -318,6 +321,7 @@ TOGETHER = (1, 2, 4, 16)
 def tune(row, dtype):
     """The fastest tile sizes for a row, one field after the other: the Tuning, and {field: [(ms, candidate)]}."""
     from torch_launch import TorchAttention
+    from triton.runtime.errors import OutOfResources
 
     q, k, v, d_out = torch_inputs(row, dtype)
     best = Tuning(FORWARD[0], WHOLE[1], KEYS[0], QUERIES[0], together=4)
@@ -325,9 +329,12 @@ def tune(row, dtype):
 
     def milliseconds(tuning, backward):
         attention = TorchAttention(triton_plan.Problem(row.sizes, row.pattern, SCALE, tuning), q)
-        attention.forward(q, k, v)
         run = (lambda: attention.backward(q, k, v, d_out)) if backward else (lambda: attention.forward(q, k, v))
-        return torch_median(run, repeat_ms=25)
+        try:
+            attention.forward(q, k, v)
+            return torch_median(run, repeat_ms=25)
+        except OutOfResources:  # another GPU than the H100 that the candidates are made for
+            return float("inf")
 
     fields = [("forward", FORWARD, False), ("keys", KEYS, True), ("queries", QUERIES, True)]
     if row.pattern == "diagonal":
@@ -342,7 +349,7 @@ def tune(row, dtype):
             if field in ("keys", "queries"):
                 tuning = dataclasses.replace(tuning, whole=WHOLE[0])
             tried[field].append((milliseconds(tuning, backward), candidate))
-        best = dataclasses.replace(best, **{field: min(tried[field], key=lambda pair: pair[0])[1]})
+        best = dataclasses.replace(best, **{field: min(tried[field], key=lambda result: result[0])[1]})
     tried["together"] = []
     for together in TOGETHER:
         tuning = dataclasses.replace(best, together=together)
@@ -353,10 +360,23 @@ def tune(row, dtype):
 
 def print_tuning(row, tuning, tried):
     gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
-    print(f'    ("{gpu}", {row.length}, {DIM}, "half", "{row.pattern}"): {tuning!r},', flush=True)
-    for field, pairs in tried.items():
-        short = "  ".join(f"{ms:.3f} {_short(candidate)}" for ms, candidate in pairs)
+    print(f'    ("{gpu}", {row.length}, {DIM}, "half", "{row.pattern}"): Tuning(')
+    for field in dataclasses.fields(tuning):
+        print(f"        {field.name}={_source(getattr(tuning, field.name))},")
+    print("    ),")
+    for field, results in tried.items():
+        short = "  ".join(f"{ms:.3f} {_short(candidate)}" for ms, candidate in results)
         print(f"    # {field}: {short}", flush=True)
+
+
+def _source(value):
+    """Python source of a field of a Tuning."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_source, value))},)"
+    if isinstance(value, Tile):
+        spread = f", spread={value.spread}" if value.spread != 1 else ""
+        return f"Tile({value.rows}, {value.columns}, {value.warps}, {value.stages}{spread})"
+    return str(value)
 
 
 def _short(candidate):
@@ -398,9 +418,7 @@ def check():
             for dtype in ("float16", "bfloat16"):
                 shape = (1, length, 2, DIM)
                 arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4)]
-                attend = functools.partial(
-                    jax_kernels.attention, block_sizes=sizes, pattern=pattern, scale=SCALE
-                )
+                attend = functools.partial(jax_kernels.attention, block_sizes=sizes, pattern=pattern, scale=SCALE)
 
                 @jax.jit
                 def run(q, k, v, d_out, attend=attend):
@@ -417,7 +435,8 @@ def check():
                 allowed = {"float16": 1e-3, "bfloat16": 1e-2}[dtype]
                 verdict = "ok" if max(errors) < allowed and same else "WRONG"
                 shown = "  ".join(f"{name} {e:.1e}" for name, e in zip(("out", "dq", "dk", "dv"), errors))
-                print(f"{length:5} {pattern:9} {dtype:9} {shown}  two runs {'equal' if same else 'DIFFER'}  {verdict}", flush=True)
+                runs = "two runs equal" if same else "two runs DIFFER"
+                print(f"{length:5} {pattern:9} {dtype:9} {shown}  {runs}  {verdict}", flush=True)
 
 
 def main():
@@ -441,6 +460,8 @@ def main():
         check()
         return
 
+    if args.tune and torch is None:
+        raise SystemExit("--tune times kernels on PyTorch tensors: pip install torch")
     rows = [row for row in ROWS if args.rows in str(row)]
     tunings = {}
     if args.tune:

@@ -1,4 +1,4 @@
-"""Runs the launches of triton_plan.py on PyTorch tensors: on a GPU for timing, on CPU tensors in Triton's interpreter."""
+"""Runs the launches of triton_plan.py on PyTorch tensors: on a GPU for timing, on a CPU in Triton's interpreter."""
 
 import torch
 

@@ -190,7 +190,9 @@ def _launch(kernel, rows, shape, problem, tile, constants, *more_counts):
     """A launch over the table of these rows, most work first so that the last programs to run are short."""
     batch, length, heads, _ = shape
     table = np.zeros((len(rows), _TABLE_COLUMNS), np.int32)
-    for row, values in zip(table, sorted(rows, key=_work), strict=True):
+    if kernel != "prepare":  # its pieces are known by their place
+        rows = sorted(rows, key=_work)
+    for row, values in zip(table, rows, strict=True):
         row[: len(values)] = values
     together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= problem.tuning.together)
     constants = {**constants, "BLOCK_OWN": tile.rows}

@@ -27,7 +27,8 @@ def random_sizes(seed, length=60):
 
 
 def case(sizes, pattern, dtype="float32", dim=16, scale=None, **options):
-    return dict(sizes=sizes, pattern=pattern, dtype=dtype, dim=dim, scale=dim**-0.5 if scale is None else scale, **options)
+    scale = dim**-0.5 if scale is None else scale
+    return dict(sizes=sizes, pattern=pattern, dtype=dtype, dim=dim, scale=scale, **options)
 
 
 CASES = [
