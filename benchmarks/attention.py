@@ -4,8 +4,8 @@
     python benchmarks/attention.py --tune [--json=PATH]    finds tile sizes for triton_plan.TUNED, then times
     python benchmarks/attention.py --check                 errors and reproducibility, through JAX
 
-Two times of our kernels: `kernels`, launched on PyTorch tensors and timed with CUDA events, the L2 cache flushed before
-each run (only with PyTorch), and `in jit`, what one more call costs in a chain of calls in one jitted function. TFLOP/s
+Two times of our kernels: `kernels`, launched on PyTorch tensors from a CUDA graph and timed with CUDA events, the L2
+cache flushed before each run (only with PyTorch), and `in jit`, what one more call costs in a chain of calls in one jitted function. TFLOP/s
 count the scores that the mask keeps: 4 D operations forward, 10 D backward (2.5 times as many, as is usual). The floor
 is the larger of operations at 785 TFLOP/s and bytes at 3.02 TB/s, both measured on an H100; bytes are those of each
 input and output once. Milliseconds, medians.
@@ -123,6 +123,15 @@ def torch_median(function, repeat_ms=60):
     return do_bench(function, warmup=10, rep=repeat_ms, return_mode="median")
 
 
+def captured(function):
+    """A replay of the launches of a function from a CUDA graph: several short kernels, without Python between them."""
+    function()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def kernel_times(row, problem, dtype):
     """(forward, backward) of our kernels."""
     from torch_launch import TorchAttention
@@ -130,8 +139,8 @@ def kernel_times(row, problem, dtype):
     q, k, v, d_out = torch_inputs(row, dtype)
     attention = TorchAttention(problem, q)
     return (
-        torch_median(lambda: attention.forward(q, k, v)),
-        torch_median(lambda: attention.backward(q, k, v, d_out)),
+        torch_median(captured(lambda: attention.forward(q, k, v))),
+        torch_median(captured(lambda: attention.backward(q, k, v, d_out))),
     )
 
 
@@ -332,7 +341,7 @@ def tune(row, dtype):
         run = (lambda: attention.backward(q, k, v, d_out)) if backward else (lambda: attention.forward(q, k, v))
         try:
             attention.forward(q, k, v)
-            return torch_median(run, repeat_ms=25)
+            return torch_median(captured(run), repeat_ms=25)
         except OutOfResources:  # another GPU than the H100 that the candidates are made for
             return float("inf")
 
