@@ -5,10 +5,10 @@
     python benchmarks/attention.py --check                 errors and reproducibility, through JAX
 
 Two times of our kernels: `kernels`, launched on PyTorch tensors from a CUDA graph and timed with CUDA events, the L2
-cache flushed before each run (only with PyTorch), and `in jit`, what one more call costs in a chain of calls in one jitted function. TFLOP/s
-count the scores that the mask keeps: 4 D operations forward, 10 D backward (2.5 times as many, as is usual). The floor
-is the larger of operations at 785 TFLOP/s and bytes at 3.02 TB/s, both measured on an H100; bytes are those of each
-input and output once. Milliseconds, medians.
+cache flushed before each run (only with PyTorch), and `in jit`, what one more call costs in a chain of calls in one
+jitted function. TFLOP/s count the scores that the mask keeps: 4 D operations forward, 10 D backward (2.5 times as many,
+as is usual). The floor is the larger of operations at 785 TFLOP/s and bytes at 3.02 TB/s, both measured on an H100;
+bytes are those of each input and output once. Milliseconds, medians.
 """
 
 import argparse
