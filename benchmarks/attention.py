@@ -293,10 +293,12 @@ FORWARD = (
     (Tile(64, 64, 4, 2),),
     (Tile(64, 64, 4, 3),),
     (Tile(64, 32, 4, 3),),
+    (Tile(64, 128, 4, 2),),
     (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
     (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
     (Tile(64, 64, 4, 2), Tile(128, 64, 4, 3)),
     (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+    (Tile(64, 64, 4, 2), Tile(128, 128, 8, 3)),
     (Tile(64, 64, 4, 2), Tile(128, 32, 8, 3)),
 )
 WHOLE = (
@@ -314,12 +316,16 @@ KEYS = (
     Tile(64, 64, 4, 2, spread=2),
     Tile(64, 64, 4, 2),
     Tile(128, 64, 8, 2, spread=4),
+    Tile(128, 64, 8, 3, spread=4),
+    Tile(128, 64, 8, 2),
+    Tile(256, 32, 8, 2, spread=8),
     Tile(128, 32, 4, 2, spread=4),
 )
 QUERIES = (
     Tile(64, 64, 4, 2),
     Tile(64, 64, 4, 3),
     Tile(64, 32, 4, 3),
+    Tile(64, 128, 4, 2),
     Tile(128, 32, 8, 3),
     Tile(128, 64, 8, 2),
     Tile(128, 128, 8, 2),
@@ -342,7 +348,8 @@ def tune(row, dtype):
         try:
             attention.forward(q, k, v)
             return torch_median(captured(run), repeat_ms=25)
-        except OutOfResources:  # another GPU than the H100 that the candidates are made for
+        except (OutOfResources, RuntimeError) as error:  # another GPU or Triton than the candidates are made for
+            print(f"{row}: {tuning}: {error}", flush=True)
             return float("inf")
 
     fields = [("forward", FORWARD, False), ("keys", KEYS, True), ("queries", QUERIES, True)]

@@ -62,7 +62,50 @@ _FLOAT32 = Tuning(
 )
 
 # (GPU, L, D, "half" or "float32", pattern): made by `benchmarks/attention.py --tune`. GPU as `gpu_name` spells it.
-TUNED = {}
+TUNED = {
+    ("H100", 680, 64, "half", "diagonal"): Tuning(
+        forward=(Tile(64, 32, 4, 3),),
+        whole=(Tile(64, 64, 4, 1, spread=2),),
+        keys=Tile(64, 32, 4, 3, spread=4),
+        queries=Tile(64, 32, 4, 3),
+        together=1,
+    ),
+    ("H100", 680, 64, "half", "causal"): Tuning(
+        forward=(Tile(64, 64, 4, 3),),
+        whole=(Tile(64, 64, 4, 1, spread=2),),
+        keys=Tile(64, 32, 4, 3, spread=4),
+        queries=Tile(64, 32, 4, 3),
+        together=1,
+    ),
+    ("H100", 2240, 64, "half", "diagonal"): Tuning(
+        forward=(Tile(64, 64, 4, 3),),
+        whole=(Tile(64, 64, 4, 1, spread=2),),
+        keys=Tile(64, 32, 4, 3, spread=4),
+        queries=Tile(64, 64, 4, 3),
+        together=2,
+    ),
+    ("H100", 2240, 64, "half", "causal"): Tuning(
+        forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
+        whole=(Tile(64, 64, 4, 1, spread=2),),
+        keys=Tile(64, 32, 4, 3, spread=4),
+        queries=Tile(128, 32, 8, 3),
+        together=2,
+    ),
+    ("H100", 9451, 64, "half", "diagonal"): Tuning(
+        forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
+        whole=(Tile(64, 64, 4, 1, spread=2),),
+        keys=Tile(128, 64, 8, 3, spread=4),
+        queries=Tile(128, 32, 8, 3),
+        together=2,
+    ),
+    ("H100", 9451, 64, "half", "causal"): Tuning(
+        forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
+        whole=(Tile(64, 64, 4, 1, spread=2),),
+        keys=Tile(64, 32, 4, 3, spread=4),
+        queries=Tile(128, 32, 8, 3),
+        together=2,
+    ),
+}
 
 
 def gpu_name(device_kind):
