@@ -13,13 +13,18 @@ class TorchAttention:
         batch, length, heads, _ = like.shape
         self._forward = self._on(like.device, triton_plan.forward_launches(problem, like.shape, dtype))
         self._backward = self._on(like.device, triton_plan.backward_launches(problem, like.shape, dtype))
-        self._bounds = torch.from_numpy(tiles.query_bounds(problem.block_sizes, problem.pattern)).to(like.device)
+        self._query_bounds, self._key_bounds = (
+            torch.from_numpy(bounds(problem.block_sizes, problem.pattern)).to(like.device)
+            for bounds in (tiles.query_bounds, tiles.key_bounds)
+        )
         self.out, self.d_q, self.d_k, self.d_v = (torch.full_like(like, torch.nan) for _ in range(4))
         wide = dict(dtype=torch.float32, device=like.device)
         self.lse = torch.full((batch, heads, length), torch.nan, **wide)
         self._delta = torch.full_like(self.lse, torch.nan)
-        pieces = [len(launch.table) for launch, _ in self._backward if launch.kernel == "prepare"]
-        self._tops = torch.full((batch, heads, 2, *(pieces or [1])), torch.nan, **wide)
+        pieces = [len(launch.table) for launch, _ in self._backward if launch.kernel == "backward_queries"]
+        self._top_v, self._top_d_out = (
+            torch.full((batch, heads, *(pieces or [1])), torch.nan, **wide) for _ in range(2)
+        )
 
     @staticmethod
     def _on(device, launches):
@@ -29,7 +34,7 @@ class TorchAttention:
         """Fills self.out and self.lse; returns out."""
         for launch, table in self._forward:
             results = (self.out, self.lse)
-            _run(launch, q, k, v, self._bounds, table, *results, results=results)
+            _run(launch, q, k, v, self._query_bounds, table, *results, results=results)
         return self.out
 
     def backward(self, q, k, v, d_out):
@@ -37,12 +42,16 @@ class TorchAttention:
         for launch, table in self._backward:
             if launch.kernel == "backward_whole":
                 results = (self.d_q, self.d_k, self.d_v)
-                _run(launch, q, k, v, d_out, self.lse, self._bounds, table, *results, results=results)
+                _run(launch, q, k, v, d_out, self.lse, self._key_bounds, table, *results, results=results)
             elif launch.kernel == "prepare":
-                _run(launch, v, self.out, d_out, table, results=(self._delta, self._tops))
+                _run(launch, v, table, results=(self._top_v,))
+            elif launch.kernel == "backward_queries":
+                results = (self.d_q, self._delta, self._top_d_out)
+                inputs = (q, k, v, self.out, d_out, self.lse, self._top_v, self._query_bounds, table)
+                _run(launch, *inputs, self.d_q, results=results)
             else:
-                results = (self.d_k, self.d_v) if launch.kernel == "backward_keys" else (self.d_q,)
-                inputs = (q, k, v, d_out, self.lse, self._delta, self._tops, self._bounds, table)
+                results = (self.d_k, self.d_v)
+                inputs = (q, k, v, d_out, self.lse, self._delta, self._top_d_out, self._key_bounds, table)
                 _run(launch, *inputs, *results, results=results)
         return self.d_q, self.d_k, self.d_v
 

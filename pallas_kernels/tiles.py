@@ -97,14 +97,15 @@ def query_tiles(group: Group, rows: int, columns: int):
     """Cuts the queries of a group into tiles of `rows`; the keys of each are visited in tiles of `columns`.
 
     Returns:
-      A list of (first query, stop, first key, middle, stop): the key tiles before the middle need no mask and no check
-      against the last key.
+      A list of (first query, stop, first key, middle, edge, stop): the key tiles before the middle need neither a mask
+      nor a check against the last key, those from the edge on only that check.
     """
     # The keys that every query of the group sees.
     common = group.start if group.needs_mask else group.stop
     middle = group.key_start + (common - group.key_start) // columns * columns
+    edge = group.stop if group.needs_mask else middle
     return [
-        (start, min(start + rows, group.stop), group.key_start, middle, group.stop)
+        (start, min(start + rows, group.stop), group.key_start, middle, edge, group.stop)
         for start in range(group.start, group.stop, rows)
     ]
 
@@ -113,14 +114,14 @@ def key_tiles(group: Group, pattern: str, length: int, rows: int, columns: int):
     """Cuts the keys of a group into tiles of `rows`; the queries of each are visited in tiles of `columns`.
 
     Returns:
-      A list of (first key, stop, first query, middle, stop): the query tiles behind the middle need no mask.
+      A list of (first key, stop, first query, middle, middle, stop): the query tiles from the middle on need no mask.
     """
     stop = group.stop if pattern == "diagonal" else length
     middle = group.start
     if group.needs_mask:
         middle = min(group.start - (group.start - group.stop) // columns * columns, stop)
     return [
-        (start, min(start + rows, group.stop), group.start, middle, stop)
+        (start, min(start + rows, group.stop), group.start, middle, middle, stop)
         for start in range(group.start, group.stop, rows)
     ]
 
@@ -130,3 +131,11 @@ def query_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:
     stops = np.cumsum(block_sizes)
     starts = stops - block_sizes if pattern == "diagonal" else np.zeros_like(stops)
     return np.stack([np.repeat(edge, block_sizes) for edge in (starts, stops)]).astype(np.int32)
+
+
+def key_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:
+    """(2, L) int32: the first query that sees each key, and one past the last."""
+    stops = np.cumsum(block_sizes)
+    starts = stops - block_sizes
+    ends = stops if pattern == "diagonal" else np.full_like(stops, stops[-1])
+    return np.stack([np.repeat(edge, block_sizes) for edge in (starts, ends)]).astype(np.int32)

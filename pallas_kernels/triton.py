@@ -92,7 +92,7 @@ def run_forward(call):
     @_batched
     def run(q, k, v):
         batch, length, heads, _ = q.shape
-        bounds = _bounds(call)
+        bounds = _bounds(call, tiles.query_bounds)
         results = (
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
@@ -111,39 +111,41 @@ def run_backward(call):
     @_batched
     def run(q, k, v, out, lse, d_out):
         batch, length, heads, _ = q.shape
-        bounds = _bounds(call)
+        query_bounds, key_bounds = _bounds(call, tiles.query_bounds), _bounds(call, tiles.key_bounds)
         d_q, d_k, d_v = (jax.ShapeDtypeStruct(q.shape, q.dtype),) * 3
-        delta = tops = None
+        delta = top_d_out = None
+        top_v = lse  # for dtypes that do not read it
         for launch in triton_plan.backward_launches(call.problem, q.shape, q.dtype.name):
             if launch.kernel == "backward_whole":
-                d_q, d_k, d_v = _launch(call, launch, (q, k, v, d_out, lse, bounds), (d_q, d_k, d_v))
+                d_q, d_k, d_v = _launch(call, launch, (q, k, v, d_out, lse, key_bounds), (d_q, d_k, d_v))
             elif launch.kernel == "prepare":
-                pieces = len(launch.table)
-                made = (
-                    jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-                    jax.ShapeDtypeStruct((batch, heads, 2, pieces), jnp.float32),
-                )
-                delta, tops = _launch(call, launch, (v, out, d_out), made, continued=False)
-            elif launch.kernel == "backward_keys":
-                d_k, d_v = _launch(call, launch, (q, k, v, d_out, lse, delta, tops, bounds), (d_k, d_v))
+                top_v = jax.ShapeDtypeStruct((batch, heads, len(launch.table)), jnp.float32)
+                (top_v,) = _launch(call, launch, (v,), (top_v,), continued=0)
+            elif launch.kernel == "backward_queries":
+                delta = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+                top_d_out = jax.ShapeDtypeStruct((batch, heads, len(launch.table)), jnp.float32)
+                inputs = (q, k, v, out, d_out, lse, top_v, query_bounds)
+                d_q, delta, top_d_out = _launch(call, launch, inputs, (d_q, delta, top_d_out), continued=1)
             else:
-                (d_q,) = _launch(call, launch, (q, k, v, d_out, lse, delta, tops, bounds), (d_q,))
+                inputs = (q, k, v, d_out, lse, delta, top_d_out, key_bounds)
+                d_k, d_v = _launch(call, launch, inputs, (d_k, d_v))
         return tuple(_varying_like(q, x) for x in (d_q, d_k, d_v))
 
     return run
 
 
-def _bounds(call):
-    return jnp.asarray(tiles.query_bounds(call.problem.block_sizes, call.problem.pattern))
+def _bounds(call, function):
+    return jnp.asarray(function(call.problem.block_sizes, call.problem.pattern))
 
 
-def _launch(call, launch, inputs, results, continued=True):
+def _launch(call, launch, inputs, results, continued=None):
     """Launches one kernel.
 
     Args:
       inputs: arrays that it reads, without its table.
       results: what it writes: ShapeDtypeStructs for new arrays, or arrays in which it fills in further rows.
-      continued: whether the kernel takes arguments for those arrays (its `old_...`), which it needs not read.
+      continued: for how many of the results (None: all) the kernel takes an argument for an array made before (its
+        `old_...`), which it need not read.
 
     Returns:
       A tuple of arrays. Of new ones, the rows that this launch does not write are undefined.
@@ -153,12 +155,9 @@ def _launch(call, launch, inputs, results, continued=True):
 
     kernels = importlib.import_module("pallas_kernels.triton_kernels")
     inputs = (*inputs, jnp.asarray(launch.table))
-    old = ()
-    aliases = {}
-    if continued:
-        new = [isinstance(x, jax.ShapeDtypeStruct) for x in results]
-        old = tuple(inputs[0] if is_new else x for x, is_new in zip(results, new, strict=True))
-        aliases = {len(inputs) + i: i for i, is_new in enumerate(new) if not is_new}
+    new = [isinstance(x, jax.ShapeDtypeStruct) for x in results[:continued]]
+    old = tuple(inputs[0] if is_new else x for x, is_new in zip(results, new))
+    aliases = {len(inputs) + i: i for i, is_new in enumerate(new) if not is_new}
     made = jax_triton.triton_call(
         *inputs,
         *old,

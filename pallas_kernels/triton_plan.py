@@ -11,8 +11,7 @@ import numpy as np
 
 from pallas_kernels import tiles
 
-_TABLE_COLUMNS = 8
-_PIECE_ROWS = 64  # rows of one program of the `prepare` kernel
+_TABLE_COLUMNS = 9  # as in triton_kernels.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Tuning:
     whole: tuple[Tile, ...]  # backward in one pass, diagonal pattern only; longer groups take keys and queries
     keys: Tile  # dk and dv of all other groups
     queries: Tile  # dq of all other groups
-    together: int  # heads that go through the list of tiles side by side, at most
+    forward_together: int  # heads that go through the list of tiles side by side, at most
+    backward_together: int
 
 
 # Under 100 KB of shared memory, for any GPU since Ampere.
@@ -43,14 +43,16 @@ _DEFAULT = Tuning(
     whole=(Tile(64, 64, 4, 1, spread=2), Tile(128, 32, 8, 2, spread=8)),
     keys=Tile(128, 32, 8, 2, spread=8),
     queries=Tile(64, 64, 4, 2),
-    together=4,
+    forward_together=4,
+    backward_together=4,
 )
 _WIDE_HEADS = Tuning(  # more than 64 columns
     forward=(Tile(64, 64, 4, 2),),
     whole=(Tile(64, 32, 4, 1, spread=4),),
     keys=Tile(64, 32, 4, 2, spread=4),
     queries=Tile(64, 32, 4, 2),
-    together=4,
+    forward_together=4,
+    backward_together=4,
 )
 # float32 products are done without matrix units: small tiles keep the unrolled code short.
 _FLOAT32 = Tuning(
@@ -58,7 +60,8 @@ _FLOAT32 = Tuning(
     whole=(Tile(32, 32, 4, 1),),
     keys=Tile(32, 32, 4, 1),
     queries=Tile(32, 32, 4, 1),
-    together=4,
+    forward_together=4,
+    backward_together=4,
 )
 
 # (GPU, L, D, "half" or "float32", pattern): made by `benchmarks/attention.py --tune`. GPU as `gpu_name` spells it.
@@ -68,42 +71,48 @@ TUNED = {
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(64, 32, 4, 3, spread=4),
         queries=Tile(64, 32, 4, 3),
-        together=1,
+        forward_together=1,
+        backward_together=1,
     ),
     ("H100", 680, 64, "half", "causal"): Tuning(
         forward=(Tile(64, 64, 4, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(64, 32, 4, 3, spread=4),
         queries=Tile(64, 32, 4, 3),
-        together=1,
+        forward_together=1,
+        backward_together=1,
     ),
     ("H100", 2240, 64, "half", "diagonal"): Tuning(
         forward=(Tile(64, 64, 4, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(64, 32, 4, 3, spread=4),
         queries=Tile(64, 64, 4, 3),
-        together=2,
+        forward_together=2,
+        backward_together=2,
     ),
     ("H100", 2240, 64, "half", "causal"): Tuning(
         forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(64, 32, 4, 3, spread=4),
         queries=Tile(128, 32, 8, 3),
-        together=2,
+        forward_together=2,
+        backward_together=2,
     ),
     ("H100", 9451, 64, "half", "diagonal"): Tuning(
         forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(128, 64, 8, 3, spread=4),
         queries=Tile(128, 32, 8, 3),
-        together=2,
+        forward_together=2,
+        backward_together=2,
     ),
     ("H100", 9451, 64, "half", "causal"): Tuning(
         forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(64, 32, 4, 3, spread=4),
         queries=Tile(128, 32, 8, 3),
-        together=2,
+        forward_together=2,
+        backward_together=2,
     ),
 }
 
@@ -125,7 +134,7 @@ class Launch:
     """One kernel launch, but for its arrays. Compared by identity: the table is an array."""
 
     kernel: str  # name in triton_kernels.py
-    table: np.ndarray  # (tiles, 8) int32, read by the kernel
+    table: np.ndarray  # (tiles, 9) int32, read by the kernel
     grid: int  # programs
     warps: int
     stages: int
@@ -147,14 +156,16 @@ def forward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     """Launches of the `forward` kernel, which together write all of out and lse; shape is that of q."""
     options = problem.tuning.forward
     classes = [[] for _ in options]
+    masked = [False] * len(options)
     for group in _groups(problem, options[0].rows):
         fits = (index for index, tile in enumerate(options) if group.stop - group.start <= tile.rows)
         index = next(fits, len(options) - 1)
         classes[index] += tiles.query_tiles(group, options[index].rows, options[index].columns)
+        masked[index] |= group.needs_mask
     constants = _constants(problem, shape, dtype, "LOG2_SCALE", "PRECISION")
     return [
-        _launch("forward", rows, shape, problem, tile, constants)
-        for rows, tile in zip(classes, options, strict=True)
+        _launch("forward", rows, shape, problem, tile, {**constants, "MASKED": mask})
+        for rows, tile, mask in zip(classes, options, masked, strict=True)
         if rows
     ]
 
@@ -162,18 +173,18 @@ def forward_launches(problem: Problem, shape, dtype) -> list[Launch]:
 def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     """Launches that together write all of dq, dk and dv.
 
-    First `backward_whole`s, which write all three of short groups; then, if there are longer ones, `prepare`,
-    `backward_keys`s and `backward_queries`.
+    First `backward_whole`s, which write all three of short groups; then, if there are longer ones, `prepare` (float16
+    only), `backward_queries` and `backward_keys`.
     """
     whole, keys, queries = problem.tuning.whole, problem.tuning.keys, problem.tuning.queries
     diagonal = problem.pattern == "diagonal"
     short = whole if diagonal else ()
     classes = [[] for _ in short]
     masked = [False] * len(short)
-    pieces, query_rows = [], []
-    key_rows = {False: [], True: []}  # without and with a mask: its registers would slow down all other tiles
-    groups = _groups(problem, short[0].rows if short else keys.rows)
-    every_piece = (0, sum(-(-(group.stop - group.start) // _PIECE_ROWS) for group in groups))
+    query_rows, key_rows = [], []
+    groups = _groups(problem, short[0].rows if short else queries.rows)
+    # A piece is the own rows of a program of `backward_queries`.
+    every_piece = (0, sum(-(-(group.stop - group.start) // queries.rows) for group in groups))
     for group in groups:
         fits = (index for index, tile in enumerate(short) if group.stop - group.start <= tile.rows)
         index = next(fits, None)
@@ -181,14 +192,12 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
             classes[index].append((group.start, group.stop))
             masked[index] |= group.needs_mask
             continue
-        first = len(pieces)
-        pieces += [(row, min(row + _PIECE_ROWS, group.stop)) for row in range(group.start, group.stop, _PIECE_ROWS)]
+        rows = tiles.query_tiles(group, queries.rows, queries.columns)
+        first = len(query_rows)
         # The pieces whose rows the group's programs read.
-        read = (first, len(pieces)) if diagonal else every_piece
-        key_rows[group.needs_mask] += [
-            (*row, *read) for row in tiles.key_tiles(group, problem.pattern, shape[1], keys.rows, keys.columns)
-        ]
-        query_rows += [(*row, *read) for row in tiles.query_tiles(group, queries.rows, queries.columns)]
+        read = (first, first + len(rows)) if diagonal else every_piece
+        query_rows += [(*row, *read, first + piece) for piece, row in enumerate(rows)]
+        key_rows += [(*row, *read) for row in tiles.key_tiles(group, problem.pattern, shape[1], keys.rows, keys.columns)]
 
     constants = _constants(problem, shape, dtype, "SCALE", "LOG2_SCALE", "PRECISION", "RANGED")
     launches = [
@@ -196,16 +205,17 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
         for rows, tile, mask in zip(classes, short, masked, strict=True)
         if rows
     ]
-    if pieces:
-        piece = Tile(_PIECE_ROWS, 0, 4, 1)
-        launches.append(_launch("prepare", pieces, shape, problem, piece, _constants(problem, shape, dtype, "RANGED")))
+    if query_rows:
+        pieces = len(query_rows)
+        if constants["RANGED"]:
+            piece = Tile(queries.rows, 0, 4, 1)
+            rows = [row[:2] for row in query_rows]
+            launches.append(_launch("prepare", rows, shape, problem, piece, _constants(problem, shape, dtype)))
         # Far more than short lists have, so that lists do not differ in compiled code.
-        constants["BLOCK_PIECES"] = max(256, _power_of_two(len(pieces)))
-        for mask, rows in key_rows.items():
-            if rows:
-                extended = {**constants, "MASKED": mask, "SPREAD": keys.spread}
-                launches.append(_launch("backward_keys", rows, shape, problem, keys, extended, len(pieces)))
-        launches.append(_launch("backward_queries", query_rows, shape, problem, queries, constants, len(pieces)))
+        constants["BLOCK_PIECES"] = max(256, _power_of_two(pieces))
+        launches.append(_launch("backward_queries", query_rows, shape, problem, queries, constants, pieces))
+        constants["SPREAD"] = keys.spread
+        launches.append(_launch("backward_keys", key_rows, shape, problem, keys, constants, pieces))
     return launches
 
 
@@ -237,7 +247,9 @@ def _launch(kernel, rows, shape, problem, tile, constants, *more_counts):
         rows = sorted(rows, key=_work)
     for row, values in zip(table, rows, strict=True):
         row[: len(values)] = values
-    together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= problem.tuning.together)
+    tuning = problem.tuning
+    most = tuning.forward_together if kernel == "forward" else tuning.backward_together
+    together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
     constants = {**constants, "BLOCK_OWN": tile.rows}
     if tile.columns:
         constants["BLOCK_OTHER"] = tile.columns
@@ -247,7 +259,7 @@ def _launch(kernel, rows, shape, problem, tile, constants, *more_counts):
 
 def _work(row):
     """Sorts the rows of a table; rows without another side by their own length."""
-    return -(row[4] - row[2]) if len(row) > 4 else -(row[1] - row[0])
+    return -(row[5] - row[2]) if len(row) > 5 else -(row[1] - row[0])
 
 
 def _power_of_two(n):

@@ -8,8 +8,8 @@ from pallas_kernels.reference import block_mask
 from pallas_kernels.triton_plan import Tile, Tuning
 
 TUNINGS = (
-    Tuning((Tile(16, 16, 4, 1), Tile(32, 8, 4, 1)), (Tile(8, 16, 4, 1),), Tile(16, 8, 4, 1), Tile(8, 16, 4, 1), 2),
-    Tuning((Tile(8, 32, 4, 1),), (Tile(16, 16, 4, 1), Tile(32, 8, 4, 1)), Tile(32, 16, 4, 1), Tile(16, 8, 4, 1), 4),
+    Tuning((Tile(16, 16, 4, 1), Tile(32, 8, 4, 1)), (Tile(8, 16, 4, 1),), Tile(16, 8, 4, 1), Tile(8, 16, 4, 1), 2, 4),
+    Tuning((Tile(8, 32, 4, 1),), (Tile(16, 16, 4, 1), Tile(32, 8, 4, 1)), Tile(32, 16, 4, 1), Tile(16, 8, 4, 1), 4, 2),
 )
 
 
@@ -25,7 +25,7 @@ def visited(launch, sizes, pattern, own_axis):
     mask = block_mask(sizes, pattern)
     counts = np.zeros((length, length), int)
     rows, columns = launch.constants["BLOCK_OWN"], launch.constants.get("BLOCK_OTHER")
-    for own_start, own_stop, start, middle, stop, *_ in launch.table.tolist():
+    for own_start, own_stop, start, middle, edge, stop, *_ in launch.table.tolist():
         assert 0 < own_stop - own_start <= rows
         own = slice(own_start, own_stop)
         if launch.kernel == "backward_whole":
@@ -35,10 +35,10 @@ def visited(launch, sizes, pattern, own_axis):
         for first in range(start, stop, columns):
             other = slice(first, min(first + columns, stop))
             index = (own, other) if own_axis == 0 else (other, own)
-            free = first < middle if own_axis == 0 else first >= middle
+            free = not middle <= first < edge if own_axis == 0 else first >= middle
             assert not free or mask[index].all()
-            assert own_axis == 1 or not free or first + columns <= stop  # these keys are loaded without a check
-            assert own_axis == 0 or launch.constants["MASKED"] or free
+            # Keys before the middle are loaded without a check.
+            assert own_axis == 1 or first >= middle or first + columns <= stop
             counts[index] += mask[index]
     return counts
 
@@ -73,21 +73,25 @@ def test_pieces_cover_what_the_programs_read(seed, pattern):
     pieces = [launch.table for launch in launches if launch.kernel == "prepare"][0]
     for launch in launches:
         if launch.kernel in ("backward_keys", "backward_queries"):
-            for own_start, own_stop, start, _, stop, first, last, _ in launch.table.tolist():
+            for own_start, own_stop, start, _, _, stop, first, last, own_piece in launch.table.tolist():
                 rows = {row for piece in pieces[first:last] for row in range(piece[0], piece[1])}
-                assert rows >= {*range(own_start, own_stop), *range(start, stop)}
+                assert rows >= {*range(start, stop)}
+                if launch.kernel == "backward_queries":
+                    assert pieces[own_piece, :2].tolist() == [own_start, own_stop]
 
 
 def test_heavy_tiles_come_first():
     problem = triton_plan.Problem((4, 9, 16, 64), "causal", 1.0, TUNINGS[0])
     (launch, _) = triton_plan.forward_launches(problem, (1, 93, 1, 64), "float16")
-    work = launch.table[:, 4] - launch.table[:, 2]
+    work = launch.table[:, 5] - launch.table[:, 2]
     assert (np.diff(work) <= 0).all()
 
 
 def test_bounds():
     np.testing.assert_array_equal(tiles.query_bounds((1, 2), "diagonal"), [[0, 1, 1], [1, 3, 3]])
     np.testing.assert_array_equal(tiles.query_bounds((1, 2), "causal"), [[0, 0, 0], [1, 3, 3]])
+    np.testing.assert_array_equal(tiles.key_bounds((1, 2), "diagonal"), [[0, 1, 1], [1, 3, 3]])
+    np.testing.assert_array_equal(tiles.key_bounds((1, 2), "causal"), [[0, 1, 1], [3, 3, 3]])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ SMALL_TILES = Tuning(
     whole=(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1, spread=8)),
     keys=Tile(16, 32, 4, 1, spread=4),
     queries=Tile(32, 16, 4, 1),
-    together=2,
+    forward_together=2,
+    backward_together=1,
 )
 
 
