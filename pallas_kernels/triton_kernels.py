@@ -372,7 +372,8 @@ def backward_keys(
 @triton.jit
 def _query_gradient_tile(
     q, d_out, d_q, lse, delta, k_base, v_base, keys, stop, lo, hi, factor,
-    CHECKED: tl.constexpr, MASKED: tl.constexpr, LOG2_SCALE: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
+    CHECKED: tl.constexpr, MASKED: tl.constexpr, LOG2_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, RANGED: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One key tile for a tile of queries: d_q updated."""

@@ -70,49 +70,49 @@ TUNED = {
         forward=(Tile(64, 32, 4, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(64, 32, 4, 3, spread=4),
-        queries=Tile(64, 32, 4, 3),
-        forward_together=1,
-        backward_together=1,
+        queries=Tile(64, 32, 4, 4),
+        forward_together=16,
+        backward_together=8,
     ),
     ("H100", 680, 64, "half", "causal"): Tuning(
         forward=(Tile(64, 64, 4, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
-        keys=Tile(64, 32, 4, 3, spread=4),
+        keys=Tile(64, 64, 4, 3, spread=2),
         queries=Tile(64, 32, 4, 3),
-        forward_together=1,
+        forward_together=16,
         backward_together=1,
     ),
     ("H100", 2240, 64, "half", "diagonal"): Tuning(
         forward=(Tile(64, 64, 4, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
-        keys=Tile(64, 32, 4, 3, spread=4),
+        keys=Tile(64, 64, 4, 3, spread=2),
         queries=Tile(64, 64, 4, 3),
-        forward_together=2,
-        backward_together=2,
+        forward_together=16,
+        backward_together=1,
     ),
     ("H100", 2240, 64, "half", "causal"): Tuning(
         forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
-        keys=Tile(64, 32, 4, 3, spread=4),
-        queries=Tile(128, 32, 8, 3),
-        forward_together=2,
-        backward_together=2,
+        keys=Tile(64, 64, 4, 3, spread=2),
+        queries=Tile(64, 32, 4, 3),
+        forward_together=16,
+        backward_together=8,
     ),
     ("H100", 9451, 64, "half", "diagonal"): Tuning(
         forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(128, 64, 8, 3, spread=4),
-        queries=Tile(128, 32, 8, 3),
-        forward_together=2,
-        backward_together=2,
+        queries=Tile(64, 64, 4, 4),
+        forward_together=8,
+        backward_together=4,
     ),
     ("H100", 9451, 64, "half", "causal"): Tuning(
         forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
         whole=(Tile(64, 64, 4, 1, spread=2),),
-        keys=Tile(64, 32, 4, 3, spread=4),
-        queries=Tile(128, 32, 8, 3),
-        forward_together=2,
-        backward_together=2,
+        keys=Tile(128, 64, 8, 3, spread=4),
+        queries=Tile(64, 64, 4, 3),
+        forward_together=8,
+        backward_together=16,
     ),
 }
 
@@ -197,7 +197,8 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
         # The pieces whose rows the group's programs read.
         read = (first, first + len(rows)) if diagonal else every_piece
         query_rows += [(*row, *read, first + piece) for piece, row in enumerate(rows)]
-        key_rows += [(*row, *read) for row in tiles.key_tiles(group, problem.pattern, shape[1], keys.rows, keys.columns)]
+        rows = tiles.key_tiles(group, problem.pattern, shape[1], keys.rows, keys.columns)
+        key_rows += [(*row, *read) for row in rows]
 
     constants = _constants(problem, shape, dtype, "SCALE", "LOG2_SCALE", "PRECISION", "RANGED")
     launches = [
