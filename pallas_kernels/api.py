@@ -7,7 +7,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_tpu, xla
+from pallas_kernels import mosaic_tpu, triton, xla
 from pallas_kernels.reference import PATTERNS
 
 # Every name that users may write, in this version or another.
@@ -17,6 +17,7 @@ IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "mosaic_tpu")
 # None if it can run here on arrays like q, otherwise the reason in words.
 _AVAILABLE = {
     "mosaic_tpu": mosaic_tpu,
+    "triton": triton,
     "xla": xla,
 }
 

@@ -237,7 +237,8 @@ def _run(plan, kernel, name, inputs, outputs, scratch, matmuls):
     visits = plan.visits(by_key="keys" in outputs)
     kinds = [kind for kind, arrays in inputs.items() for _ in arrays]
     arrays = _same_axes(*itertools.chain(*inputs.values()))
-    bounds = tiles.key_bounds(plan.block_sizes, plan.pattern, plan.padded_length)
+    # A query past the end sees no key.
+    bounds = np.pad(tiles.query_bounds(plan.block_sizes, plan.pattern), ((0, 0), (0, plan.padded_length - plan.length)))
     axes = jax.typeof(arrays[0]).manual_axis_type
     return pl.pallas_call(
         functools.partial(kernel, plan, sorted({bool(flag & _PARTIAL) for flag in visits[2]})),
@@ -283,7 +284,7 @@ def _same_axes(*arrays):
 
 
 # The kernels. Their first arguments are the plan and the kinds of visits that there are: [False] if only full pairs,
-# [True] if only partial ones; then the visits, and the bounds of `tiles.key_bounds`, (2, l).
+# [True] if only partial ones; then the visits, and the bounds of `tiles.query_bounds`, (2, l).
 
 
 def _forward_kernel(

@@ -104,9 +104,65 @@ def tile_pairs(block_sizes: tuple[int, ...], pattern: str, q_rows: int, k_rows: 
     return visited, full & q_whole[:, None] & k_whole[None, :]
 
 
-def key_bounds(block_sizes: tuple[int, ...], pattern: str, length: int) -> np.ndarray:
-    """(2, length) int32: query l sees the keys [bounds[0, l], bounds[1, l]); a query past the end sees none."""
-    edges = np.cumsum((0, *block_sizes))
-    first = edges[:-1] if pattern == "diagonal" else np.zeros_like(edges[:-1])
-    bounds = np.stack([np.repeat(first, block_sizes), np.repeat(edges[1:], block_sizes)])
-    return np.pad(bounds, ((0, 0), (0, length - edges[-1]))).astype(np.int32)
+def pack_blocks(block_sizes: tuple[int, ...], pattern: str, rows: int) -> tuple[Group, ...]:
+    """Splits the blocks into consecutive groups: as many blocks as fit in `rows`, and longer blocks alone."""
+    edges = np.cumsum((0, *block_sizes)).tolist()
+    cuts = [0]
+    for block in range(1, len(block_sizes)):
+        if edges[block + 1] - edges[cuts[-1]] > rows:
+            cuts.append(block)
+    cuts.append(len(block_sizes))
+    return tuple(
+        Group(
+            edges[first], edges[last], edges[first] if pattern == "diagonal" else 0, tuple(block_sizes[first:last])
+        )
+        for first, last in zip(cuts, cuts[1:])
+    )
+
+
+def query_tiles(group: Group, rows: int, columns: int):
+    """Cuts the queries of a group into tiles of `rows`; the keys of each are visited in tiles of `columns`.
+
+    Returns:
+      A list of (first query, stop, first key, middle, edge, stop): the key tiles before the middle need neither a mask
+      nor a check against the last key, those from the edge on only that check.
+    """
+    # The keys that every query of the group sees.
+    common = group.start if group.needs_mask else group.stop
+    middle = group.key_start + (common - group.key_start) // columns * columns
+    edge = group.stop if group.needs_mask else middle
+    return [
+        (start, min(start + rows, group.stop), group.key_start, middle, edge, group.stop)
+        for start in range(group.start, group.stop, rows)
+    ]
+
+
+def key_tiles(group: Group, pattern: str, length: int, rows: int, columns: int):
+    """Cuts the keys of a group into tiles of `rows`; the queries of each are visited in tiles of `columns`.
+
+    Returns:
+      A list of (first key, stop, first query, middle, middle, stop): the query tiles from the middle on need no mask.
+    """
+    stop = group.stop if pattern == "diagonal" else length
+    middle = group.start
+    if group.needs_mask:
+        middle = min(group.start - (group.start - group.stop) // columns * columns, stop)
+    return [
+        (start, min(start + rows, group.stop), group.start, middle, middle, stop)
+        for start in range(group.start, group.stop, rows)
+    ]
+
+
+def query_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:
+    """(2, L) int32: the first key that each query sees, and one past the last."""
+    stops = np.cumsum(block_sizes)
+    starts = stops - block_sizes if pattern == "diagonal" else np.zeros_like(stops)
+    return np.stack([np.repeat(edge, block_sizes) for edge in (starts, stops)]).astype(np.int32)
+
+
+def key_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:
+    """(2, L) int32: the first query that sees each key, and one past the last."""
+    stops = np.cumsum(block_sizes)
+    starts = stops - block_sizes
+    ends = stops if pattern == "diagonal" else np.full_like(stops, stops[-1])
+    return np.stack([np.repeat(edge, block_sizes) for edge in (starts, ends)]).astype(np.int32)

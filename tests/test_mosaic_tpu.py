@@ -29,7 +29,7 @@ def mask_of_visits(sizes, pattern, q_rows, k_rows):
     visited, full = tiles.tile_pairs(sizes, pattern, q_rows, k_rows)
     shape = (visited.shape[0] * q_rows, visited.shape[1] * k_rows)
     mask, visits = np.zeros(shape, bool), np.zeros(shape, int)
-    lower, upper = tiles.key_bounds(sizes, pattern, shape[0])
+    lower, upper = np.pad(tiles.query_bounds(sizes, pattern), ((0, 0), (0, shape[0] - sum(sizes))))
     keys = np.arange(shape[1])
     for q_tile, k_tile in zip(*np.nonzero(visited), strict=True):
         rows, columns = (slice(i * n, (i + 1) * n) for i, n in ((q_tile, q_rows), (k_tile, k_rows)))

@@ -1,0 +1,487 @@
+"""Block attention on a GPU: times beside PyTorch's, checks against float64, and the choice of tile sizes.
+
+    python benchmarks/attention.py [--dtype=bfloat16] [--beside=varlen,sdpa,flex] [--json=PATH]   times, one row a case
+    python benchmarks/attention.py --tune [--json=PATH]    finds tile sizes for triton_plan.TUNED, then times
+    python benchmarks/attention.py --check                 errors and reproducibility, through JAX
+
+Two times of our kernels: `kernels`, launched on PyTorch tensors from a CUDA graph and timed with CUDA events, the L2
+cache flushed before each run (only with PyTorch), and `in jit`, what one more call costs in a chain of calls in one
+jitted function. TFLOP/s count the scores that the mask keeps: 4 D operations forward, 10 D backward (2.5 times as many,
+as is usual). The floor is the larger of operations at 785 TFLOP/s and bytes at 3.02 TB/s, both measured on an H100;
+bytes are those of each input and output once. Milliseconds, medians.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import time
+
+# PyTorch allocates in the same process.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from pallas_kernels import triton as jax_kernels  # noqa: E402
+from pallas_kernels import triton_plan  # noqa: E402
+from pallas_kernels.triton_plan import Tile, Tuning  # noqa: E402
+
+try:
+    import torch
+except ModuleNotFoundError:
+    torch = None
+
+DEVICE = "cuda"
+DIM = 64
+SCALE = DIM**-0.5
+OPERATIONS_PER_SECOND = 785e12
+BYTES_PER_SECOND = 3.02e12
+
+LISTS = {
+    680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    9451: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; must and goal are (forward, backward) milliseconds on an H100."""
+
+    length: int
+    batch: int
+    heads: int
+    pattern: str
+    must: tuple[float, float] | None = None
+    goal: tuple[float, float] | None = None
+
+    @property
+    def sizes(self):
+        return tuple(side * side for side in LISTS[self.length])
+
+    @property
+    def shape(self):
+        return (self.batch, self.length, self.heads, DIM)
+
+    @property
+    def cells(self):
+        """Scores that the mask keeps, of all pictures and heads."""
+        stops = np.cumsum(self.sizes)
+        keys = self.sizes if self.pattern == "diagonal" else stops
+        return int(np.dot(self.sizes, keys)) * self.batch * self.heads
+
+    def work(self, backward):
+        """(operations, bytes)"""
+        operations = (10 if backward else 4) * DIM * self.cells
+        return operations, (8 if backward else 4) * 2 * int(np.prod(self.shape))
+
+    def floor(self, backward):
+        """Seconds"""
+        operations, size = self.work(backward)
+        return max(operations / OPERATIONS_PER_SECOND, size / BYTES_PER_SECOND)
+
+    def __str__(self):
+        return f"{self.length} {self.batch}x{self.heads} {self.pattern}"
+
+
+ROWS = (
+    Row(680, 64, 16, "diagonal", (0.19, 0.60), (0.14, 0.38)),
+    Row(680, 64, 16, "causal", (0.30, 0.95), (0.22, 0.70)),
+    Row(2240, 16, 16, "diagonal", (0.30, 1.00), (0.24, 0.70)),
+    Row(2240, 16, 16, "causal", (0.58, 1.75), (0.45, 1.30)),
+    Row(9451, 2, 16, "diagonal", (0.55, 1.75), (0.46, 1.30)),
+    Row(9451, 2, 16, "causal", (1.20, 4.0), (1.00, 3.0)),
+    Row(680, 4, 30, "diagonal"),
+    Row(2240, 4, 30, "diagonal"),
+    Row(9451, 4, 30, "diagonal"),
+)
+
+
+def problem_of(row, tunings):
+    tuning = tunings.get((row.length, row.pattern)) or triton_plan.tuning_for(
+        triton_plan.gpu_name(jax.devices()[0].device_kind), row.length, DIM, "float16", row.pattern
+    )
+    return triton_plan.Problem(row.sizes, row.pattern, SCALE, tuning)
+
+
+# Times on PyTorch tensors.
+
+
+def torch_inputs(row, dtype):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    make = functools.partial(torch.randn, row.shape, generator=generator, device=DEVICE, dtype=getattr(torch, dtype))
+    return [make() for _ in range(4)]
+
+
+def torch_median(function, repeat_ms=60):
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=10, rep=repeat_ms, return_mode="median")
+
+
+def captured(function):
+    """A replay of the launches of a function from a CUDA graph: several short kernels, without Python between them."""
+    function()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def kernel_times(row, problem, dtype):
+    """(forward, backward) of our kernels."""
+    from torch_launch import TorchAttention
+
+    q, k, v, d_out = torch_inputs(row, dtype)
+    attention = TorchAttention(problem, q)
+    return (
+        torch_median(captured(lambda: attention.forward(q, k, v))),
+        torch_median(captured(lambda: attention.backward(q, k, v, d_out))),
+    )
+
+
+def autograd_times(function, inputs, d_out):
+    """(forward, backward) of a PyTorch function of q, k and v."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        forward = torch_median(lambda: function(*inputs))
+    out = function(*inputs)
+    return forward, torch_median(lambda: torch.autograd.grad(out, inputs, d_out.view_as(out), retain_graph=True))
+
+
+def block_numbers(row):
+    return torch.repeat_interleave(torch.arange(len(row.sizes)), torch.tensor(row.sizes)).to(DEVICE)
+
+
+def varlen_times(row, dtype):
+    """PyTorch's flash attention over sequences of any length: the diagonal pattern."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if row.pattern != "diagonal":
+        return None
+    *inputs, d_out = (x.flatten(0, 1) for x in torch_inputs(row, dtype))
+    edges = torch.tensor([0, *np.cumsum(row.sizes * row.batch)], dtype=torch.int32, device=DEVICE)
+    longest = max(row.sizes)
+    return autograd_times(lambda q, k, v: varlen_attn(q, k, v, edges, edges, longest, longest), inputs, d_out)
+
+
+def sdpa_times(row, dtype):
+    """PyTorch's scaled_dot_product_attention with a boolean mask."""
+    *inputs, d_out = (x.transpose(1, 2) for x in torch_inputs(row, dtype))
+    block = block_numbers(row)
+    mask = block[:, None] == block if row.pattern == "diagonal" else block[:, None] >= block
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=mask)
+    return autograd_times(attend, inputs, d_out)
+
+
+def flex_times(row, dtype):
+    """PyTorch's FlexAttention, compiled, with a block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    *inputs, d_out = (x.transpose(1, 2) for x in torch_inputs(row, dtype))
+    block = block_numbers(row)
+
+    def diagonal(b, h, query, key):
+        return block[query] == block[key]
+
+    def causal(b, h, query, key):
+        return block[query] >= block[key]
+
+    rule = diagonal if row.pattern == "diagonal" else causal
+    mask = create_block_mask(rule, None, None, row.length, row.length)
+    attend = torch.compile(flex_attention, dynamic=False)
+    return autograd_times(functools.partial(attend, block_mask=mask), inputs, d_out)
+
+
+BESIDE = {"varlen": varlen_times, "sdpa": sdpa_times, "flex": flex_times}
+
+
+# Times inside jit.
+
+
+def in_jit_times(row, problem, dtype):
+    """(forward, backward): what a call costs in a chain of calls, each of which needs the one before."""
+    call = jax_kernels.Call(problem)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, d_out = (jax.random.normal(key, row.shape, dtype) for key in keys)
+    out, lse = jax.jit(jax_kernels.run_forward(call))(q, k, v)
+
+    # The output takes the place of q, and dv that of v; neither drifts out of range over the calls.
+    def forward(q, k, v, calls):
+        for _ in range(calls):
+            q = jax_kernels.run_forward(call)(q, k, v)[0]
+        return q
+
+    def backward(q, k, v, d_out, out, lse, calls):
+        results = []
+        for _ in range(calls):
+            d_q, d_k, v = jax_kernels.run_backward(call)(q, k, v, out, lse, d_out)
+            results += [d_q, d_k]  # returned: what nothing uses is not computed
+        return results, v
+
+    return jit_median(forward, q, k, v), jit_median(backward, q, k, v, d_out, out, lse)
+
+
+def jit_median(function, *arrays, few=2, many=12, repeats=15):
+    runs = [jax.jit(functools.partial(function, calls=calls)) for calls in (few, many)]
+    seconds = [[], []]
+    for repeat in range(repeats + 1):
+        for run, times in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arrays))
+            if repeat:  # the first compiles
+                times.append(time.perf_counter() - start)
+    short, long = (statistics.median(times) for times in seconds)
+    return 1e3 * (long - short) / (many - few)
+
+
+# The table.
+
+
+def measure(row, tunings, dtype, beside):
+    """A JSON-ready dict of all times of one row: name -> [forward, backward] in ms, None where there is none."""
+    problem = problem_of(row, tunings)
+    times = {}
+    if torch is not None:
+        times["kernels"] = kernel_times(row, problem, dtype)
+        for name in beside:
+            try:
+                times[name] = BESIDE[name](row, dtype)
+            except Exception as error:  # another version of PyTorch must not cost us our own times
+                print(f"{row}: {name} failed: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                times[name] = None
+    times["in jit"] = in_jit_times(row, problem, dtype)
+    return times
+
+
+def pair(x, digits=3):
+    return f"{x[0]:.{digits}f}/{x[1]:.{digits}f}" if x else "-"
+
+
+def print_row(row, times, beside):
+    ours = times.get("kernels") or times["in jit"]
+    work = [row.work(backward) for backward in (False, True)]
+    seconds = [1e-3 * x for x in ours]
+    columns = [
+        f"{row!s:22}",
+        f"{pair(times.get('kernels')):12}",
+        f"{pair(times['in jit']):12}",
+        f"{pair([w[0] / s / 1e12 for w, s in zip(work, seconds)], 0):8}",
+        f"{pair([w[1] / s / 1e9 for w, s in zip(work, seconds)], 0):10}",
+        f"{pair([row.floor(b) / s for b, s in zip((False, True), seconds)], 2):10}",
+        *(f"{pair(times.get(name)):12}" for name in beside),
+        f"{pair(row.must, 2):10}",
+        f"{pair(row.goal, 2)}",
+    ]
+    print(" ".join(columns), flush=True)
+
+
+def print_header(beside):
+    names = ["row", "kernels", "in jit", "TFLOP/s", "GB/s", "of floor", *beside, "must", "goal"]
+    widths = [22, 12, 12, 8, 10, 10, *(12 for _ in beside), 10, 10]
+    print(" ".join(f"{name:{width}}" for name, width in zip(names, widths, strict=True)), flush=True)
+
+
+# Tuning.
+
+# Tile sizes that ptxas fits on an H100 without spilled registers, for D = 64.
+_SHORT = Tile(64, 64, 4, 1, spread=2)
+FORWARD = (
+    (Tile(64, 64, 4, 3),),
+    (Tile(64, 64, 4, 2),),
+    (Tile(64, 64, 4, 4),),
+    (Tile(64, 32, 4, 3),),
+    (Tile(64, 64, 4, 2), Tile(128, 64, 4, 3)),
+    (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
+    (Tile(64, 64, 4, 2), Tile(128, 64, 8, 4)),
+    (Tile(64, 64, 4, 2), Tile(128, 128, 8, 3)),
+)
+WHOLE = (
+    (_SHORT,),
+    (_SHORT, Tile(128, 32, 8, 2, spread=8)),
+    (_SHORT, Tile(128, 128, 8, 1, spread=2)),
+    (Tile(64, 32, 4, 2, spread=4),),
+)
+KEYS = (
+    Tile(64, 64, 4, 3, spread=2),
+    Tile(64, 64, 4, 2, spread=2),
+    Tile(64, 32, 4, 3, spread=4),
+    Tile(64, 32, 4, 4, spread=4),
+    Tile(128, 32, 8, 3, spread=8),
+    Tile(128, 64, 8, 2, spread=4),
+    Tile(128, 64, 8, 3, spread=4),
+)
+QUERIES = (
+    Tile(64, 64, 4, 3),
+    Tile(64, 64, 4, 4),
+    Tile(64, 32, 4, 3),
+    Tile(64, 32, 4, 4),
+    Tile(128, 32, 8, 3),
+    Tile(128, 64, 8, 3),
+)
+TOGETHER = (1, 2, 4, 8, 16)
+
+
+def tune(row, dtype):
+    """The fastest tile sizes for a row, one field after the other: the Tuning, and {field: [(ms, candidate)]}."""
+    from torch_launch import TorchAttention
+    from triton.runtime.errors import OutOfResources
+
+    q, k, v, d_out = torch_inputs(row, dtype)
+    best = Tuning(FORWARD[0], WHOLE[0], KEYS[0], QUERIES[0], forward_together=4, backward_together=4)
+    tried = {}
+
+    def milliseconds(tuning, backward):
+        attention = TorchAttention(triton_plan.Problem(row.sizes, row.pattern, SCALE, tuning), q)
+        run = (lambda: attention.backward(q, k, v, d_out)) if backward else (lambda: attention.forward(q, k, v))
+        try:
+            attention.forward(q, k, v)
+            return torch_median(captured(run), repeat_ms=40)
+        except (OutOfResources, RuntimeError) as error:  # another GPU or Triton than the candidates are made for
+            print(f"{row}: {tuning}: {error}", flush=True)
+            return float("inf")
+
+    fields = [("forward", FORWARD, False), ("keys", KEYS, True), ("queries", QUERIES, True)]
+    if row.pattern == "diagonal":
+        # Last, so that keys and queries are chosen where they do most of the work.
+        fields.append(("whole", WHOLE, True))
+    fields += [("forward_together", TOGETHER, False), ("backward_together", TOGETHER, True)]
+    for field, candidates, backward in fields:
+        tried[field] = []
+        for candidate in candidates:
+            tuning = dataclasses.replace(best, **{field: candidate})
+            tried[field].append((milliseconds(tuning, backward), candidate))
+        best = dataclasses.replace(best, **{field: min(tried[field], key=lambda result: result[0])[1]})
+    return best, tried
+
+
+def print_tuning(row, tuning, tried):
+    gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
+    print(f'    ("{gpu}", {row.length}, {DIM}, "half", "{row.pattern}"): Tuning(')
+    for field in dataclasses.fields(tuning):
+        print(f"        {field.name}={_source(getattr(tuning, field.name))},")
+    print("    ),")
+    for field, results in tried.items():
+        short = "  ".join(f"{ms:.3f} {_short(candidate)}" for ms, candidate in results)
+        print(f"    # {field}: {short}", flush=True)
+
+
+def _source(value):
+    """Python source of a field of a Tuning."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_source, value))},)"
+    if isinstance(value, Tile):
+        spread = f", spread={value.spread}" if value.spread != 1 else ""
+        return f"Tile({value.rows}, {value.columns}, {value.warps}, {value.stages}{spread})"
+    return str(value)
+
+
+def _short(candidate):
+    if isinstance(candidate, Tile):
+        return f"{candidate.rows}x{candidate.columns}w{candidate.warps}s{candidate.stages}p{candidate.spread}"
+    return "+".join(map(_short, candidate)) if isinstance(candidate, tuple) else str(candidate)
+
+
+# Checks.
+
+
+def expected_by_blocks(sizes, pattern, q, k, v, d_out):
+    """[out, dq, dk, dv] in float64, one query block at a time: no (L, L) array."""
+    q, k, v, d_out = (np.asarray(x, np.float64).transpose(0, 2, 1, 3) for x in (q, k, v, d_out))
+    results = [np.zeros_like(q) for _ in range(4)]
+    out, d_q, d_k, d_v = results
+    stops = np.cumsum(sizes)
+    for start, stop in zip(stops - sizes, stops, strict=True):
+        queries = np.s_[:, :, start:stop]
+        keys = queries if pattern == "diagonal" else np.s_[:, :, :stop]
+        p = SCALE * (q[queries] @ k[keys].swapaxes(2, 3))
+        p = np.exp(p - p.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        out[queries] = p @ v[keys]
+        d_p = d_out[queries] @ v[keys].swapaxes(2, 3)
+        d_scores = SCALE * p * (d_p - (p * d_p).sum(-1, keepdims=True))
+        d_q[queries] = d_scores @ k[keys]
+        d_k[keys] += d_scores.swapaxes(2, 3) @ q[queries]
+        d_v[keys] += p.swapaxes(2, 3) @ d_out[queries]
+    return [x.transpose(0, 2, 1, 3) for x in results]
+
+
+def check():
+    """Relative L2 errors on all lists, for random inputs, and whether two runs agree in every bit."""
+    rng = np.random.default_rng(int(time.time()))
+    for length, sides in LISTS.items():
+        sizes = tuple(side * side for side in sides)
+        for pattern in ("diagonal", "causal"):
+            for dtype in ("float16", "bfloat16"):
+                shape = (1, length, 2, DIM)
+                arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4)]
+                attend = functools.partial(jax_kernels.attention, block_sizes=sizes, pattern=pattern, scale=SCALE)
+
+                @jax.jit
+                def run(q, k, v, d_out, attend=attend):
+                    out, vjp = jax.vjp(attend, q, k, v)
+                    return out, *vjp(d_out)
+
+                ours, again = ([np.asarray(x) for x in run(*arrays)] for _ in range(2))
+                same = all(x.tobytes() == y.tobytes() for x, y in zip(ours, again, strict=True))
+                expected = expected_by_blocks(sizes, pattern, *arrays)
+                errors = [
+                    np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
+                    for x, y in zip(ours, expected, strict=True)
+                ]
+                allowed = {"float16": 1e-3, "bfloat16": 1e-2}[dtype]
+                verdict = "ok" if max(errors) < allowed and same else "WRONG"
+                shown = "  ".join(f"{name} {e:.1e}" for name, e in zip(("out", "dq", "dk", "dv"), errors))
+                runs = "two runs equal" if same else "two runs DIFFER"
+                print(f"{length:5} {pattern:9} {dtype:9} {shown}  {runs}  {verdict}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--beside", default="varlen,sdpa", help="of PyTorch's: varlen, sdpa, flex (compiles for long)")
+    parser.add_argument("--rows", default="", help="only rows whose name holds this text")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--json", help="file for all numbers")
+    args = parser.parse_args()
+    reason = jax_kernels.why_not(jnp.zeros((1, 1, 1, DIM), args.dtype))
+    if reason is not None:
+        raise SystemExit(f"cannot run here: {reason}")
+    # jax_triton empties this variable when imported, and Triton would then cache in the working directory.
+    cache = os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache")
+    import jax_triton  # noqa: F401
+
+    os.environ["TRITON_CACHE_DIR"] = cache
+    if args.check:
+        check()
+        return
+
+    if args.tune and torch is None:
+        raise SystemExit("--tune times kernels on PyTorch tensors: pip install torch")
+    rows = [row for row in ROWS if args.rows in str(row)]
+    tunings = {}
+    if args.tune:
+        for row in rows:
+            if row.must:
+                tunings[row.length, row.pattern], tried = tune(row, args.dtype)
+                print_tuning(row, tunings[row.length, row.pattern], tried)
+    beside = [name for name in args.beside.split(",") if name] if torch is not None else []
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, torch {torch and torch.__version__}")
+    print_header(beside)
+    found = []
+    for row in rows:
+        times = measure(row, tunings, args.dtype, beside)
+        print_row(row, times, beside)
+        found.append({"row": str(row), "dtype": args.dtype, "tuning": repr(problem_of(row, tunings).tuning), **times})
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
