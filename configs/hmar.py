@@ -112,7 +112,7 @@ def masked(name: str, stage1: ConfigDict) -> ConfigDict:
     c.sampling.update(masked_guidance=0.0, confidence_noise=0.0)
     if name == "digits":
         c.steps = 1000
-        c.sampling.update(guidance=0.75, confidence_noise=8.0)
+        c.sampling.update(guidance=0.75, confidence_noise=4.0)
     elif name == "cifar10":
         c.epochs = 50
     else:
