@@ -8,9 +8,11 @@ BIN = $(VENV)/bin
 DEMO ?= runs/demo
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test setup clean
+.PHONY: demo test setup setup-dev clean
 
 setup: $(STAMP)-demo
+
+setup-dev: $(STAMP)-dev
 
 $(STAMP)-%: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

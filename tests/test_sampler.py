@@ -62,7 +62,7 @@ def random_case(seed):
     return scales, schedules.resolve(scales, rows), known, draw
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(24))
 def test_every_token_is_fixed_once_and_counts_follow_the_schedule(seed):
     scales, schedule, known, draw = random_case(seed)
     trace = Trace()
