@@ -10,6 +10,7 @@ d16_256 d20_256 d24_256 d30_256 d24_512 d36_512 d16_1024
           measured here: 3.01, 2.50, 2.10, 1.95. Recipes of d24_512, d36_512 and d16_1024 are not published; these follow the
           rule of the others.
 
+NAME,stage=masked trains stage 2, masked prediction, on a frozen stage 1: --config.init_from=RUN instead of --config.tokenizer.
 NAME,pattern=causal trains VAR instead: the same network with VAR's block-causal attention.
 """
 

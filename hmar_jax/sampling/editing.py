@@ -1,7 +1,7 @@
 """Editing without training: which tokens of a picture stay, what the tokenizer sees of it, and how the parts are joined.
 
-The paper shows editing (arXiv 2506.04421, section 4.4); how it is done here follows MaskGIT (arXiv 2202.04200, section 3.3):
-sampling in which some tokens are known. All of this is arithmetic on pixels, on the host.
+The paper shows editing (arXiv 2506.04421) and does not say how; this is MaskGIT's way (arXiv 2202.04200): sampling in which some
+tokens are known. All of this is arithmetic on pixels, on the host.
 
 Letters: B pictures, h w sides of a picture in pixels, K scales with s_k x s_k tokens, L tokens.
 """

@@ -24,8 +24,8 @@ class MaskedTask(TransformerRecipe):
     masked_depth: int  # M
     loss_weights: str = "unweighted"
     mask_ratios: str = "uniform"
-    # Published: one ratio and one set of positions for all pictures of a batch, which others found harmful
-    # (MaskGIT-PyTorch's issues): every step's gradient is then that of one difficulty alone.
+    # Published: one ratio and one set of positions for all pictures of a batch; every step's gradient is then that of one
+    # difficulty alone.
     shared_mask: bool = False
 
     @property
