@@ -118,6 +118,16 @@ def test_stage_2_learns_and_nothing_else_changes():
     assert not np.array_equal(params["masked"]["head"]["kernel"], params["transformer"]["head"]["kernel"])
 
 
+def test_stage_2_of_a_model_without_class_names(tmp_path):
+    """As converted weights are: the data set's names are taken."""
+    nameless = shutil.copytree(tiny.model_run(), tmp_path / "nameless")
+    config = json.loads((nameless / "config.json").read_text())
+    config["model"]["class_names"] = []
+    (nameless / "config.json").write_text(json.dumps(config))
+    experiment = experiments.build(tiny.config_of(tiny.train_masked("unused", init_from=nameless)))
+    assert experiment.spec.class_names == tiny.CLASSES
+
+
 def test_what_is_frozen_has_no_optimizer_state():
     _, state = checkpoints.load_params_of_run(tiny.masked_run(), "opt_state")
     sizes = lambda tree: sum(np.size(x) for x in jax.tree.leaves(tree))

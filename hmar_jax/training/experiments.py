@@ -263,7 +263,8 @@ def _masked(config: ConfigDict, workdir: str | None) -> Experiment:
         batch_size=config.batch_size)
     alone = dataclasses.replace(stage1, masked_depth=0)
     spec = dataclasses.replace(
-        stage1, transformer=model, masked_depth=depth, origin=f"trained on {config.data.source}", **config.sampling)
+        stage1, transformer=model, masked_depth=depth, class_names=stage1.class_names or data.source.class_names,
+        origin=f"trained on {config.data.source}", **config.sampling)
     picture = _samples(config, spec, lambda state: {**params, "masked": state.params})
     return Experiment(
         task, spec, (params,), data.loader, data.validation, picture, data.broken, Frozen(STAGE1_FOLDER, alone, params))
