@@ -33,6 +33,7 @@ setup(
         "ml-collections>=1.0,<2",
         "clu>=0.0.12,<0.1",
         "numpy>=2.0,<3",
+        "scipy>=1.13,<2",
         "pillow>=11,<14",
         "tensorboardX>=2.6,<3",
         "tqdm>=4.66,<5",

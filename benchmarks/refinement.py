@@ -26,7 +26,7 @@ from hmar_jax.training.metrics import average
 from hmar_jax.training.recipe import TrainState
 
 _FIGURES = ("read_as_asked", "diversity", "near", "frechet")
-_FIRST_SEARCH_SEED, _FIRST_SEED = 1000, 1
+_FIRST_SEARCH_SEED = 1000
 
 
 def main():
@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--search_seeds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=1, help="of the runs after the search; 1000 and above are the search's")
     parser.add_argument("--losses", action="store_true")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
@@ -56,7 +57,7 @@ def main():
         best = min(readable, key=lambda i: search[i]["frechet"]) if readable else max(
             range(len(search)), key=lambda i: search[i]["read_as_asked"])
         runs = [
-            figures(pipe, real, variant, args.guidances[best], _FIRST_SEED + i, args.samples) for i in range(args.seeds)]
+            figures(pipe, real, variant, args.guidances[best], args.first_seed + i, args.samples) for i in range(args.seeds)]
         results[variant] = {"search": dict(zip(map(str, args.guidances), search)), "best": args.guidances[best], "runs": runs}
         print(f"\n{variant}")
         for g, f in zip(args.guidances, search):
