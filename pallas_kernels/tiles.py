@@ -4,8 +4,10 @@ Block sizes are known at trace time, so all of this is plain Python. A block alo
 removes, but every group costs a fixed amount; so small blocks are computed together under a mask, large ones alone.
 """
 
+import bisect
 import dataclasses
 import functools
+import heapq
 
 import numpy as np
 
@@ -120,37 +122,123 @@ def pack_blocks(block_sizes: tuple[int, ...], pattern: str, rows: int) -> tuple[
     )
 
 
-def query_tiles(group: Group, rows: int, columns: int):
-    """Cuts the queries of a group into tiles of `rows`; the keys of each are visited in tiles of `columns`.
+def cut_rows(block_sizes: tuple[int, ...], row_options: tuple[int, ...], cost) -> list[tuple[int, int, int]]:
+    """Cuts all rows into tiles of least total cost. A tile may begin and end inside blocks, and hold parts of several.
+
+    Exact, by dynamic programming over the end of the last tile, for tiles that are full or end with a block.
+
+    Args:
+      block_sizes: lengths of the consecutive blocks.
+      row_options: how many rows a tile can have, for each kind of tile.
+      cost: a function of (start, stop, kind) of a tile.
 
     Returns:
-      A list of (first query, stop, first key, middle, edge, stop): the key tiles before the middle need neither a mask
-      nor a check against the last key, those from the edge on only that check.
+      A list of (start, stop, kind); kind is an index into row_options.
     """
-    # The keys that every query of the group sees.
-    common = group.start if group.needs_mask else group.stop
-    middle = group.key_start + (common - group.key_start) // columns * columns
-    edge = group.stop if group.needs_mask else middle
-    return [
-        (start, min(start + rows, group.stop), group.key_start, middle, edge, group.stop)
-        for start in range(group.start, group.stop, rows)
-    ]
+    edges = np.cumsum(block_sizes).tolist()
+    length = edges[-1]
+    best = {0: (0, 0, 0)}  # row: (least cost of all rows before it, start and kind of the tile that ends there)
+    ahead = [0]  # rows to cut on from, a heap: every tile that ends at the first of them is known
+    while ahead:
+        start = heapq.heappop(ahead)
+        if start == length:
+            break
+        for kind, rows in enumerate(row_options):
+            full = min(start + rows, length)
+            within = edges[bisect.bisect_right(edges, start) : bisect.bisect_left(edges, full)]
+            for stop in (*within, full):
+                total = best[start][0] + cost(start, stop, kind)
+                if stop not in best:
+                    heapq.heappush(ahead, stop)
+                if stop not in best or total < best[stop][0]:
+                    best[stop] = (total, start, kind)
+    found = []
+    stop = length
+    while stop:
+        _, start, kind = best[stop]
+        found.append((start, stop, kind))
+        stop = start
+    return found[::-1]
 
 
-def key_tiles(group: Group, pattern: str, length: int, rows: int, columns: int):
-    """Cuts the keys of a group into tiles of `rows`; the queries of each are visited in tiles of `columns`.
+# What a tile costs beside its scores, as so many columns: its own rows are loaded and stored, and the loop filled.
+_COLUMNS_PER_TILE = 32
+
+
+def query_tiles(
+    block_sizes: tuple[int, ...], pattern: str, options: tuple[tuple[int, int], ...], first: int = 0
+) -> list[list[tuple[int, ...]]]:
+    """Cuts the queries into tiles; the keys that a tile sees are visited in tiles of so many columns.
+
+    Args:
+      block_sizes: lengths of consecutive blocks that see no key outside themselves.
+      pattern: "diagonal" or "causal".
+      options: (rows, columns) of each kind of tile.
+      first: number of the first row; all row numbers returned start from it.
+
+    Returns:
+      For each kind a list of (first query, stop, first key, middle, edge, stop): the key tiles before the middle need
+      neither a mask nor a check against the last key, those from the edge on only that check.
+    """
+    stops, starts = _ends(block_sizes)
+
+    def keys(start, stop):
+        """(first key, end of those that all queries see, end)"""
+        low, high = bisect.bisect_right(stops, start), bisect.bisect_right(stops, stop - 1)
+        first_key = starts[low] if pattern == "diagonal" else 0
+        alone = pattern == "causal" or low == high
+        return first_key, stops[low] if alone else first_key, stops[high]
+
+    def cost(start, stop, kind):
+        rows, columns = options[kind]
+        first_key, _, end = keys(start, stop)
+        return rows * (-(-(end - first_key) // columns) * columns + _COLUMNS_PER_TILE)
+
+    found = [[] for _ in options]
+    for start, stop, kind in cut_rows(block_sizes, tuple(rows for rows, _ in options), cost):
+        columns = options[kind][1]
+        first_key, common, end = keys(start, stop)
+        middle = first_key + (common - first_key) // columns * columns
+        edge = end if common < end else middle
+        found[kind].append(tuple(first + row for row in (start, stop, first_key, middle, edge, end)))
+    return found
+
+
+def key_tiles(
+    block_sizes: tuple[int, ...], pattern: str, rows: int, columns: int, first: int = 0
+) -> list[tuple[int, ...]]:
+    """Cuts the keys into tiles of `rows`; the queries that see a tile are visited in tiles of `columns`.
+
+    Arguments as in `query_tiles`.
 
     Returns:
       A list of (first key, stop, first query, middle, middle, stop): the query tiles from the middle on need no mask.
     """
-    stop = group.stop if pattern == "diagonal" else length
-    middle = group.start
-    if group.needs_mask:
-        middle = min(group.start - (group.start - group.stop) // columns * columns, stop)
-    return [
-        (start, min(start + rows, group.stop), group.start, middle, middle, stop)
-        for start in range(group.start, group.stop, rows)
-    ]
+    stops, starts = _ends(block_sizes)
+
+    def queries(start, stop):
+        """(first query, first of those that see all keys and are followed by no others, end)"""
+        low, high = bisect.bisect_right(stops, start), bisect.bisect_right(stops, stop - 1)
+        if pattern == "causal":
+            return starts[low], starts[high], stops[-1]
+        return starts[low], starts[low] if low == high else stops[high], stops[high]
+
+    def cost(start, stop, kind):
+        first_query, _, end = queries(start, stop)
+        return rows * (-(-(end - first_query) // columns) * columns + _COLUMNS_PER_TILE)
+
+    found = []
+    for start, stop, _ in cut_rows(block_sizes, (rows,), cost):
+        first_query, common, end = queries(start, stop)
+        middle = min(first_query - (first_query - common) // columns * columns, end)
+        found.append(tuple(first + row for row in (start, stop, first_query, middle, middle, end)))
+    return found
+
+
+def _ends(block_sizes):
+    """Where the blocks stop, and where they start."""
+    stops = np.cumsum(block_sizes).tolist()
+    return stops, [0, *stops[:-1]]
 
 
 def query_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:

@@ -155,19 +155,18 @@ class Problem:
 def forward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     """Launches of the `forward` kernel, which together write all of out and lse; shape is that of q."""
     options = problem.tuning.forward
-    classes = [[] for _ in options]
-    masked = [False] * len(options)
-    for group in _groups(problem, options[0].rows):
-        fits = (index for index, tile in enumerate(options) if group.stop - group.start <= tile.rows)
-        index = next(fits, len(options) - 1)
-        classes[index] += tiles.query_tiles(group, options[index].rows, options[index].columns)
-        masked[index] |= group.needs_mask
+    shapes = tuple((tile.rows, tile.columns) for tile in options)
     constants = _constants(problem, shape, dtype, "LOG2_SCALE", "PRECISION")
     return [
-        _launch("forward", rows, shape, problem, tile, {**constants, "MASKED": mask})
-        for rows, tile, mask in zip(classes, options, masked, strict=True)
+        _launch("forward", rows, shape, problem, tile, {**constants, "MASKED": _any_masked(rows)})
+        for rows, tile in zip(tiles.query_tiles(problem.block_sizes, problem.pattern, shapes), options, strict=True)
         if rows
     ]
+
+
+def _any_masked(rows):
+    """Whether some tile of `tiles.query_tiles` needs a mask: from its middle to its edge."""
+    return any(middle < edge for _, _, _, middle, edge, _ in rows)
 
 
 def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
@@ -182,23 +181,20 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     classes = [[] for _ in short]
     masked = [False] * len(short)
     query_rows, key_rows = [], []
-    groups = _groups(problem, short[0].rows if short else queries.rows)
-    # A piece is the own rows of a program of `backward_queries`.
-    every_piece = (0, sum(-(-(group.stop - group.start) // queries.rows) for group in groups))
-    for group in groups:
-        fits = (index for index, tile in enumerate(short) if group.stop - group.start <= tile.rows)
-        index = next(fits, None)
+    for start, block_sizes in _parts(problem, short[0].rows if short else None):
+        length = sum(block_sizes)
+        index = next((index for index, tile in enumerate(short) if length <= tile.rows), None)
         if index is not None:
-            classes[index].append((group.start, group.stop))
-            masked[index] |= group.needs_mask
+            classes[index].append((start, start + length))
+            masked[index] |= len(block_sizes) > 1
             continue
-        rows = tiles.query_tiles(group, queries.rows, queries.columns)
+        (rows,) = tiles.query_tiles(block_sizes, problem.pattern, ((queries.rows, queries.columns),), start)
+        # A piece is the own rows of a program of `backward_queries`; these are the ones that the part's programs read.
         first = len(query_rows)
-        # The pieces whose rows the group's programs read.
-        read = (first, first + len(rows)) if diagonal else every_piece
-        query_rows += [(*row, *read, first + piece) for piece, row in enumerate(rows)]
-        rows = tiles.key_tiles(group, problem.pattern, shape[1], keys.rows, keys.columns)
-        key_rows += [(*row, *read) for row in rows]
+        pieces = (first, first + len(rows))
+        query_rows += [(*row, *pieces, first + piece) for piece, row in enumerate(rows)]
+        rows = tiles.key_tiles(block_sizes, problem.pattern, keys.rows, keys.columns, start)
+        key_rows += [(*row, *pieces) for row in rows]
 
     constants = _constants(problem, shape, dtype, "SCALE", "LOG2_SCALE", "PRECISION", "RANGED")
     launches = [
@@ -220,8 +216,12 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     return launches
 
 
-def _groups(problem, rows):
-    return tiles.pack_blocks(problem.block_sizes, problem.pattern, rows)
+def _parts(problem, rows):
+    """(first row, block sizes) of consecutive parts of the sequence that see nothing of each other: for the diagonal
+    pattern as many blocks as fit in `rows`, and longer blocks alone."""
+    if problem.pattern == "causal":
+        return [(0, problem.block_sizes)]
+    return [(group.start, group.block_sizes) for group in tiles.pack_blocks(problem.block_sizes, "diagonal", rows)]
 
 
 def _constants(problem, shape, dtype, *names):
