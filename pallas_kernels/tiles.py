@@ -185,9 +185,9 @@ def query_tiles(
     def keys(start, stop):
         """(first key, end of those that all queries see, end)"""
         low, high = bisect.bisect_right(stops, start), bisect.bisect_right(stops, stop - 1)
-        first_key = starts[low] if pattern == "diagonal" else 0
-        alone = pattern == "causal" or low == high
-        return first_key, stops[low] if alone else first_key, stops[high]
+        if pattern == "causal":
+            return 0, stops[low], stops[high]
+        return starts[low], stops[low] if low == high else starts[low], stops[high]
 
     def cost(start, stop, kind):
         rows, columns = options[kind]
@@ -212,12 +212,13 @@ def key_tiles(
     Arguments as in `query_tiles`.
 
     Returns:
-      A list of (first key, stop, first query, middle, middle, stop): the query tiles from the middle on need no mask.
+      A list of (first key, stop, first query, middle, middle, stop): the query tiles from the middle on need no mask
+      and are full; those before it end at the middle.
     """
     stops, starts = _ends(block_sizes)
 
     def queries(start, stop):
-        """(first query, first of those that see all keys and are followed by no others, end)"""
+        """(first query, where those begin that all see all keys, end)"""
         low, high = bisect.bisect_right(stops, start), bisect.bisect_right(stops, stop - 1)
         if pattern == "causal":
             return starts[low], starts[high], stops[-1]
@@ -230,7 +231,7 @@ def key_tiles(
     found = []
     for start, stop, _ in cut_rows(block_sizes, (rows,), cost):
         first_query, common, end = queries(start, stop)
-        middle = min(first_query - (first_query - common) // columns * columns, end)
+        middle = end - (end - common) // columns * columns
         found.append(tuple(first + row for row in (start, stop, first_query, middle, middle, end)))
     return found
 

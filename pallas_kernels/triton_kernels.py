@@ -188,16 +188,22 @@ def _top_of_pieces(tops_ptr, pair, n_pieces, first, stop, BLOCK_PIECES: tl.const
 
 @triton.jit
 def _load_columns(pointers, mask, N: tl.constexpr, SPREAD: tl.constexpr):
-    """(N,) numbers, one for each column of a product, zero where not mask.
+    """(N,) numbers, one for each column of a product, zero where not mask (None: all are loaded).
 
     Loaded plainly, each warp loads the numbers of all its columns, one by one, since the compiler takes few loads for
     cheap. Where N * SPREAD is the number of threads, each thread loads one and they meet in shared memory.
     """
     if SPREAD == 1:
-        return tl.load(pointers, mask=mask, other=0.0)
+        if mask is None:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=mask, other=0.0)
     else:
         copies = tl.arange(0, SPREAD)[None, :] * 0
-        x = tl.load(pointers[:, None] + copies, mask=mask[:, None], other=0.0)
+        if mask is None:
+            x = tl.load(pointers[:, None] + copies)
+        else:
+            x = tl.load(pointers[:, None] + copies, mask=mask[:, None], other=0.0)
         if SPREAD == 4:
             x, _ = tl.split(tl.reshape(x, (N, 2, 2)))
         elif SPREAD == 8:
@@ -304,10 +310,13 @@ def _key_gradients_tile(
     MASKED: tl.constexpr, LOG2_SCALE: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OTHER: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """One query tile for a tile of keys: d_k and d_v updated."""
-    inside = rows < stop
-    q = _load(q_base, rows, stop, True, H, D, BLOCK_D)
-    d_out = _load(d_out_base, rows, stop, True, H, D, BLOCK_D)
+    """One query tile for a tile of keys: d_k and d_v updated.
+
+    MASKED: the bounds decide, and queries may lie behind the end; these load as zeros and add nothing.
+    """
+    inside = (rows < stop) if MASKED else None
+    q = _load(q_base, rows, stop, MASKED, H, D, BLOCK_D)
+    d_out = _load(d_out_base, rows, stop, MASKED, H, D, BLOCK_D)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
     # Loaded where they are used: a value for each column costs many registers.
@@ -331,7 +340,8 @@ def backward_keys(
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
     SPREAD: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys. Before the middle the bounds of keys decide; from it on every query sees every key.
+    """dk and dv of a tile of keys. Before the middle the bounds of keys decide; from it on every query sees every key,
+    and every tile of queries is full.
     Keys behind the tile's end load as zeros and touch only rows that are not stored."""
     tile, b, h = _locate(n_tiles, together, H)
     own_start = tl.load(table_ptr + tile * _COLUMNS)
@@ -356,7 +366,7 @@ def backward_keys(
     for query in range(start, middle, BLOCK_OTHER):
         rows = query + tl.arange(0, BLOCK_OTHER)
         d_k, d_v = _key_gradients_tile(
-            k, v, d_k, d_v, q_ptr + base, d_out_ptr + base, lse_ptr + pair * L, delta_ptr + pair * L, rows, stop,
+            k, v, d_k, d_v, q_ptr + base, d_out_ptr + base, lse_ptr + pair * L, delta_ptr + pair * L, rows, middle,
             lo, hi, factor, True, LOG2_SCALE, PRECISION, RANGED, H, D, BLOCK_D, BLOCK_OTHER, SPREAD,
         )  # fmt: skip
     for query in range(middle, stop, BLOCK_OTHER):

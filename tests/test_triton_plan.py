@@ -32,14 +32,15 @@ def visited(launch, sizes, pattern, own_axis):
             counts[own, own] += mask[own, own]
             assert launch.constants["MASKED"] or mask[own, own].all()
             continue
-        for first in range(start, stop, columns):
-            other = slice(first, min(first + columns, stop))
-            index = (own, other) if own_axis == 0 else (other, own)
-            free = not middle <= first < edge if own_axis == 0 else first >= middle
-            assert not free or mask[index].all()
-            # Keys before the middle are loaded without a check.
-            assert own_axis == 1 or first >= middle or first + columns <= stop
-            counts[index] += mask[index]
+        # A loop to the middle and one from it on. Keys are loaded without a check in the first, queries in the second.
+        for begin, end, checked in ((start, middle, own_axis == 1), (middle, stop, own_axis == 0)):
+            assert checked or (end - begin) % columns == 0
+            for first in range(begin, end, columns):
+                other = slice(first, min(first + columns, end))
+                index = (own, other) if own_axis == 0 else (other, own)
+                free = not middle <= first < edge if own_axis == 0 else first >= middle
+                assert not free or mask[index].all()
+                counts[index] += mask[index]
     return counts
 
 
