@@ -4,9 +4,9 @@
     python benchmarks/attention.py --tune [--json=PATH]    finds tile sizes for triton_plan.TUNED, then times
     python benchmarks/attention.py --check                 errors and reproducibility, through JAX
 
-Two times of our kernels: `kernels`, launched on PyTorch tensors from a CUDA graph and timed with CUDA events, the L2
-cache flushed before each run (only with PyTorch), and `in jit`, what one more call costs in a chain of calls in one
-jitted function. TFLOP/s count the scores that the mask keeps: 4 D operations forward, 10 D backward (2.5 times as many,
+Two times of the Triton kernels: `kernels`, launched on PyTorch tensors from a CUDA graph and timed with CUDA events, the
+L2 cache flushed before each run (only with PyTorch), and `in jit`, what one more call costs in a chain of calls in one
+jitted function. `mosaic`: the forward kernel of mosaic_gpu.py, in jit, where it can run. TFLOP/s count the scores that the mask keeps: 4 D operations forward, 10 D backward (2.5 times as many,
 as is usual). The floor is the larger of operations at 785 TFLOP/s and bytes at 3.02 TB/s, both measured on an H100;
 bytes are those of each input and output once. Milliseconds, medians.
 """
@@ -26,8 +26,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from pallas_kernels import mosaic_gpu, triton_plan  # noqa: E402
 from pallas_kernels import triton as jax_kernels  # noqa: E402
-from pallas_kernels import triton_plan  # noqa: E402
 from pallas_kernels.triton_plan import Tile, Tuning  # noqa: E402
 
 try:
@@ -204,16 +204,17 @@ BESIDE = {"varlen": varlen_times, "sdpa": sdpa_times, "flex": flex_times}
 
 
 def in_jit_times(row, problem, dtype):
-    """(forward, backward): what a call costs in a chain of calls, each of which needs the one before."""
+    """{name: (forward, backward)}: what a call costs in a chain of calls, each of which needs the one before."""
     call = jax_kernels.Call(problem)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_out = (jax.random.normal(key, row.shape, dtype) for key in keys)
-    out, lse = jax.jit(jax_kernels.run_forward(call))(q, k, v)
+    run_forward = jax_kernels.run_forward(call)
+    out, lse = jax.jit(run_forward)(q, k, v)
 
     # The output takes the place of q, and dv that of v; neither drifts out of range over the calls.
-    def forward(q, k, v, calls):
+    def forward(run, q, k, v, calls):
         for _ in range(calls):
-            q = jax_kernels.run_forward(call)(q, k, v)[0]
+            q = run(q, k, v)[0]
         return q
 
     def backward(q, k, v, d_out, out, lse, calls):
@@ -223,7 +224,17 @@ def in_jit_times(row, problem, dtype):
             results += [d_q, d_k]  # returned: what nothing uses is not computed
         return results, v
 
-    return jit_median(forward, q, k, v), jit_median(backward, q, k, v, d_out, out, lse)
+    times = {
+        "in jit": (
+            jit_median(functools.partial(forward, run_forward), q, k, v),
+            jit_median(backward, q, k, v, d_out, out, lse),
+        )
+    }
+    if mosaic_gpu.why_not(q) is None:
+        multiprocessors = jax.devices()[0].core_count
+        run = mosaic_gpu.run_forward(mosaic_gpu.Call(call, multiprocessors=multiprocessors))
+        times["mosaic"] = (jit_median(functools.partial(forward, run), q, k, v, few=1, many=6), None)
+    return times
 
 
 def jit_median(function, *arrays, few=2, many=12, repeats=15):
@@ -254,12 +265,11 @@ def measure(row, tunings, dtype, beside):
             except Exception as error:  # another version of PyTorch must not cost us our own times
                 print(f"{row}: {name} failed: {type(error).__name__}: {str(error)[:200]}", flush=True)
                 times[name] = None
-    times["in jit"] = in_jit_times(row, problem, dtype)
-    return times
+    return times | in_jit_times(row, problem, dtype)
 
 
 def pair(x, digits=3):
-    return f"{x[0]:.{digits}f}/{x[1]:.{digits}f}" if x else "-"
+    return "/".join(f"{y:.{digits}f}" for y in x if y is not None) if x else "-"
 
 
 def print_row(row, times, beside):
@@ -270,6 +280,7 @@ def print_row(row, times, beside):
         f"{row!s:22}",
         f"{pair(times.get('kernels')):12}",
         f"{pair(times['in jit']):12}",
+        f"{pair(times.get('mosaic')):7}",
         f"{pair([w[0] / s / 1e12 for w, s in zip(work, seconds)], 0):8}",
         f"{pair([w[1] / s / 1e9 for w, s in zip(work, seconds)], 0):10}",
         f"{pair([row.floor(b) / s for b, s in zip((False, True), seconds)], 2):10}",
@@ -281,8 +292,8 @@ def print_row(row, times, beside):
 
 
 def print_header(beside):
-    names = ["row", "kernels", "in jit", "TFLOP/s", "GB/s", "of floor", *beside, "must", "goal"]
-    widths = [22, 12, 12, 8, 10, 10, *(12 for _ in beside), 10, 10]
+    names = ["row", "kernels", "in jit", "mosaic", "TFLOP/s", "GB/s", "of floor", *beside, "must", "goal"]
+    widths = [22, 12, 12, 7, 8, 10, 10, *(12 for _ in beside), 10, 10]
     print(" ".join(f"{name:{width}}" for name, width in zip(names, widths, strict=True)), flush=True)
 
 
@@ -298,6 +309,7 @@ FORWARD = (
     (Tile(64, 64, 4, 2), Tile(128, 64, 4, 3)),
     (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
     (Tile(64, 64, 4, 2), Tile(128, 64, 8, 4)),
+    (Tile(64, 64, 4, 2), Tile(128, 32, 8, 4)),
     (Tile(64, 64, 4, 2), Tile(128, 128, 8, 3)),
 )
 WHOLE = (
@@ -417,27 +429,30 @@ def check():
         sizes = tuple(side * side for side in sides)
         for pattern in ("diagonal", "causal"):
             for dtype in ("float16", "bfloat16"):
-                shape = (1, length, 2, DIM)
-                arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4)]
-                attend = functools.partial(jax_kernels.attention, block_sizes=sizes, pattern=pattern, scale=SCALE)
-
-                @jax.jit
-                def run(q, k, v, d_out, attend=attend):
-                    out, vjp = jax.vjp(attend, q, k, v)
-                    return out, *vjp(d_out)
-
-                ours, again = ([np.asarray(x) for x in run(*arrays)] for _ in range(2))
-                same = all(x.tobytes() == y.tobytes() for x, y in zip(ours, again, strict=True))
+                arrays = [jnp.asarray(rng.standard_normal((1, length, 2, DIM)), dtype) for _ in range(4)]
                 expected = expected_by_blocks(sizes, pattern, *arrays)
-                errors = [
-                    np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
-                    for x, y in zip(ours, expected, strict=True)
-                ]
-                allowed = {"float16": 1e-3, "bfloat16": 1e-2}[dtype]
-                verdict = "ok" if max(errors) < allowed and same else "WRONG"
-                shown = "  ".join(f"{name} {e:.1e}" for name, e in zip(("out", "dq", "dk", "dv"), errors))
-                runs = "two runs equal" if same else "two runs DIFFER"
-                print(f"{length:5} {pattern:9} {dtype:9} {shown}  {runs}  {verdict}", flush=True)
+                for name, module in (("triton", jax_kernels), ("mosaic_gpu", mosaic_gpu)):
+                    if module.why_not(arrays[0]) is not None:
+                        continue
+                    attend = functools.partial(module.attention, block_sizes=sizes, pattern=pattern, scale=SCALE)
+                    print(f"{name:10} {length:5} {pattern:9} {dtype:9} {verdict(attend, arrays, expected)}", flush=True)
+
+
+def verdict(attend, arrays, expected):
+    @jax.jit
+    def run(q, k, v, d_out):
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(d_out)
+
+    ours, again = ([np.asarray(x) for x in run(*arrays)] for _ in range(2))
+    same = all(x.tobytes() == y.tobytes() for x, y in zip(ours, again, strict=True))
+    errors = [
+        np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y) for x, y in zip(ours, expected, strict=True)
+    ]
+    allowed = {"float16": 1e-3, "bfloat16": 1e-2}[arrays[0].dtype.name]
+    shown = "  ".join(f"{name} {e:.1e}" for name, e in zip(("out", "dq", "dk", "dv"), errors))
+    runs = "two runs equal" if same else "two runs DIFFER"
+    return f"{shown}  {runs}  {'ok' if max(errors) < allowed and same else 'WRONG'}"
 
 
 def main():

@@ -7,19 +7,19 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_tpu, triton, xla
+from pallas_kernels import mosaic_gpu, mosaic_tpu, triton, xla
 from pallas_kernels.reference import PATTERNS
 
-# Every name that users may write, in this version or another.
-IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu", "mosaic_tpu")
-
-# What this version has, best first. A module offers `attention(q, k, v, block_sizes, pattern, scale)` and `why_not(q)`:
-# None if it can run here on arrays like q, otherwise the reason in words.
-_AVAILABLE = {
+# Every name that users may write, best first. A module offers `attention(q, k, v, block_sizes, pattern, scale)`,
+# `why_not(q)`: None if it can run here on arrays like q, otherwise the reason in words, and, if it is not the best
+# wherever it can run, `is_faster(q, pattern)`.
+_MODULES = {
     "mosaic_tpu": mosaic_tpu,
+    "mosaic_gpu": mosaic_gpu,
     "triton": triton,
     "xla": xla,
 }
+IMPLEMENTATIONS = tuple(reversed(_MODULES))
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -52,11 +52,11 @@ def block_attention(
 
     Raises:
       ValueError: an argument is wrong; the message names what was wanted and what came.
-      NotImplementedError: the named implementation is not in this version or cannot run here; the message says why.
+      NotImplementedError: the named implementation cannot run here; the message says why.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     block_sizes = _check(q, k, v, block_sizes, pattern, scale)
-    return _choose(implementation, q).attention(q, k, v, block_sizes, pattern, float(scale))
+    return _choose(implementation, q, pattern).attention(q, k, v, block_sizes, pattern, float(scale))
 
 
 def _check(q, k, v, block_sizes, pattern, scale):
@@ -85,17 +85,17 @@ def _check(q, k, v, block_sizes, pattern, scale):
     return sizes
 
 
-def _choose(implementation, q):
+def _choose(implementation, q, pattern):
     """The module that computes: the named one, or the first that can run here."""
     if implementation is None:
-        return next(module for module in _AVAILABLE.values() if module.why_not(q) is None)
+        return next(module for module in _MODULES.values() if module.why_not(q) is None and _is_best(module, q, pattern))
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
-    if implementation not in _AVAILABLE:
-        raise NotImplementedError(
-            f"implementation {implementation!r} is not part of this version; available: {', '.join(_AVAILABLE)}"
-        )
-    reason = _AVAILABLE[implementation].why_not(q)
+    reason = _MODULES[implementation].why_not(q)
     if reason is not None:
         raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
-    return _AVAILABLE[implementation]
+    return _MODULES[implementation]
+
+
+def _is_best(module, q, pattern):
+    return not hasattr(module, "is_faster") or module.is_faster(q, pattern)

@@ -68,7 +68,7 @@ def _backward(call, residuals, d_out):
 attend.defvjp(_forward, _backward)
 
 
-def _batched(function):
+def batched(function):
     """`function` of (B, ...) arrays, so that `jax.vmap` folds its axis into B: Triton calls have no batching rule."""
     batched = jax.custom_batching.custom_vmap(function)
 
@@ -89,7 +89,7 @@ def _batched(function):
 def run_forward(call):
     """(q, k, v), each (B, L, H, D) -> out (B, L, H, D), and lse (B, H, L) float32 in base 2."""
 
-    @_batched
+    @batched
     def run(q, k, v):
         batch, length, heads, _ = q.shape
         bounds = _bounds(call, tiles.query_bounds)
@@ -99,7 +99,7 @@ def run_forward(call):
         )
         for launch in triton_plan.forward_launches(call.problem, q.shape, q.dtype.name):
             results = _launch(call, launch, (q, k, v, bounds), results)
-        return tuple(_varying_like(q, x) for x in results)
+        return tuple(varying_like(q, x) for x in results)
 
     return run
 
@@ -108,7 +108,7 @@ def run_forward(call):
 def run_backward(call):
     """(q, k, v, out, lse, d_out) -> (dq, dk, dv), each (B, L, H, D)."""
 
-    @_batched
+    @batched
     def run(q, k, v, out, lse, d_out):
         batch, length, heads, _ = q.shape
         query_bounds, key_bounds = _bounds(call, tiles.query_bounds), _bounds(call, tiles.key_bounds)
@@ -129,7 +129,7 @@ def run_backward(call):
             else:
                 inputs = (q, k, v, d_out, lse, delta, top_d_out, key_bounds)
                 d_k, d_v = _launch(call, launch, inputs, (d_k, d_v))
-        return tuple(_varying_like(q, x) for x in (d_q, d_k, d_v))
+        return tuple(varying_like(q, x) for x in (d_q, d_k, d_v))
 
     return run
 
@@ -175,7 +175,7 @@ def _launch(call, launch, inputs, results, continued=None):
     return tuple(made)
 
 
-def _varying_like(q, x):
+def varying_like(q, x):
     """x, marked under `shard_map` as different on each device along the mesh axes where q is."""
     q_axes, x_axes = (jax.typeof(y).manual_axis_type.varying for y in (q, x))
     axes = tuple(q_axes - x_axes)
