@@ -1,11 +1,7 @@
-"""Block attention on Hopper: a forward kernel in Pallas' Mosaic GPU, and the backward kernels of triton.py.
+"""Block attention on Hopper by kernels in Pallas' Mosaic GPU: forward, backward, and their batching.
 
-The kernel is FlashAttention 3's (arXiv 2407.08608) over a list of tiles: one warpgroup copies keys and values into
-shared memory (TMA), two compute, each with 64 queries; while one has the matrix units (wgmma) the other takes its
-softmax. Programs are persistent and their work is listed beforehand (mosaic_gpu_plan.py). No atomics: the same inputs
-give the same bits.
-
-It is faster than the Triton kernel where blocks are long (benchmarks/RESULTS.md), and there `block_attention` takes it.
+The kernels are in mosaic_gpu_kernels.py, the loops around them in mosaic_gpu_program.py, and their work is listed in
+mosaic_gpu_plan.py.
 """
 
 import dataclasses
@@ -14,31 +10,39 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
+import numpy as np
 
-from pallas_kernels import mosaic_gpu_plan, triton, triton_plan
-from pallas_kernels.mosaic_gpu_plan import EVERY_KEY, ITEM, ROWS, WARPGROUPS
+from pallas_kernels import mosaic_gpu_kernels, mosaic_gpu_plan, mosaic_gpu_program, triton, triton_plan
+from pallas_kernels.mosaic_gpu_plan import ROWS
+from pallas_kernels.mosaic_gpu_program import Layout, Stream
 
 _OLDEST_JAX = (0, 11)  # Pallas' interface to Mosaic GPU still changes
 _DTYPES = ("float16", "bfloat16")
 _DIM = 64
-_STAGES = 2  # tiles of keys, and of values, in shared memory
-_LOG2_E = math.log2(math.e)
-# A maximum over no keys yet. Finite, so that its difference with itself is no NaN.
-_NO_SCORE = -3e38
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """How a kernel takes the other side."""
+
+    columns: int  # rows at a time, a multiple of 8, at most 256
+    stages: int  # of them in shared memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the forward kernel cuts its work."""
+    """How the kernels cut their work."""
 
-    columns: int = 256  # keys of a step; a multiple of 8, at most 256
+    forward: Step = Step(256, 2)
+    queries: Step = Step(128, 2)
+    keys: Step = Step(64, 3)
     together: int = 8  # heads that go through the tiles side by side, at most
 
 
 # (GPU, L, D, pattern), of half precision: where `benchmarks/attention.py` measured it to be faster than Triton's.
 FASTER = {
+    ("H100", 2240, 64, "diagonal"): Tuning(),
+    ("H100", 2240, 64, "causal"): Tuning(),
     ("H100", 9451, 64, "diagonal"): Tuning(),
     ("H100", 9451, 64, "causal"): Tuning(),
 }
@@ -46,7 +50,7 @@ FASTER = {
 
 def why_not(q):
     """None if the kernels can run here on arrays like q, otherwise the reason in words."""
-    reason = triton.why_not(q)
+    reason = triton.why_not_nvidia()
     if reason is not None:
         return reason
     if jax.__version_info__ < _OLDEST_JAX:
@@ -62,27 +66,34 @@ def why_not(q):
 
 def is_faster(q, pattern):
     """Whether it was measured to be faster than the other implementations here, on arrays like q."""
-    gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
-    return (gpu, q.shape[1], q.shape[3], pattern) in FASTER
+    return _case(q, pattern) in FASTER
+
+
+def _case(q, pattern):
+    return triton_plan.gpu_name(jax.devices()[0].device_kind), q.shape[1], q.shape[3], pattern
 
 
 def attention(q, k, v, block_sizes, pattern, scale):
     """Block attention; arguments are checked and explained in `pallas_kernels.api.block_attention`."""
-    gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
-    tuning = FASTER.get((gpu, q.shape[1], q.shape[3], pattern), Tuning())
-    problem = triton_plan.Problem(
-        block_sizes, pattern, scale, triton_plan.tuning_for(gpu, q.shape[1], q.shape[3], q.dtype.name, pattern)
-    )
-    return attend(q, k, v, Call(triton.Call(problem), tuning, jax.devices()[0].core_count))
+    tuning = FASTER.get(_case(q, pattern), Tuning())
+    return attend(q, k, v, Call(block_sizes, pattern, scale, tuning, jax.devices()[0].core_count))
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """All that is static about a call from JAX."""
 
-    backward: triton.Call
+    block_sizes: tuple[int, ...]
+    pattern: str
+    scale: float
     tuning: Tuning = Tuning()
     multiprocessors: int = 132
+
+    def plan(self, make, q, step):
+        """make: `mosaic_gpu_plan.query_plan` or `key_plan`."""
+        batch, _, heads, _ = q.shape
+        together = self.tuning.together
+        return make(self.block_sizes, self.pattern, batch, heads, step.columns, together, self.multiprocessors)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -97,7 +108,7 @@ def _forward(q, k, v, call):
 
 
 def _backward(call, residuals, d_out):
-    return triton.run_backward(call.backward)(*residuals, d_out)
+    return run_backward(call)(*residuals, d_out)
 
 
 attend.defvjp(_forward, _backward)
@@ -109,230 +120,83 @@ def run_forward(call):
 
     @triton.batched
     def run(q, k, v):
-        # Imported at the first call: slow, and of no use to other devices.
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        batch, length, heads, dim = q.shape
-        problem, tuning = call.backward.problem, call.tuning
-        plan = mosaic_gpu_plan.plan(
-            problem.block_sizes,
-            problem.pattern,
-            batch,
-            heads,
-            tuning.columns,
-            tuning.together,
+        step = call.tuning.forward
+        plan = call.plan(mosaic_gpu_plan.query_plan, q, step)
+        log2_scale = call.scale * math.log2(math.e)
+        results = mosaic_gpu_program.call(
+            Layout(q.dtype, q.shape[3], step.columns, step.stages, 1, (Stream(1), Stream(1)), 1, 1),
+            functools.partial(mosaic_gpu_kernels.forward, log2_scale, q.dtype, step.columns),
+            plan,
             call.multiprocessors,
+            dict(q=q, k=k, v=v, own=("q",), streams=(("k",), ("v",))),
+            dict(out=_like(q), lse=_row_results(q, plan)),
         )
-        num_tiles = len(plan.bounds)
-        kernel = plgpu.kernel(
-            functools.partial(_allocate, plgpu, tuning.columns, dim, q.dtype, problem.scale * _LOG2_E),
-            out_type=[
-                jax.ShapeDtypeStruct(q.shape, q.dtype),
-                jax.ShapeDtypeStruct((batch, heads, num_tiles, ROWS), jnp.float32),
-            ],
-            grid=(call.multiprocessors,),
-            grid_names=("program",),
-            num_threads=WARPGROUPS + 1,
-            thread_name="warpgroup",
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-            ),
-        )
-        out, lse = kernel(q, k, v, *(jnp.asarray(x) for x in (plan.bounds, plan.items, plan.counts)))
-        lse = lse.reshape(batch, heads, num_tiles * ROWS)[:, :, plan.place]
-        return tuple(triton.varying_like(q, x) for x in (out, lse))
+        return tuple(triton.varying_like(q, x) for x in (results["out"], _from_tiles(results["lse"], plan)))
 
     return run
 
 
-def _allocate(plgpu, columns, dim, dtype, log2_scale, *refs):
-    """The kernel's entry: shared memory and barriers.
+@functools.lru_cache(maxsize=256)
+def run_backward(call):
+    """(q, k, v, out, lse, d_out) -> (dq, dk, dv), each (B, L, H, D)."""
 
-    wgmma wants matrices in tiles of (8, 64), and copies of such tiles start at multiples of 8 rows; blocks start
-    anywhere. With rows of 64 numbers (128 bytes) a tile is just 8 consecutive rows, and the swizzle goes by addresses;
-    so the same memory has two views: in tiles for the products, flat for copies that start and end at any row.
-    """
-    swizzle = plgpu.SwizzleTransform(128)
-
-    def two_views(shape):
-        return plgpu.RefUnion(
-            plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle)),
-            plgpu.SMEM(shape, dtype, transforms=(swizzle,)),
+    @triton.batched
+    def run(q, k, v, out, lse, d_out):
+        ranged = q.dtype == jnp.float16
+        step = call.tuning.queries
+        plan = call.plan(mosaic_gpu_plan.query_plan, q, step)
+        operands = dict(q=q, d_out=d_out, out=out, k=k, v=v, lse=_at(lse, plan.own_rows, jnp.inf))
+        if ranged:
+            top_v = jnp.abs(v).max(axis=(1, 3)).astype(jnp.float32)
+            operands["top_v"] = top_v
+        results = mosaic_gpu_program.call(
+            Layout(q.dtype, q.shape[3], step.columns, step.stages, 3, (Stream(2),), 1, 2),
+            functools.partial(mosaic_gpu_kernels.backward_queries, call.scale, q.dtype, step.columns),
+            plan,
+            call.multiprocessors,
+            dict(**operands, own=("q", "d_out", "out"), streams=(("k", "v"),)),
+            dict(d_q=_like(q), delta=_row_results(q, plan), top_d_out=_row_results(q, plan)),
         )
-
-    queries, keys = (WARPGROUPS, ROWS, dim), (_STAGES, columns, dim)
-    pl.run_scoped(
-        functools.partial(_kernel, plgpu, columns, dim, dtype, log2_scale, refs),
-        two_views((2, *queries)),
-        two_views(keys),
-        two_views(keys),
-        two_views(queries),
-        plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
-        plgpu.Barrier(num_barriers=_STAGES),
-        plgpu.Barrier(num_barriers=_STAGES),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=_STAGES),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=_STAGES),
-        plgpu.Barrier(num_arrivals=WARPGROUPS),
-        collective_axes="warpgroup",
-    )
-
-
-def _kernel(
-    plgpu, columns, dim, dtype, log2_scale, refs,
-    q_views, k_views, v_views, out_views, lse_smem,
-    q_ready, k_ready, v_ready, q_free, k_free, v_free, turn,
-):  # fmt: skip
-    """One program. `..._ready`: a copy has arrived; `..._free`: both computing warpgroups have read it."""
-    q_ref, k_ref, v_ref, bounds_ref, items_ref, counts_ref, out_ref, lse_ref = refs
-    (q_smem, q_flat), (k_smem, k_flat), (v_smem, v_flat), (out_smem, out_flat) = q_views, k_views, v_views, out_views
-    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    matrix, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
-
-    def item(n):
-        return {name: items_ref[program, n, column] for column, name in enumerate(ITEM)}
-
-    def buffer(count, number):
-        return lax.rem(number, jnp.int32(count))
-
-    def along_rows(x, width):
-        return lax.broadcast_in_dim(x, (ROWS, width), [0])
-
-    def take_turns():
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
-
-    def step(work, masked, q, lo, hi, steps_before, j, carry):
-        """One tile of keys: the running output, maximum and sum of each query, updated."""
-        acc, top, total = carry
-        slot = buffer(_STAGES, steps_before + j)
-        plgpu.barrier_wait(k_ready.at[slot])
-
-        def score(ref):
-            plgpu.wgmma(ref, q, k_smem.at[slot].transpose((1, 0)))
-            take_turns()
-            return ref[...]
-
-        scores = pl.run_scoped(score, plgpu.ACC((ROWS, columns), jnp.float32))
-        plgpu.barrier_arrive(k_free.at[slot])
-        if masked:
-            keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 1, layout=matrix)
-            keys += work["first_key"] + j * columns
-            seen = (keys >= along_rows(lo, columns)) & (keys < along_rows(hi, columns))
-            scores = jnp.where(seen, scores * log2_scale, -jnp.inf)
-            new_top = jnp.maximum(top, scores.max(axis=1))
-            weights = jnp.exp2(scores - along_rows(new_top, columns))
-        else:
-            # The product with the scale is fused into the subtraction; so the maximum is taken of unscaled scores.
-            largest = scores.max(axis=1) if log2_scale >= 0 else scores.min(axis=1)
-            new_top = jnp.maximum(top, largest * log2_scale)
-            weights = jnp.exp2(scores * log2_scale - along_rows(new_top, columns))
-        shrink = jnp.exp2(top - new_top)
-        acc *= along_rows(shrink, dim)
-        half = weights.astype(dtype)
-        total = total * shrink + weights.sum(axis=1)
-        # All of the softmax before the other warpgroup's.
-        acc, total, new_top, half = lax.optimization_barrier((acc, total, new_top, half))
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(v_ready.at[slot])
-        plgpu.barrier_wait(turn)
-
-        def weigh(ref):
-            plgpu.wgmma(ref, half, v_smem.at[slot])
-
-        acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
-        plgpu.barrier_arrive(v_free.at[slot])
-        return acc, new_top, total
-
-    def attend_rows(work, rows, q_slot, steps_before):
-        """The item's queries of this warpgroup, `rows` of them."""
-        tile = work["tile"] + warpgroup
-        lo, hi = (plgpu.load(bounds_ref.at[tile, side], layout=row, optimized=False) for side in (0, 1))
-        carry = (
-            plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), matrix),
-            plgpu.layout_cast(jnp.full((ROWS,), _NO_SCORE, jnp.float32), row),
-            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
+        delta = _from_tiles(results["delta"], plan)
+        step = call.tuning.keys
+        plan = call.plan(mosaic_gpu_plan.key_plan, q, step)
+        operands = dict(q=q, d_out=d_out, k=k, v=v)
+        if ranged:
+            largest = q.shape[3] * jnp.maximum(results["top_d_out"].max(axis=(2, 3)) * top_v, 1e-30)
+            operands["factor"] = mosaic_gpu_kernels.HALF_RANGE / largest  # (B, H)
+            delta *= operands["factor"][:, :, None]
+        operands |= dict(lse=_at(lse, plan.other_rows, jnp.inf), delta=_at(delta, plan.other_rows, 0.0))
+        d_q = results["d_q"]
+        results = mosaic_gpu_program.call(
+            Layout(q.dtype, q.shape[3], step.columns, step.stages, 2, (Stream(2, 2),), 2, 0),
+            functools.partial(mosaic_gpu_kernels.backward_keys, call.scale, q.dtype, step.columns),
+            plan,
+            call.multiprocessors,
+            dict(**operands, own=("k", "v"), streams=(("q", "d_out", "lse", "delta"),)),
+            dict(d_k=_like(q), d_v=_like(q)),
         )
-        for masked, begin, end in ((False, 0, work["full"]), (True, work["full"], work["steps"])):
-            body = functools.partial(step, work, masked, q_smem.at[q_slot, warpgroup], lo, hi, steps_before)
-            carry = lax.fori_loop(begin, end, body, carry)
-        acc, top, total = carry
-        plgpu.barrier_arrive(q_free.at[q_slot])
-        acc *= along_rows(1.0 / total, dim)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the item before left to copy
-        lse = top + jnp.log(total) * _LOG2_E
-        lse_smem[warpgroup] = jnp.where(hi == EVERY_KEY, 0.0, lse)  # rows that are no query have seen other blocks
-        first = work["start"] + ROWS * warpgroup
+        return tuple(triton.varying_like(q, x) for x in (d_q, results["d_k"], results["d_v"]))
 
-        out_smem[warpgroup] = acc.astype(dtype)
-        plgpu.commit_smem()
-        size = ROWS
-        while size:  # copies of fixed sizes, the binary digits of `rows`
+    return run
 
-            @pl.when((rows & size) != 0)
-            def _(size=size):
-                at = rows & ~(2 * size - 1)
-                target = out_ref.at[work["batch"], pl.ds(first + at, size), work["head"]]
-                plgpu.copy_smem_to_gmem(out_flat.at[warpgroup, pl.ds(at, size)], target, commit_group=False)
 
-            size //= 2
+def _like(q):
+    return jax.ShapeDtypeStruct(q.shape, q.dtype)
 
-        plgpu.copy_smem_to_gmem(
-            lse_smem.at[warpgroup], lse_ref.at[work["batch"], work["head"], tile], commit_group=False
-        )
-        plgpu.commit_smem_to_gmem_group()
 
-    def let_pass(work, q_slot, steps_before):
-        """An item that has no queries for this warpgroup: only the others wait for it."""
-        plgpu.barrier_arrive(q_free.at[q_slot])
+def _row_results(q, plan):
+    batch, _, heads, _ = q.shape
+    return jax.ShapeDtypeStruct((batch, heads, len(plan.own_rows), ROWS), jnp.float32)
 
-        @pl.loop(0, work["steps"])
-        def _(j):
-            slot = buffer(_STAGES, steps_before + j)
-            plgpu.barrier_wait(k_ready.at[slot])
-            take_turns()
-            plgpu.barrier_arrive(k_free.at[slot])
-            plgpu.barrier_wait(v_ready.at[slot])
-            take_turns()
-            plgpu.barrier_arrive(v_free.at[slot])
 
-    @pl.when(warpgroup < WARPGROUPS)
-    def _compute():
-        plgpu.set_max_registers(232, action="increase")
-        pl.when(warpgroup == 1)(take_turns)
+def _from_tiles(x, plan):
+    """(B, H, tiles, ROWS) -> (B, H, L)"""
+    rows = plan.own_rows.ravel()
+    place = np.flatnonzero(rows >= 0)
+    place = place[np.argsort(rows[place])]
+    return x.reshape(*x.shape[:2], -1)[:, :, place]
 
-        @pl.loop(0, counts_ref[program], init_carry=jnp.int32(0))
-        def _(n, steps_before):
-            work, q_slot = item(n), buffer(2, n)
-            rows = jnp.minimum(work["rows"] - ROWS * warpgroup, ROWS)
-            plgpu.barrier_wait(q_ready.at[q_slot])
-            pl.when(rows > 0)(lambda: attend_rows(work, rows, q_slot, steps_before))
-            pl.when(rows <= 0)(lambda: let_pass(work, q_slot, steps_before))
-            return steps_before + work["steps"]
 
-        pl.when(warpgroup == 0)(take_turns)
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(warpgroup == WARPGROUPS)
-    def _copy():
-        plgpu.set_max_registers(40, action="decrease")
-
-        @pl.loop(0, counts_ref[program], init_carry=jnp.int32(0))
-        def _(n, steps_before):
-            work, q_slot = item(n), buffer(2, n)
-            pl.when(n >= 2)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
-            for index in range(WARPGROUPS):
-                source = q_ref.at[work["batch"], pl.ds(work["start"] + ROWS * index, ROWS), work["head"]]
-                plgpu.copy_gmem_to_smem(source, q_flat.at[q_slot, index], q_ready.at[q_slot])
-
-            @pl.loop(0, work["steps"])
-            def _(j):
-                slot = buffer(_STAGES, steps_before + j)
-                used = steps_before + j >= _STAGES
-                at = (work["batch"], pl.ds(work["first_key"] + j * columns, columns), work["head"])
-                for ref, flat, ready, free in ((k_ref, k_flat, k_ready, k_free), (v_ref, v_flat, v_ready, v_free)):
-                    pl.when(used)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    plgpu.copy_gmem_to_smem(ref.at[at], flat.at[slot], ready.at[slot])
-
-            return steps_before + work["steps"]
+def _at(x, rows, fill):
+    """(B, H, L) -> (B, H, *rows.shape), fill where rows is -1."""
+    return jnp.where(rows >= 0, x[:, :, np.maximum(rows, 0)], fill)

@@ -20,11 +20,9 @@ _LARGEST_DIM = 128
 
 def why_not(q):
     """None if the kernels can run here on arrays like q, otherwise the reason in words."""
-    platform = jax.default_backend()
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, this process runs on {platform}"
-    if "cuda" not in jax.devices()[0].client.platform_version.lower():
-        return "it needs an NVIDIA GPU, this process runs on another kind"
+    reason = why_not_nvidia()
+    if reason is not None:
+        return reason
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed: pip install 'hmar_jax[gpu]'"
@@ -32,6 +30,16 @@ def why_not(q):
         return f"it takes {', '.join(_DTYPES)}; got {q.dtype}"
     if q.shape[-1] > _LARGEST_DIM:
         return f"it takes head dims up to {_LARGEST_DIM}; got {q.shape[-1]}"
+    return None
+
+
+def why_not_nvidia():
+    """None if this process runs on an NVIDIA GPU, otherwise the reason in words."""
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, this process runs on {platform}"
+    if "cuda" not in jax.devices()[0].client.platform_version.lower():
+        return "it needs an NVIDIA GPU, this process runs on another kind"
     return None
 
 
