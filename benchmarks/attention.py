@@ -219,27 +219,30 @@ def in_jit_times(row, problem, dtype):
 def chain_times(module, call, q, k, v, d_out):
     out, lse = jax.jit(module.run_forward(call))(q, k, v)
 
-    # The output takes the place of q, and dv that of v; neither drifts out of range over the calls.
+    # The output takes the place of q, and dv that of v; neither drifts out of range over the calls. Unrolled: a loop
+    # would copy what it carries.
     def forward(q, k, v, calls):
-        return jax.lax.fori_loop(0, calls, lambda _, q: module.run_forward(call)(q, k, v)[0], q)
+        for _ in range(calls):
+            q = module.run_forward(call)(q, k, v)[0]
+        return q
 
     def backward(q, k, v, d_out, out, lse, calls):
-        # All three are carried: what nothing uses is not computed.
-        def body(_, carry):
-            return module.run_backward(call)(q, k, carry[2], out, lse, d_out)
-
-        return jax.lax.fori_loop(0, calls, body, (q, k, v))
+        results = []
+        for _ in range(calls):
+            d_q, d_k, v = module.run_backward(call)(q, k, v, out, lse, d_out)
+            results += [d_q, d_k]  # returned: what nothing uses is not computed
+        return results, v
 
     return jit_median(forward, q, k, v), jit_median(backward, q, k, v, d_out, out, lse)
 
 
-def jit_median(function, *arrays, few=2, many=22, repeats=9):
-    run = jax.jit(function)
+def jit_median(function, *arrays, few=2, many=12, repeats=15):
+    runs = [jax.jit(functools.partial(function, calls=calls)) for calls in (few, many)]
     seconds = [[], []]
     for repeat in range(repeats + 1):
-        for calls, times in zip((few, many), seconds, strict=True):
+        for run, times in zip(runs, seconds, strict=True):
             start = time.perf_counter()
-            jax.block_until_ready(run(*arrays, jnp.int32(calls)))
+            jax.block_until_ready(run(*arrays))
             if repeat:  # the first compiles
                 times.append(time.perf_counter() - start)
     short, long = (statistics.median(times) for times in seconds)
