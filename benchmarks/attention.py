@@ -1,8 +1,8 @@
 """Block attention on a GPU: times beside PyTorch's, checks against float64, and the choice of tile sizes.
 
     python benchmarks/attention.py [--dtype=bfloat16] [--beside=varlen,sdpa,flex] [--json=PATH]   times, one row a case
-    python benchmarks/attention.py --tune [--json=PATH]    finds tile sizes for triton_plan.TUNED, then times
     python benchmarks/attention.py --check                 errors and reproducibility, through JAX
+    python benchmarks/tune_attention.py                    another command: finds the tile sizes in the code
 
 Two times of the Triton kernels: `kernels`, launched on PyTorch tensors from a CUDA graph and timed with CUDA events, the
 L2 cache flushed before each run (only with PyTorch), and `in jit`, what one more call costs in a chain of calls in one
@@ -28,7 +28,6 @@ import numpy as np  # noqa: E402
 
 from pallas_kernels import mosaic_gpu, triton_plan  # noqa: E402
 from pallas_kernels import triton as jax_kernels  # noqa: E402
-from pallas_kernels.triton_plan import Tile, Tuning  # noqa: E402
 
 try:
     import torch
@@ -38,7 +37,6 @@ except ModuleNotFoundError:
 DEVICE = "cuda"
 DIM = 64
 SCALE = DIM**-0.5
-MOSAIC = mosaic_gpu.Tuning()
 OPERATIONS_PER_SECOND = 785e12
 BYTES_PER_SECOND = 3.02e12
 
@@ -102,11 +100,18 @@ ROWS = (
 )
 
 
-def problem_of(row, tunings):
-    tuning = tunings.get((row.length, row.pattern)) or triton_plan.tuning_for(
-        triton_plan.gpu_name(jax.devices()[0].device_kind), row.length, DIM, "float16", row.pattern
-    )
+def problem_of(row, tuning=None):
+    """The Triton kernels' Problem, with the tile sizes in the code if none are given."""
+    gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
+    tuning = tuning or triton_plan.tuning_for(gpu, row.length, DIM, "float16", row.pattern)
     return triton_plan.Problem(row.sizes, row.pattern, SCALE, tuning)
+
+
+def mosaic_call(row, tuning=None):
+    """The same for the Mosaic kernels."""
+    gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
+    tuning = tuning or mosaic_gpu.tuning_for(gpu, row.length, DIM, row.pattern)
+    return mosaic_gpu.Call(row.sizes, row.pattern, SCALE, tuning, jax.devices()[0].core_count)
 
 
 # Times on PyTorch tensors.
@@ -204,15 +209,13 @@ BESIDE = {"varlen": varlen_times, "sdpa": sdpa_times, "flex": flex_times}
 # Times inside jit.
 
 
-def in_jit_times(row, problem, dtype):
+def in_jit_times(row, dtype):
     """{name: (forward, backward)}: what a call costs in a chain of calls, each of which needs the one before."""
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(key, row.shape, dtype) for key in keys]
-    times = {"in jit": chain_times(jax_kernels, jax_kernels.Call(problem), *arrays)}
+    times = {"in jit": chain_times(jax_kernels, jax_kernels.Call(problem_of(row)), *arrays)}
     if mosaic_gpu.why_not(arrays[0]) is None:
-        multiprocessors = jax.devices()[0].core_count
-        call = mosaic_gpu.Call(row.sizes, row.pattern, SCALE, MOSAIC, multiprocessors)
-        times["mosaic"] = chain_times(mosaic_gpu, call, *arrays)
+        times["mosaic"] = chain_times(mosaic_gpu, mosaic_call(row), *arrays)
     return times
 
 
@@ -252,19 +255,18 @@ def jit_median(function, *arrays, few=2, many=12, repeats=15):
 # The table.
 
 
-def measure(row, tunings, dtype, beside):
+def measure(row, dtype, beside):
     """A JSON-ready dict of all times of one row: name -> [forward, backward] in ms, None where there is none."""
-    problem = problem_of(row, tunings)
     times = {}
     if torch is not None:
-        times["kernels"] = kernel_times(row, problem, dtype)
+        times["kernels"] = kernel_times(row, problem_of(row), dtype)
         for name in beside:
             try:
                 times[name] = BESIDE[name](row, dtype)
             except Exception as error:  # another version of PyTorch must not cost us our own times
                 print(f"{row}: {name} failed: {type(error).__name__}: {str(error)[:200]}", flush=True)
                 times[name] = None
-    return times | in_jit_times(row, problem, dtype)
+    return times | in_jit_times(row, dtype)
 
 
 def pair(x, digits=3):
@@ -294,107 +296,6 @@ def print_header(beside):
     names = ["row", "kernels", "in jit", "mosaic", "TFLOP/s", "GB/s", "of floor", *beside, "must", "goal"]
     widths = [22, 12, 12, 12, 8, 10, 10, *(12 for _ in beside), 10, 10]
     print(" ".join(f"{name:{width}}" for name, width in zip(names, widths, strict=True)), flush=True)
-
-
-# Tuning.
-
-# Tile sizes that ptxas fits on an H100 without spilled registers, for D = 64.
-_SHORT = Tile(64, 64, 4, 1, spread=2)
-FORWARD = (
-    (Tile(64, 64, 4, 3),),
-    (Tile(64, 64, 4, 2),),
-    (Tile(64, 64, 4, 4),),
-    (Tile(64, 32, 4, 3),),
-    (Tile(64, 64, 4, 2), Tile(128, 64, 4, 3)),
-    (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
-    (Tile(64, 64, 4, 2), Tile(128, 64, 8, 4)),
-    (Tile(64, 64, 4, 2), Tile(128, 32, 8, 4)),
-    (Tile(64, 64, 4, 2), Tile(128, 128, 8, 3)),
-)
-WHOLE = (
-    (_SHORT,),
-    (_SHORT, Tile(128, 32, 8, 2, spread=8)),
-    (_SHORT, Tile(128, 128, 8, 1, spread=2)),
-    (Tile(64, 32, 4, 2, spread=4),),
-)
-KEYS = (
-    Tile(64, 64, 4, 3, spread=2),
-    Tile(64, 64, 4, 2, spread=2),
-    Tile(64, 32, 4, 3, spread=4),
-    Tile(64, 32, 4, 4, spread=4),
-    Tile(128, 32, 8, 3, spread=8),
-    Tile(128, 64, 8, 2, spread=4),
-    Tile(128, 64, 8, 3, spread=4),
-)
-QUERIES = (
-    Tile(64, 64, 4, 3),
-    Tile(64, 64, 4, 4),
-    Tile(64, 32, 4, 3),
-    Tile(64, 32, 4, 4),
-    Tile(128, 32, 8, 3),
-    Tile(128, 64, 8, 3),
-)
-TOGETHER = (1, 2, 4, 8, 16)
-
-
-def tune(row, dtype):
-    """The fastest tile sizes for a row, one field after the other: the Tuning, and {field: [(ms, candidate)]}."""
-    from torch_launch import TorchAttention
-    from triton.runtime.errors import OutOfResources
-
-    q, k, v, d_out = torch_inputs(row, dtype)
-    best = Tuning(FORWARD[0], WHOLE[0], KEYS[0], QUERIES[0], forward_together=4, backward_together=4)
-    tried = {}
-
-    def milliseconds(tuning, backward):
-        attention = TorchAttention(triton_plan.Problem(row.sizes, row.pattern, SCALE, tuning), q)
-        run = (lambda: attention.backward(q, k, v, d_out)) if backward else (lambda: attention.forward(q, k, v))
-        try:
-            attention.forward(q, k, v)
-            return torch_median(captured(run), repeat_ms=40)
-        except (OutOfResources, RuntimeError) as error:  # another GPU or Triton than the candidates are made for
-            print(f"{row}: {tuning}: {error}", flush=True)
-            return float("inf")
-
-    fields = [("forward", FORWARD, False), ("keys", KEYS, True), ("queries", QUERIES, True)]
-    if row.pattern == "diagonal":
-        # Last, so that keys and queries are chosen where they do most of the work.
-        fields.append(("whole", WHOLE, True))
-    fields += [("forward_together", TOGETHER, False), ("backward_together", TOGETHER, True)]
-    for field, candidates, backward in fields:
-        tried[field] = []
-        for candidate in candidates:
-            tuning = dataclasses.replace(best, **{field: candidate})
-            tried[field].append((milliseconds(tuning, backward), candidate))
-        best = dataclasses.replace(best, **{field: min(tried[field], key=lambda result: result[0])[1]})
-    return best, tried
-
-
-def print_tuning(row, tuning, tried):
-    gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
-    print(f'    ("{gpu}", {row.length}, {DIM}, "half", "{row.pattern}"): Tuning(')
-    for field in dataclasses.fields(tuning):
-        print(f"        {field.name}={_source(getattr(tuning, field.name))},")
-    print("    ),")
-    for field, results in tried.items():
-        short = "  ".join(f"{ms:.3f} {_short(candidate)}" for ms, candidate in results)
-        print(f"    # {field}: {short}", flush=True)
-
-
-def _source(value):
-    """Python source of a field of a Tuning."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_source, value))},)"
-    if isinstance(value, Tile):
-        spread = f", spread={value.spread}" if value.spread != 1 else ""
-        return f"Tile({value.rows}, {value.columns}, {value.warps}, {value.stages}{spread})"
-    return str(value)
-
-
-def _short(candidate):
-    if isinstance(candidate, Tile):
-        return f"{candidate.rows}x{candidate.columns}w{candidate.warps}s{candidate.stages}p{candidate.spread}"
-    return "+".join(map(_short, candidate)) if isinstance(candidate, tuple) else str(candidate)
 
 
 # Checks.
@@ -459,11 +360,32 @@ def main():
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--beside", default="varlen,sdpa", help="of PyTorch's: varlen, sdpa, flex (compiles for long)")
     parser.add_argument("--rows", default="", help="only rows whose name holds this text")
-    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", help="file for all numbers")
     args = parser.parse_args()
-    reason = jax_kernels.why_not(jnp.zeros((1, 1, 1, DIM), args.dtype))
+    start(args.dtype)
+    if args.check:
+        check()
+        return
+
+    beside = [name for name in args.beside.split(",") if name] if torch is not None else []
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, torch {torch and torch.__version__}")
+    print_header(beside)
+    found = []
+    for row in ROWS:
+        if args.rows not in str(row):
+            continue
+        times = measure(row, args.dtype, beside)
+        print_row(row, times, beside)
+        found.append({"row": str(row), "dtype": args.dtype, "tuning": repr(problem_of(row).tuning), **times})
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(found, file, indent=1)
+
+
+def start(dtype):
+    """Ends with a message where the kernels cannot run; keeps Triton's cache where it was."""
+    reason = jax_kernels.why_not(jnp.zeros((1, 1, 1, DIM), dtype))
     if reason is not None:
         raise SystemExit(f"cannot run here: {reason}")
     # jax_triton empties this variable when imported, and Triton would then cache in the working directory.
@@ -471,30 +393,6 @@ def main():
     import jax_triton  # noqa: F401
 
     os.environ["TRITON_CACHE_DIR"] = cache
-    if args.check:
-        check()
-        return
-
-    if args.tune and torch is None:
-        raise SystemExit("--tune times kernels on PyTorch tensors: pip install torch")
-    rows = [row for row in ROWS if args.rows in str(row)]
-    tunings = {}
-    if args.tune:
-        for row in rows:
-            if row.must:
-                tunings[row.length, row.pattern], tried = tune(row, args.dtype)
-                print_tuning(row, tunings[row.length, row.pattern], tried)
-    beside = [name for name in args.beside.split(",") if name] if torch is not None else []
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, torch {torch and torch.__version__}")
-    print_header(beside)
-    found = []
-    for row in rows:
-        times = measure(row, tunings, args.dtype, beside)
-        print_row(row, times, beside)
-        found.append({"row": str(row), "dtype": args.dtype, "tuning": repr(problem_of(row, tunings).tuning), **times})
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump(found, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -36,16 +36,23 @@ class Tuning:
     forward: Step = Step(256, 2)
     queries: Step = Step(128, 2)
     keys: Step = Step(64, 3)
-    together: int = 8  # heads that go through the tiles side by side, at most
+    forward_together: int = 8  # heads that go through the tiles side by side, at most
+    backward_together: int = 8
 
 
-# (GPU, L, D, pattern), of half precision: where `benchmarks/attention.py` measured it to be faster than Triton's.
-FASTER = {
+# (GPU, L, D, pattern), of half precision: made by `benchmarks/tune_attention.py`, for the cases where
+# `benchmarks/attention.py` measured these kernels to be faster than Triton's.
+TUNED = {
     ("H100", 2240, 64, "diagonal"): Tuning(),
     ("H100", 2240, 64, "causal"): Tuning(),
     ("H100", 9451, 64, "diagonal"): Tuning(),
     ("H100", 9451, 64, "causal"): Tuning(),
 }
+
+
+def tuning_for(gpu, length, dim, pattern):
+    """The steps measured for this case, or ones that work everywhere."""
+    return TUNED.get((gpu, length, dim, pattern), Tuning())
 
 
 def why_not(q):
@@ -66,7 +73,7 @@ def why_not(q):
 
 def is_faster(q, pattern):
     """Whether it was measured to be faster than the other implementations here, on arrays like q."""
-    return _case(q, pattern) in FASTER
+    return _case(q, pattern) in TUNED
 
 
 def _case(q, pattern):
@@ -75,7 +82,7 @@ def _case(q, pattern):
 
 def attention(q, k, v, block_sizes, pattern, scale):
     """Block attention; arguments are checked and explained in `pallas_kernels.api.block_attention`."""
-    tuning = FASTER.get(_case(q, pattern), Tuning())
+    tuning = tuning_for(*_case(q, pattern))
     return attend(q, k, v, Call(block_sizes, pattern, scale, tuning, jax.devices()[0].core_count))
 
 
@@ -89,10 +96,9 @@ class Call:
     tuning: Tuning = Tuning()
     multiprocessors: int = 132
 
-    def plan(self, make, q, step):
+    def plan(self, make, q, step, together):
         """make: `mosaic_gpu_plan.query_plan` or `key_plan`."""
         batch, _, heads, _ = q.shape
-        together = self.tuning.together
         return make(self.block_sizes, self.pattern, batch, heads, step.columns, together, self.multiprocessors)
 
 
@@ -121,7 +127,7 @@ def run_forward(call):
     @triton.batched
     def run(q, k, v):
         step = call.tuning.forward
-        plan = call.plan(mosaic_gpu_plan.query_plan, q, step)
+        plan = call.plan(mosaic_gpu_plan.query_plan, q, step, call.tuning.forward_together)
         log2_scale = call.scale * math.log2(math.e)
         results = mosaic_gpu_program.call(
             Layout(q.dtype, q.shape[3], step.columns, step.stages, 1, (Stream(1), Stream(1)), 1, 1),
@@ -144,7 +150,7 @@ def run_backward(call):
     def run(q, k, v, out, lse, d_out):
         ranged = q.dtype == jnp.float16
         step = call.tuning.queries
-        plan = call.plan(mosaic_gpu_plan.query_plan, q, step)
+        plan = call.plan(mosaic_gpu_plan.query_plan, q, step, call.tuning.backward_together)
         operands = dict(q=q, d_out=d_out, out=out, k=k, v=v, lse=_at(lse, plan.own_rows, jnp.inf))
         if ranged:
             top_v = jnp.abs(v).max(axis=(1, 3)).astype(jnp.float32)
@@ -159,7 +165,7 @@ def run_backward(call):
         )
         delta = _from_tiles(results["delta"], plan)
         step = call.tuning.keys
-        plan = call.plan(mosaic_gpu_plan.key_plan, q, step)
+        plan = call.plan(mosaic_gpu_plan.key_plan, q, step, call.tuning.backward_together)
         operands = dict(q=q, d_out=d_out, k=k, v=v)
         if ranged:
             largest = q.shape[3] * jnp.maximum(results["top_d_out"].max(axis=(2, 3)) * top_v, 1e-30)

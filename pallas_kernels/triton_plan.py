@@ -64,7 +64,7 @@ _FLOAT32 = Tuning(
     backward_together=4,
 )
 
-# (GPU, L, D, "half" or "float32", pattern): made by `benchmarks/attention.py --tune`. GPU as `gpu_name` spells it.
+# (GPU, L, D, "half" or "float32", pattern): made by `benchmarks/tune_attention.py`. GPU as `gpu_name` spells it.
 TUNED = {
     ("H100", 680, 64, "half", "diagonal"): Tuning(
         forward=(Tile(64, 32, 4, 3),),
