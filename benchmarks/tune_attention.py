@@ -94,8 +94,8 @@ def tune_triton(row, dtype):
 # Steps of the Mosaic kernels that fit in shared memory.
 MOSAIC = dict(
     forward=(Step(256, 2), Step(128, 4), Step(192, 2), Step(64, 6)),
-    queries=(Step(128, 2), Step(64, 4), Step(96, 3)),
-    keys=(Step(64, 3), Step(96, 2), Step(128, 2), Step(48, 4)),
+    queries=(Step(128, 2), Step(64, 4), Step(96, 3), Step(64, 4, True), Step(96, 3, True), Step(128, 2, True)),
+    keys=(Step(64, 3), Step(96, 2), Step(128, 2), Step(64, 3, True), Step(96, 2, True), Step(48, 4, True)),
     forward_together=(1, 4, 8, 16),
     backward_together=(1, 4, 8, 16),
 )
@@ -162,13 +162,13 @@ def _source(value):
         spread = f", spread={value.spread}" if value.spread != 1 else ""
         return f"Tile({value.rows}, {value.columns}, {value.warps}, {value.stages}{spread})"
     if isinstance(value, Step):
-        return f"Step({value.columns}, {value.stages})"
+        return f"Step({value.columns}, {value.stages}{', held=True' if value.held else ''})"
     return str(value)
 
 
 def _short(candidate):
     if isinstance(candidate, Step):
-        return f"{candidate.columns}s{candidate.stages}"
+        return f"{candidate.columns}s{candidate.stages}{'h' if candidate.held else ''}"
     if isinstance(candidate, Tile):
         return f"{candidate.rows}x{candidate.columns}w{candidate.warps}s{candidate.stages}p{candidate.spread}"
     return "+".join(map(_short, candidate)) if isinstance(candidate, tuple) else str(candidate)

@@ -27,6 +27,7 @@ class Step:
 
     columns: int  # rows at a time, a multiple of 8, at most 256
     stages: int  # of them in shared memory
+    held: bool = False  # backward: own rows stay in registers, and products read less shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ def run_backward(call):
             operands["top_v"] = top_v
         results = mosaic_gpu_program.call(
             Layout(q.dtype, q.shape[3], step.columns, step.stages, 3, (Stream(2),), 1, 2),
-            functools.partial(mosaic_gpu_kernels.backward_queries, call.scale, q.dtype, step.columns),
+            functools.partial(mosaic_gpu_kernels.backward_queries, call.scale, q.dtype, step.columns, step.held),
             plan,
             call.multiprocessors,
             dict(**operands, own=("q", "d_out", "out"), streams=(("k", "v"),)),
@@ -175,7 +176,7 @@ def run_backward(call):
         d_q = results["d_q"]
         results = mosaic_gpu_program.call(
             Layout(q.dtype, q.shape[3], step.columns, step.stages, 2, (Stream(2, 2),), 2, 0),
-            functools.partial(mosaic_gpu_kernels.backward_keys, call.scale, q.dtype, step.columns),
+            functools.partial(mosaic_gpu_kernels.backward_keys, call.scale, q.dtype, step.columns, step.held),
             plan,
             call.multiprocessors,
             dict(**operands, own=("k", "v"), streams=(("q", "d_out", "lse", "delta"),)),

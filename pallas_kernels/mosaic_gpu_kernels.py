@@ -91,7 +91,7 @@ def forward(log2_scale, dtype, columns, program, refs, work, rows, buffer, steps
     program.write(work, rows, [out], [refs["out"]], [lse], [refs["lse"]])
 
 
-def backward_queries(scale, dtype, columns, program, refs, work, rows, buffer, steps_before):
+def backward_queries(scale, dtype, columns, held, program, refs, work, rows, buffer, steps_before):
     """d_q of a tile of queries, delta = rowsum(out * d_out), and the largest |d_out| of each row.
 
     Own: q, d_out, out. One stream: (k, v). Also reads lse (B, H, tiles, ROWS) and, for float16, top_v (B, H), the
@@ -114,6 +114,8 @@ def backward_queries(scale, dtype, columns, program, refs, work, rows, buffer, s
         top_v = refs["top_v"][work["batch"], work["head"]]
         factor = HALF_RANGE / (dim * jnp.maximum(top_d_out * top_v, 1e-30))
     scaled_delta = delta if factor is None else delta * factor
+    if held:
+        q, d_out = q[...], d_out[...]
 
     def step(masked, j, d_q):
         stage = program.stage(steps_before + j)
@@ -155,7 +157,7 @@ def backward_queries(scale, dtype, columns, program, refs, work, rows, buffer, s
     program.write(work, rows, [d_q.astype(dtype)], [refs["d_q"]], row_results, [refs["delta"], refs["top_d_out"]])
 
 
-def backward_keys(scale, dtype, columns, program, refs, work, rows, buffer, steps_before):
+def backward_keys(scale, dtype, columns, held, program, refs, work, rows, buffer, steps_before):
     """d_k and d_v of a tile of keys.
 
     Own: k, v. One stream: (q, d_out, lse, delta), lse and delta (B, H, steps, columns), an lse of inf where there is no
@@ -168,6 +170,8 @@ def backward_keys(scale, dtype, columns, program, refs, work, rows, buffer, step
     tile = work["tile"] + program.warpgroup
     lo, hi = (program.load_rows(refs["bounds"].at[tile, side]) for side in (0, 1))
     factor = refs["factor"][work["batch"], work["head"]] if dtype == jnp.float16 else None
+    if held:
+        k, v = k[...], v[...]
 
     def step(masked, j, carry):
         d_k, d_v = carry

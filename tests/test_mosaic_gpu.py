@@ -73,10 +73,11 @@ def test_more_programs_than_items():
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11 or newer")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype, held", [("float16", False), ("bfloat16", True)])
 @pytest.mark.parametrize("pattern", ["diagonal", "causal"])
-def test_lowers(pattern, dtype):
-    call = mosaic_gpu.Call((1, 4, 9, 70, 300), pattern, 0.125)
+def test_lowers(pattern, dtype, held):
+    tuning = mosaic_gpu.Tuning(queries=mosaic_gpu.Step(128, 2, held), keys=mosaic_gpu.Step(64, 3, held))
+    call = mosaic_gpu.Call((1, 4, 9, 70, 300), pattern, 0.125, tuning)
 
     def forward_backward(q, k, v, d_out):
         out, vjp = jax.vjp(lambda *x: mosaic_gpu.attend(*x, call), q, k, v)
