@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as e:
         print(f"hmar {args.command}: {e}", file=sys.stderr)
         return 2
+    except FloatingPointError as e:  # a run that diverged
+        print(f"hmar {args.command}: {e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"hmar {args.command}: interrupted", file=sys.stderr)
         return 130
