@@ -17,7 +17,9 @@ from hmar_jax.errors import InputError
 
 # May differ between the runs of one directory: they change what is shown and kept, not what is computed.
 HARMLESS = (
-    "log_every", "eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "data.threads", "data.in_memory")
+    "log_every", "eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_best", "data.threads", "data.in_memory",
+    # Where and in how many parts it is computed: no more than the order of sums.
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "accumulate", "model.remat")
 
 
 def load_config(argument: str) -> ConfigDict:
@@ -129,6 +131,8 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     """Names the first key, other than the harmless ones, in which two configs differ, with both values."""
     for key in sorted(set(old) | set(new)):
         name, a, b = f"{prefix}{key}", old.get(key, "(none)"), new.get(key, "(none)")
+        if isinstance(b, Mapping) and key not in old:  # a run of a version without this group
+            a = {}
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found = first_difference(a, b, f"{name}.")
             if found:

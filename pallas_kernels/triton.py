@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles, triton_plan
+from pallas_kernels.platform import platform
 
 _DTYPES = ("float16", "bfloat16", "float32")
 _LARGEST_DIM = 128
@@ -35,9 +36,8 @@ def why_not(q):
 
 def why_not_nvidia():
     """None if this process runs on an NVIDIA GPU, otherwise the reason in words."""
-    platform = jax.default_backend()
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, this process runs on {platform}"
+    if platform() != "gpu":
+        return f"it needs an NVIDIA GPU, this process runs on {platform()}"
     if "cuda" not in jax.devices()[0].client.platform_version.lower():
         return "it needs an NVIDIA GPU, this process runs on another kind"
     return None
