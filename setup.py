@@ -29,6 +29,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "etils[epath]>=1.12,<2",
         "grain>=0.2.15,<0.3",
+        "array_record>=0.7,<1",
         "tensorflow-datasets>=4.9.8,<5",
         "ml-collections>=1.0,<2",
         "clu>=0.0.12,<0.1",

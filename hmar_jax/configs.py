@@ -17,7 +17,8 @@ from hmar_jax.errors import InputError
 
 # May differ between the runs of one directory: they change what is shown and kept, not what is computed.
 HARMLESS = (
-    "log_every", "eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "data.threads", "data.in_memory")
+    "log_every", "eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "data.threads", "data.workers",
+    "data.in_memory")
 
 
 def load_config(argument: str) -> ConfigDict:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import grain
 import numpy as np
@@ -329,28 +329,23 @@ def make_loader(
 
         batches = -(-n // whole) if pad else n // whole
         dataset = grain.MapDataset.range(batches * whole).map(example_at)
-    return shard_and_batch(
-        dataset, batch_size, shard_index, shard_count, threads, workers, watch=_Watch(reader, broken, max(1, n // shard_count)))
+    batches = shard_and_batch(dataset, batch_size, shard_index, shard_count, threads, workers)
+    return batches.map(_Watch(reader, broken, max(1, n // shard_count)))
 
 
 def shard_and_batch(
-    dataset: grain.MapDataset, batch_size: int, shard_index: int, shard_count: int, threads: int, workers: int = 0, *,
-    then: Callable | None = None, watch: Callable | None = None) -> grain.IterDataset:
-    """The batches of one shard of a stream of positions; its state is {"next_index": batches given}.
+    dataset: grain.MapDataset, batch_size: int, shard_index: int, shard_count: int, threads: int, workers: int = 0
+) -> grain.IterDataset:
+    """The batches of one shard of a stream with one element a position."""
+    batches = dataset[shard_index::shard_count].batch(batch_size, drop_remainder=True)
+    return iterate(batches, threads, workers)
 
-    Args:
-      dataset: one element a position.
-      threads, workers: as in `make_loader`.
-      then: what becomes of a batch, where it is read.
-      watch: what becomes of a batch, in this process and in order.
-    """
-    dataset = dataset[shard_index::shard_count].batch(batch_size, drop_remainder=True)
-    if then is not None:
-        dataset = dataset.map(then)
+
+def iterate(batches: grain.MapDataset, threads: int, workers: int = 0) -> grain.IterDataset:
+    """Batches one after the other, read ahead as `make_loader` says; the state is {"next_index": batches given}."""
     # One element for Grain is a whole batch, so its buffer is counted in batches.
     read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
-    batches = ByProcesses(dataset, read_ahead, workers) if workers else dataset.to_iter_dataset(read_ahead)
-    return batches if watch is None else batches.map(watch)
+    return ByProcesses(batches, read_ahead, workers) if workers else batches.to_iter_dataset(read_ahead)
 
 
 def check_loader(

@@ -67,7 +67,9 @@ class BrokenPicture(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def open_source(spec: str, split: str = "train", *, in_memory: bool = False, decode_side: int | None = None) -> Source:
+def open_source(
+    spec: str, split: str = "train", *, in_memory: bool = False, decode_side: int | None = None,
+    need_classes: bool = False) -> Source:
     """Opens a source of pictures.
 
     Args:
@@ -84,6 +86,8 @@ def open_source(spec: str, split: str = "train", *, in_memory: bool = False, dec
       in_memory: keep every decoded picture after its first reading (h * w * 3 bytes each).
       decode_side: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side stays at
         least this long, which is faster. `Transform.decode_side` is what a transform can bear. None: full size.
+      need_classes: refuse a folder that holds pictures without class folders: one given by mistake would train all of its
+        classes as one.
 
     Raises:
       InputError: the spec or the split is unknown, or there is no such data.
@@ -94,11 +98,13 @@ def open_source(spec: str, split: str = "train", *, in_memory: bool = False, dec
     if spec == "digits":
         source: Source = _open_digits(split)
     elif kind == "folder" and rest:
-        source = _open_folder(rest, split, decode_side)
+        source = _open_folder(rest, split, decode_side, need_classes)
     elif kind == "tfds" and rest:
         source = _open_tfds(rest, split, decode_side)
+    elif kind == "tokens" and rest:
+        raise InputError(f"{spec} is a set of tokens: pictures are wanted here, {KNOWN_SPECS}")
     else:
-        raise InputError(f"unknown data {spec!r}: it is one of {KNOWN_SPECS}")
+        raise InputError(f"unknown data {spec!r}: it is one of {KNOWN_SPECS}, and to train a transformer tokens:DIR")
     return InMemory(source) if in_memory else source
 
 
@@ -244,7 +250,7 @@ class FolderSource:
         return {"image": image, "label": int(self.labels[index])}
 
 
-def _open_folder(root: str, split: str, decode_side: int | None) -> FolderSource:
+def _open_folder(root: str, split: str, decode_side: int | None, need_classes: bool) -> FolderSource:
     root = os.path.expanduser(root)
     if not os.path.isdir(root):
         what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
@@ -255,6 +261,10 @@ def _open_folder(root: str, split: str, decode_side: int | None) -> FolderSource
     classes = _list_classes(train_root)
     if not any(classes.values()):
         raise InputError(f"no pictures in {train_root}: wanted files ending in {' '.join(EXTENSIONS)}")
+    if need_classes and "" in classes:
+        raise InputError(
+            f"{train_root} has pictures but no class folders: {train_root}/CLASS/{classes[''][0]} is wanted; to train "
+            "without classes, put all of them into one folder")
     names = tuple("all" if folder == "" else _readable_name(folder, files) for folder, files in classes.items())
 
     validate_root = None

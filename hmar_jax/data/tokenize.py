@@ -14,13 +14,15 @@ import os
 import secrets
 import tempfile
 import time
-from typing import Any, Callable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from hmar_jax.data.pipeline import Transform, derive_seed, make_loader, shard_and_batch
@@ -28,6 +30,7 @@ from hmar_jax.data.sources import BrokenPicture, Source
 from hmar_jax.data.tokens import INFO_FILE, PROGRESS_FOLDER, SplitInfo, TokenSetInfo, TokensInMemory, pack, read_info
 from hmar_jax.errors import InputError
 from hmar_jax.files import is_local, read_json, write_by_rename
+from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, fingerprint, to_float
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ def tokenize(
     for batch in tqdm(loader, total=total, desc="tokens", disable=None if progress else True, leave=False):
         tokens.append(np.asarray(encode(batch["image"])))
         labels.append(batch["label"])
-    return TokensInMemory(np.concatenate(tokens), np.concatenate(labels))
+    return TokensInMemory.of(np.concatenate(tokens), np.concatenate(labels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,6 +79,30 @@ class Shard(NamedTuple):
     start: int  # pictures start, …, stop - 1
     stop: int
     file: str
+
+
+def describe(
+    name: str, config: TokenizerConfig, params: dict, spec: str, sources: Mapping[str, Source], transform: Transform, *,
+    crops: int, seed: int, shard_size: int) -> TokenSetInfo:
+    """What a token set of these sources and this tokenizer shall be; `name` and `spec` are what they were called."""
+    splits = {split: SplitInfo(len(source), crops if split == "train" else 1) for split, source in sources.items()}
+    return TokenSetInfo(
+        tokenizer=name, fingerprint=fingerprint(config, params), dtype=config.dtype, scales=config.scales,
+        vocab_size=config.vocab_size, image_side=config.image_side, source=spec,
+        class_names=next(iter(sources.values())).class_names, transform=dataclasses.asdict(transform), seed=seed,
+        shard_size=shard_size, splits=splits)
+
+
+def make_encoder(config: TokenizerConfig, params: dict, batch_size: int, devices: Sequence[jax.Device]):
+    """`encode` as `write_token_set` takes it, a batch divided among the devices, and its batch size, rounded up to fit."""
+    mesh = Mesh(np.array(devices), ("data",))
+    by_picture, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    known = {part: params[part] for part in ("encoder", "quant_conv", "quantizer")}
+    known = jax.device_put(jax.tree.map(jnp.asarray, known), whole)
+    run = jax.jit(
+        lambda known, images: Tokenizer(config).apply({"params": known}, to_float(images), method="encode"),
+        in_shardings=(whole, by_picture), out_shardings=by_picture)
+    return (lambda images: run(known, images)), -(-batch_size // len(devices)) * len(devices)
 
 
 def shards_of(split: str, pictures: int, crops: int, shard_size: int) -> list[Shard]:

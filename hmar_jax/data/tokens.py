@@ -15,14 +15,15 @@ import dataclasses
 import hashlib
 import os
 import tempfile
+import threading
 from typing import Any, Mapping, Protocol
 
 import grain
 import numpy as np
-from array_record.python import array_record_data_source
+from array_record.python import array_record_module
 from etils import epath
 
-from hmar_jax.data.pipeline import check_loader, derive_seed, shard_and_batch
+from hmar_jax.data.pipeline import check_loader, derive_seed, iterate
 from hmar_jax.errors import InputError
 from hmar_jax.files import is_local, read_json, write_by_rename
 
@@ -30,6 +31,7 @@ FORMAT = "hmar_jax tokens 1"
 INFO_FILE, PROGRESS_FOLDER = "tokens.json", "progress"
 _ORDER = 3  # which random numbers of a seed; pipeline.py and tokenize.py have the others
 _LABEL_BYTES = 4
+_ENDLESS = 2**40  # batches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,6 +147,7 @@ def read_info(directory: os.PathLike | str) -> TokenSetInfo:
 class Tokens(Protocol):
     """Pictures as tokens, each in several crops; reading may happen from several threads at once."""
 
+    name: str  # in errors
     crops: int
 
     def __len__(self) -> int:
@@ -156,31 +159,28 @@ class Tokens(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TokensInMemory:
-    """Tokens that are already arrays, each row a picture of its own."""
+    """Tokens in memory, packed."""
 
-    tokens: np.ndarray  # (N, L)
-    labels: np.ndarray  # (N,)
-    crops: int = 1
+    records: np.ndarray  # uint8 (crops, N, record_bytes)
+    length: int  # L
+    vocab_size: int
+    name: str = "the tokens"
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, pictures: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
-        del crops  # there is one
-        return {"tokens": self.tokens[pictures].astype(np.int32), "label": self.labels[pictures].astype(np.int32)}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """What ArrayRecordDataSource asks of a file whose length is known."""
-
-    filename: str
-    examples_in_shard: int
-    skip: int = 0
+    @classmethod
+    def of(cls, tokens: np.ndarray, labels: np.ndarray, vocab_size: int = 2**32) -> "TokensInMemory":
+        """Of (N, L) and (N,), each row a picture of its own."""
+        return cls(pack(tokens, labels, vocab_size)[None], tokens.shape[1], vocab_size)
 
     @property
-    def take(self) -> int:
-        return self.examples_in_shard
+    def crops(self) -> int:
+        return len(self.records)
+
+    def __len__(self) -> int:
+        return self.records.shape[1]
+
+    def read(self, pictures: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
+        tokens, labels = unpack(self.records[crops, pictures], self.length, self.vocab_size)
+        return {"tokens": tokens, "label": labels}
 
 
 class TokenSet:
@@ -197,10 +197,11 @@ class TokenSet:
         broken = np.array([index for index, *_ in self._split.broken], np.int64)
         self._readable = np.setdiff1d(np.arange(self._split.pictures), broken)
         folder = self._directory if is_local(directory) else _local_copy(self._directory, info, split)
-        shards = [_Shard(os.path.join(folder, shard["file"]), shard["records"]) for shard in self._split.shards]
-        for shard, path in zip(self._split.shards, shards):
-            _check_size(path.filename, shard["bytes"], self._directory)
-        self._records = array_record_data_source.ArrayRecordDataSource(shards)
+        self._paths = [os.path.join(folder, shard["file"]) for shard in self._split.shards]
+        for shard, path in zip(self._split.shards, self._paths):
+            _check_size(path, shard["bytes"], self._directory)
+        self._readers: list[Any] = [None] * len(self._paths)  # opened when needed; each may be used by several threads
+        self._lock = threading.Lock()
 
     @property
     def num_classes(self) -> int:
@@ -215,16 +216,41 @@ class TokenSet:
         Raises:
           InputError: a record is damaged.
         """
-        places = crops * self._split.pictures + self._readable[pictures]
+        per_crop = -(-self._split.pictures // self.info.shard_size)
+        shards, places = np.divmod(self._readable[pictures], self.info.shard_size)
         try:
-            records = self._records.__getitems__(places.tolist())
-        except (RuntimeError, OSError, ValueError) as error:  # what ArrayRecord and Riegeli raise on files that changed
+            records = [
+                self._reader(shard).read([place])[0] for shard, place in zip((shards + crops * per_crop).tolist(), places.tolist())]
+        except (RuntimeError, OSError, IndexError) as error:  # what ArrayRecord and Riegeli raise on files that changed
             raise InputError(
                 f"{self._directory} is damaged: {' '.join(str(error).split())}; hmar tokenize with --verify makes it whole") from error
         size = record_bytes(self.info.length, self.info.vocab_size)
         packed = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
         tokens, labels = unpack(packed, self.info.length, self.info.vocab_size)
         return {"tokens": tokens, "label": labels}
+
+    def in_memory(self) -> "TokensInMemory":
+        """All of it in memory, as packed as on disk."""
+        size = record_bytes(self.info.length, self.info.vocab_size)
+        packed = np.empty((self.crops, self._split.pictures, size), np.uint8)
+        broken = np.ones(self._split.pictures, bool)
+        broken[self._readable] = False
+        per_crop = len(self._paths) // self.crops
+        for number, path in enumerate(self._paths):
+            crop, start = number // per_crop, number % per_crop * self.info.shard_size
+            reader = array_record_module.ArrayRecordReader(path)
+            records = [r or bytes(size) for r in reader.read_all()]
+            reader.close()
+            packed[crop, start : start + len(records)] = np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
+        return TokensInMemory(packed[:, ~broken] if broken.any() else packed, self.info.length, self.info.vocab_size)
+
+    def _reader(self, shard: int):
+        if self._readers[shard] is None:
+            with self._lock:
+                if self._readers[shard] is None:
+                    self._readers[shard] = array_record_module.ArrayRecordReader(
+                        self._paths[shard], options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=8192)
+        return self._readers[shard]
 
 
 def open_tokens(directory: os.PathLike | str, split: str = "train") -> TokenSet | None:
@@ -286,22 +312,23 @@ def make_token_loader(
     """
     n, crops = len(source), source.crops
     check_loader(
-        n, getattr(source, "name", "the tokens"), batch_size=batch_size, seed=seed, train=train, num_epochs=None,
-        shard_index=shard_index, shard_count=shard_count, threads=threads, pad=True, what="rows of tokens" if crops == 1 else "pictures")
-    if train:
+        n, source.name, batch_size=batch_size, seed=seed, train=train, num_epochs=None, shard_index=shard_index,
+        shard_count=shard_count, threads=threads, pad=True, what="rows of tokens" if crops == 1 else "pictures")
+    order_seed, whole = derive_seed(seed, _ORDER), batch_size * shard_count
+    own = np.arange(batch_size) * shard_count + shard_index  # positions of this shard in a batch of all shards
 
-        def read(rows):
-            return source.read(rows // crops, rows % crops)
+    def training_batch(number):
+        epochs, places = np.divmod(number * whole + own, n)
+        # What MapDataset.shuffle does, for a whole batch: one element at a time costs as much again as reading the tokens.
+        pictures = np.array([
+            grain.experimental.index_shuffle(place, max_index=n - 1, seed=(order_seed + epoch) % 2**32, rounds=4)
+            for epoch, place in zip(epochs.tolist(), places.tolist())])
+        return source.read(pictures, (epochs + pictures) % crops)
 
-        order = grain.MapDataset.range(n).shuffle(seed=derive_seed(seed, _ORDER)).repeat()
-        order = order.map_with_index(lambda position, i: i * crops + (position // n + i) % crops)
-    else:
+    def validation_batch(number):
+        places = number * whole + own
+        valid = places < n
+        return {**source.read(np.where(valid, places, 0), np.zeros_like(places)), "valid": valid}
 
-        def read(rows):
-            valid = rows < n
-            batch = source.read(np.where(valid, rows, 0), np.zeros_like(rows))
-            return {**batch, "valid": valid}
-
-        whole = batch_size * shard_count
-        order = grain.MapDataset.range(-(-n // whole) * whole)
-    return shard_and_batch(order, batch_size, shard_index, shard_count, threads, then=read)
+    batches = grain.MapDataset.range(_ENDLESS if train else -(-n // whole))
+    return iterate(batches.map(training_batch if train else validation_batch), threads)

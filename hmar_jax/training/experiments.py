@@ -16,12 +16,13 @@ from ml_collections import ConfigDict
 from hmar_jax import configs
 from hmar_jax.data.pipeline import BrokenLog, Transform, make_loader
 from hmar_jax.data.sources import Source, open_source
-from hmar_jax.data.tokenize import make_token_loader, tokenize
+from hmar_jax.data.tokenize import tokenize
+from hmar_jax.data.tokens import TokenSet, make_token_loader, open_tokens
 from hmar_jax.errors import InputError
 from hmar_jax.models.combined import CombinedModel
 from hmar_jax.models.perceptual import load_perceptual, perceptual_distance
 from hmar_jax.models.spec import ModelSpec
-from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, to_float
+from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, fingerprint, to_float, without_encoder
 from hmar_jax.models.transformer import TransformerConfig
 from hmar_jax.sampling import grid, sampler, schedules
 from hmar_jax.sampling.pipeline import STAGE1_FOLDER, TOKENIZER_FOLDER, load_parts
@@ -41,7 +42,7 @@ _RANGES = (
      "recipe.discriminator_channels recipe.discriminator_layers", 1, math.inf),
     ("model.vocab_size model.z_channels model.channels model.channel_multipliers model.patch_size model.groups model.depth "
      "model.width model.heads", 1, 2**20),
-    ("steps epochs image_side data.threads data.cached_copies model.num_res_blocks model.num_phi "
+    ("steps epochs image_side data.threads data.workers data.cached_copies model.num_res_blocks model.num_phi "
      "recipe.learning_rate recipe.warmup_steps recipe.revive_every recipe.clip recipe.weight_decay", 0, math.inf),
     ("model.mlp_ratio", 0.1, 100),
     ("seed", 0, 2**32 - 1),
@@ -81,7 +82,7 @@ def build(config: ConfigDict, workdir: str | None = None) -> Experiment:
     """
     _check_ranges(config)
     if not config.data.source:
-        raise InputError("config.data.source is empty: give --config.data.source=folder:DIR, tfds:NAME or digits")
+        raise InputError("config.data.source is empty: give --config.data.source=folder:DIR, tfds:NAME, tokens:DIR or digits")
     builders = {"tokenizer": _tokenizer, "next_scale": _next_scale, "masked": _masked}
     experiment = builders[config.task](config, workdir)
     jax.eval_shape(experiment.task.init, jax.random.key(0), *experiment.extra)  # whatever only the networks and the optimizer find out
@@ -102,14 +103,15 @@ def _check_ranges(config: ConfigDict) -> None:
         raise InputError(f"config.model.dtype={config.model.dtype!r}: known are {', '.join(_DTYPES)}")
 
 
-def _open(config: ConfigDict, side: int, broken: BrokenLog):
+def _open(config: ConfigDict, side: int, broken: BrokenLog, need_classes: bool):
     """Training source, its transform, and the loader of the validation split."""
     transform = configs.build(Transform, config.data.transform, side=side)
-    source = open_source(config.data.source, "train", in_memory=config.data.in_memory)
+    open_split = functools.partial(open_source, config.data.source, in_memory=config.data.in_memory, need_classes=need_classes)
+    source = open_split("train")
     rows = len(source) * max(1, config.data.get("cached_copies", 0))
     if config.batch_size > rows:
         raise InputError(f"config.batch_size={config.batch_size}: {config.data.source} has {rows} pictures, {rows} or less is wanted")
-    held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
+    held_out = open_split("validate")
     batch = min(config.batch_size, len(held_out), _MAX_EVAL_BATCH)
     validation = make_loader(
         held_out, transform, batch_size=batch, seed=0, train=False, threads=config.data.threads, broken=broken)
@@ -135,7 +137,7 @@ def _tokenizer(config: ConfigDict, workdir: str | None) -> Experiment:
         pictures = jax.ShapeDtypeStruct((1, model.image_side, model.image_side, 3), jnp.float32)
         jax.eval_shape(perceptual_distance, *extra, pictures, pictures)  # are they large enough for its pools?
     broken = BrokenLog()
-    source, transform, validation = _open(config, model.image_side, broken)
+    source, transform, validation = _open(config, model.image_side, broken, need_classes=False)
     shown = next(iter(validation))["image"][:_SHOWN_OF_EACH]  # through the loader, which replaces broken pictures
     reconstruct = jax.jit(task.reconstruct)
 
@@ -146,7 +148,7 @@ def _tokenizer(config: ConfigDict, workdir: str | None) -> Experiment:
 
     loader = functools.partial(
         make_loader, source, transform, batch_size=config.batch_size, seed=config.seed, train=True,
-        threads=config.data.threads, broken=broken)
+        threads=config.data.threads, workers=config.data.workers, broken=broken)
     spec = ModelSpec(tokenizer=model, class_names=source.class_names, origin=f"trained on {config.data.source}")
     return Experiment(task, spec, extra, loader, validation, picture, broken)
 
@@ -155,11 +157,12 @@ def _tokenizer(config: ConfigDict, workdir: str | None) -> Experiment:
 class _Data:
     """What both stages of a transformer train on."""
 
-    source: Source
+    source: Source | TokenSet
     steps: int
     loader: Callable[[], grain.IterDataset]
-    validation: grain.IterDataset
+    validation: grain.IterDataset | None
     broken: BrokenLog
+    tokenizer_params: dict  # on the device; those that the steps and the samples need
 
 
 def _data(config: ConfigDict, tokenizer: TokenizerConfig, tokenizer_params, name: str) -> _Data:
@@ -169,23 +172,56 @@ def _data(config: ConfigDict, tokenizer: TokenizerConfig, tokenizer_params, name
             f"image_side={config.image_side} does not fit the tokenizer {name!r}: its scales "
             f"{','.join(map(str, tokenizer.scales))} at {tokenizer.pixels_per_token} pixels a token make "
             f"{tokenizer.image_side} pixels")
-    broken = BrokenLog()
-    source, transform, validation = _open(config, tokenizer.image_side, broken)
-    steps = config.steps or config.epochs * len(source) // config.batch_size
+    broken, batch_size = BrokenLog(), config.batch_size
+    kind, _, directory = config.data.source.partition(":")
+    if kind == "tokens":
+        source, validation = _open_tokens(config, directory, tokenizer, tokenizer_params, name)
+        # Without the encoder, which then need not lie in the devices' memory.
+        tokenizer_params = without_encoder(tokenizer_params)
+    else:
+        source, transform, validation = _open(config, tokenizer.image_side, broken, need_classes=True)
+    tokenizer_params = jax.tree.map(jnp.asarray, tokenizer_params)
+    steps = config.steps or config.epochs * len(source) // batch_size
     if steps < 1:
         raise InputError(f"steps={config.steps} and epochs={config.epochs}: one of them must be 1 or more")
 
     def loader():
+        if kind == "tokens":
+            read_from = source.in_memory() if config.data.in_memory else source
+            return make_token_loader(read_from, batch_size=batch_size, seed=config.seed, threads=config.data.threads)
         if not config.data.cached_copies:
             return make_loader(
-                source, transform, batch_size=config.batch_size, seed=config.seed, train=True,
-                threads=config.data.threads, broken=broken)
+                source, transform, batch_size=batch_size, seed=config.seed, train=True, threads=config.data.threads,
+                workers=config.data.workers, broken=broken)
         encode = jax.jit(lambda x: Tokenizer(tokenizer).apply({"params": tokenizer_params}, to_float(x), method="encode"))
         tokens = tokenize(
             encode, source, transform, copies=config.data.cached_copies, seed=config.seed, progress=True)
-        return make_token_loader(tokens, batch_size=config.batch_size, seed=config.seed)
+        return make_token_loader(tokens, batch_size=batch_size, seed=config.seed)
 
-    return _Data(source, steps, loader, validation, broken)
+    return _Data(source, steps, loader, validation, broken, tokenizer_params)
+
+
+def _open_tokens(config: ConfigDict, directory: str, tokenizer: TokenizerConfig, params, name: str):
+    """Training tokens, and the loader of those held out or None."""
+    if not directory:
+        raise InputError(f"config.data.source={config.data.source!r}: tokens:DIR is wanted, DIR as hmar tokenize made it")
+    source, held_out = (open_tokens(directory, split) for split in ("train", "validate"))
+    if source is None:
+        raise InputError(f"the token set {directory} has no training split")
+    ours, theirs = fingerprint(tokenizer, params), source.info.fingerprint
+    if ours != theirs:
+        raise InputError(
+            f"the token set {directory} was made by another tokenizer: by {source.info.tokenizer!r} with fingerprint {theirs}; "
+            f"{name!r} has {ours}: name that tokenizer, or make the tokens anew with hmar tokenize")
+    if config.batch_size > len(source):
+        raise InputError(
+            f"config.batch_size={config.batch_size}: {config.data.source} has {len(source)} pictures, {len(source)} or less is wanted")
+    for index, path, reason in source.info.splits["train"].broken:
+        LOGGER.warning("without picture %d, %s, which could not be read when tokens were made: %s", index, path, reason)
+    if not held_out:
+        return source, None
+    batch = min(config.batch_size, len(held_out), _MAX_EVAL_BATCH)
+    return source, make_token_loader(held_out, batch_size=batch, train=False, threads=config.data.threads)
 
 
 def _samples(config: ConfigDict, spec: ModelSpec, params_of: Callable) -> Callable:
@@ -212,9 +248,11 @@ def _begun(workdir: str | None, name: str) -> str | None:
 
 def _next_scale(config: ConfigDict, workdir: str | None) -> Experiment:
     if not config.tokenizer:
-        raise InputError("config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model")
+        raise InputError(
+            "config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model; of tokens, "
+            "the one that made them")
     tokenizer_spec, params = load_parts(_begun(workdir, TOKENIZER_FOLDER) or config.tokenizer)
-    tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(jnp.asarray, params["tokenizer"])
+    tokenizer, params = tokenizer_spec.tokenizer, params["tokenizer"]
     data = _data(config, tokenizer, params, config.tokenizer)
     model = configs.build(
         TransformerConfig, config.model, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
@@ -225,9 +263,9 @@ def _next_scale(config: ConfigDict, workdir: str | None) -> Experiment:
     spec = ModelSpec(
         tokenizer=tokenizer, transformer=model, class_names=data.source.class_names, origin=f"trained on {config.data.source}",
         licence=tokenizer_spec.licence, **config.sampling)
-    picture = _samples(config, spec, lambda state: {"tokenizer": params, "transformer": state.params})
+    picture = _samples(config, spec, lambda state: {"tokenizer": data.tokenizer_params, "transformer": state.params})
     frozen = Frozen(TOKENIZER_FOLDER, dataclasses.replace(spec, transformer=None), {"tokenizer": params})
-    return Experiment(task, spec, (params,), data.loader, data.validation, picture, data.broken, frozen)
+    return Experiment(task, spec, (data.tokenizer_params,), data.loader, data.validation, picture, data.broken, frozen)
 
 
 def _masked(config: ConfigDict, workdir: str | None) -> Experiment:
@@ -248,7 +286,7 @@ def _masked(config: ConfigDict, workdir: str | None) -> Experiment:
         raise InputError(
             f"model.masked_depth={depth}: {config.init_from!r} has {stage1.transformer.depth} blocks, 1 to "
             f"{stage1.transformer.depth} is wanted")
-    params = jax.tree.map(jnp.asarray, {part: params[part] for part in ("tokenizer", "transformer")})
+    params = {part: params[part] for part in ("tokenizer", "transformer")}
     data = _data(config, stage1.tokenizer, params["tokenizer"], config.init_from)
     if data.source.num_classes != stage1.transformer.num_classes:
         raise InputError(
@@ -265,6 +303,7 @@ def _masked(config: ConfigDict, workdir: str | None) -> Experiment:
     spec = dataclasses.replace(
         stage1, transformer=model, masked_depth=depth, class_names=stage1.class_names or data.source.class_names,
         origin=f"trained on {config.data.source}", **config.sampling)
-    picture = _samples(config, spec, lambda state: {**params, "masked": state.params})
+    frozen = {"tokenizer": data.tokenizer_params, "transformer": jax.tree.map(jnp.asarray, params["transformer"])}
+    picture = _samples(config, spec, lambda state: {**frozen, "masked": state.params})
     return Experiment(
-        task, spec, (params,), data.loader, data.validation, picture, data.broken, Frozen(STAGE1_FOLDER, alone, params))
+        task, spec, (frozen,), data.loader, data.validation, picture, data.broken, Frozen(STAGE1_FOLDER, alone, params))
