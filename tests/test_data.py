@@ -418,9 +418,9 @@ def test_too_many_broken_pictures_stop_the_run(threads):
 def test_a_shard_among_many_stops_too():
     broken = tuple(range(0, 8000, 50))  # 2 %; one of 8 shards meets 20 of 1000, which is not 1 % of the whole
     with pytest.raises(InputError, match="numbered: 2. of the 1000 pictures cannot be read"):
-        take(loader(Numbered(8000, side=1, broken=broken), 100, shard_index=3, shard_count=8), 80)
+        take(loader(Numbered(8000, broken=broken), 100, shard_index=3, shard_count=8), 80)
     few = tuple(range(0, 8000, 200))  # 0.5 %
-    take(loader(Numbered(8000, side=1, broken=few), 100, shard_index=3, shard_count=8), 80)
+    take(loader(Numbered(8000, broken=few), 100, shard_index=3, shard_count=8), 80)
 
 
 def test_worker_processes_change_nothing_and_tell_of_broken_pictures():

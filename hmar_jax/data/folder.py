@@ -63,7 +63,7 @@ def open_folder(root: str, split: str, decode_side: int | None, need_classes: bo
     try:
         is_folder = root.is_dir()
     except ImportError as error:
-        raise InputError(f"{spec} needs gcsfs (gs://) or s3fs (s3://): pip install gcsfs") from error
+        raise InputError(f"{spec} needs gcsfs (for gs://) or s3fs (for s3://): pip install \"hmar_jax[gcs]\"") from error
     if not is_folder:
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise InputError(f"{root} {what}: folder:DIR takes a folder with pictures in DIR/train/CLASS, DIR/CLASS or DIR")

@@ -298,7 +298,7 @@ def make_loader(
         n, source.name, batch_size=batch_size, seed=seed, train=train, num_epochs=num_epochs, shard_index=shard_index,
         shard_count=shard_count, threads=threads, workers=workers, pad=pad)
     if workers and isinstance(source, InMemory):
-        raise InputError(f"data workers {workers} with pictures kept in memory: each worker would keep them all; take threads instead")
+        raise InputError(f"data workers {workers} with pictures kept in memory: each process would keep all of them; 0 is wanted")
     whole = batch_size * shard_count  # pictures in one batch of all shards
     reader = _Reader(source)
 

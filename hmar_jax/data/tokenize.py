@@ -29,7 +29,7 @@ from hmar_jax.data.pipeline import Transform, derive_seed, make_loader, shard_an
 from hmar_jax.data.sources import BrokenPicture, Source
 from hmar_jax.data.tokens import INFO_FILE, PROGRESS_FOLDER, SplitInfo, TokenSetInfo, TokensInMemory, pack, read_info
 from hmar_jax.errors import InputError
-from hmar_jax.files import is_local, read_json, write_by_rename
+from hmar_jax.files import absolute, is_local, read_json, write_by_rename
 from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, fingerprint, to_float
 
 _log = logging.getLogger(__name__)
@@ -85,6 +85,9 @@ def describe(
     name: str, config: TokenizerConfig, params: dict, spec: str, sources: Mapping[str, Source], transform: Transform, *,
     crops: int, seed: int, shard_size: int) -> TokenSetInfo:
     """What a token set of these sources and this tokenizer shall be; `name` and `spec` are what they were called."""
+    kind, _, place = spec.partition(":")
+    if kind == "folder":  # the same from any current directory
+        spec = f"folder:{absolute(epath.Path(place).expanduser())}"
     splits = {split: SplitInfo(len(source), crops if split == "train" else 1) for split, source in sources.items()}
     return TokenSetInfo(
         tokenizer=name, fingerprint=fingerprint(config, params), dtype=config.dtype, scales=config.scales,

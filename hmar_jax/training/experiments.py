@@ -105,6 +105,9 @@ def _check_ranges(config: ConfigDict) -> None:
 
 def _open(config: ConfigDict, side: int, broken: BrokenLog, need_classes: bool):
     """Training source, its transform, and the loader of the validation split."""
+    if config.data.workers and config.data.in_memory:
+        raise InputError(
+            f"config.data.workers={config.data.workers} with data.in_memory: each process would keep all pictures; 0, or data.in_memory=False, is wanted")
     transform = configs.build(Transform, config.data.transform, side=side)
     open_split = functools.partial(open_source, config.data.source, in_memory=config.data.in_memory, need_classes=need_classes)
     source = open_split("train")
