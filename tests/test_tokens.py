@@ -1,6 +1,7 @@
 """Token sets: records, writing that survives kills and damage, the loader; `hmar tokenize` and training from its tokens."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -223,6 +225,32 @@ def test_sigkill_at_21_random_moments(tmp_path):
         check_killed(tmp_path / str(seed), 3, seed)
 
 
+_DISTRIBUTED = """
+    import sys, jax
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    from hmar_jax import cli
+    sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_jax_distributed_share_the_work(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with tiny.cached():
+        assert cli.main(command(tmp_path / "one")) == 0
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(_DISTRIBUTED), address, str(i), *command(tmp_path / "two")], env=tiny.ENVIRONMENT,
+            stdout=subprocess.PIPE, text=True) for i in range(2)]
+    told = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert any("36 pictures to train in 2 crops" in text for text in told), told
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one") and len(files_of(tmp_path / "one")) == 5
+    assert read_info(tmp_path / "two") == read_info(tmp_path / "one")
+
+
 @pytest.mark.parametrize("damage", ["flip", "shorten", "remove"])
 def test_damage_is_found_and_mended(tmp_path, damage):
     write(tmp_path / "set")
@@ -427,19 +455,20 @@ def test_tokenize(made, capsys):
 
 
 def test_training_from_tokens_needs_no_encoder(made, tmp_path):
-    arguments = tiny.train(tmp_path / "run", data__source=f"tokens:{made}", steps=2, eval_every=2, sample_every=99, log_every=1)
-    experiment = experiments.build(tiny.config_of(arguments))
-    assert experiment.extra[0].keys() == {"decoder", "post_quant_conv", "quantizer"}
-    tokens = jax.ShapeDtypeStruct((2, tiny.LENGTH), np.int32)
-    tokenizer = Tokenizer(experiment.spec.tokenizer)
-    jax.eval_shape(lambda known, tokens: tokenizer.apply({"params": known}, tokens, method="decode"), experiment.extra[0], tokens)
-    with tiny.cached():
-        assert cli.main(arguments) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert any("validation/loss" in line for line in lines)
-    spec, params = load_parts(str(tmp_path / "run"))
-    assert spec.class_names == tiny.CLASSES and spec.resolve_class("Stripes") == 2
-    assert "encoder" in params["tokenizer"]  # the run keeps it, for editing
+    experiment = experiments.build(tiny.config_of(tiny.train(tmp_path / "run", data__source=f"tokens:{made}")))
+    known, = experiment.extra
+    assert known.keys() == {"decoder", "post_quant_conv", "quantizer"}
+    assert "encoder" in experiment.frozen.params["tokenizer"]  # the run keeps it, for editing
+    assert experiment.spec.class_names == tiny.CLASSES
+    task, batch, rng = experiment.task, next(iter(experiment.loader())), jax.random.key(0)
+    tokens = rows_of(open_tokens(made), 0)["tokens"], rows_of(open_tokens(made), 1)["tokens"]
+    assert {tuple(row) for row in batch["tokens"]} <= {tuple(row) for crop in tokens for row in crop}
+    # Traced, not run: whatever the programs take from the tokenizer, they find.
+    state = jax.eval_shape(task.init, rng, known)
+    jax.eval_shape(task.train_step, state, batch, rng, known)
+    jax.eval_shape(task.eval_step, state, next(iter(experiment.validation)), known)
+    decode = functools.partial(Tokenizer(experiment.spec.tokenizer).apply, method="decode")
+    jax.eval_shape(decode, {"params": known}, batch["tokens"])
 
 
 @pytest.mark.slow
@@ -453,6 +482,8 @@ def test_both_stages_from_tokens_on_disk_and_in_memory(made, tmp_path):
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(memory)):
         np.testing.assert_array_equal(a, b)
     assert len(list((tmp_path / "masked" / "samples").iterdir())) == 1
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation/loss" in line for line in lines)
 
 
 @pytest.fixture(scope="module")

@@ -286,7 +286,7 @@ def _write_shards(
     folder: epath.Path, encode: Callable, source: Source, transform: Transform, info: TokenSetInfo, todo: list[Shard],
     batch_size: int, threads: int, workers: int, progress: bool) -> None:
     split, pictures = todo[0].split, sum(shard.stop - shard.start for shard in todo)
-    rows = _encoded(encode, source, transform, info.seed, todo, batch_size, threads, workers)
+    rows = _records(encode, source, transform, info, todo, batch_size, threads, workers)
     broken: dict[int, tuple[int, str, str]] = {}
     started, done, told = time.monotonic(), 0, time.monotonic()
     with tqdm(total=pictures, desc=f"{split}", unit="picture", disable=None if progress else True, dynamic_ncols=True) as bar:
@@ -294,15 +294,15 @@ def _write_shards(
             writer = _ShardWriter(folder, shard)
             try:
                 for picture in range(shard.start, shard.stop):
-                    tokens, label, readable = next(rows)
-                    if not readable:
+                    record = next(rows)
+                    if record is None:
                         if picture not in broken:
                             broken[picture] = _reason(source, picture)
                             _log.warning("skipped %s: %s", *broken[picture][1:])
                             _check_broken(folder, info.source, list(broken.values()), len(source))
                         writer.skip(broken[picture])
                     else:
-                        writer.add(pack(tokens[None], label[None], info.vocab_size)[0].tobytes())
+                        writer.add(record)
                     bar.update()
                 writer.commit()
             except OSError as error:
@@ -326,13 +326,13 @@ def _reason(source: Source, index: int) -> tuple[int, str, str]:
     return index, f"{source.name}[{index}]", "was unreadable once, and is readable now"
 
 
-def _encoded(
-    encode: Callable, source: Source, transform: Transform, seed: int, todo: list[Shard], batch_size: int, threads: int,
-    workers: int) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """(tokens (L,), label, whether the picture could be read) of every picture of the shards, in order."""
+def _records(
+    encode: Callable, source: Source, transform: Transform, info: TokenSetInfo, todo: list[Shard], batch_size: int, threads: int,
+    workers: int) -> Iterator[bytes | None]:
+    """The record of every picture of the shards, in order; None of those that cannot be read."""
     crops = np.concatenate([np.full(shard.stop - shard.start, shard.crop) for shard in todo])
     pictures = np.concatenate([np.arange(shard.start, shard.stop) for shard in todo])
-    crop_seed, random = derive_seed(seed, _CROPS), todo[0].split != "validate"
+    crop_seed, random = derive_seed(info.seed, _CROPS), todo[0].split != "validate"
 
     def example_at(position):
         image, label, readable = np.zeros((transform.side, transform.side, 3), np.uint8), 0, False
@@ -351,8 +351,8 @@ def _encoded(
     loader = iter(shard_and_batch(grain.MapDataset.range(batches * batch_size).map(example_at), batch_size, 0, 1, threads, workers))
 
     def rows(batch, tokens):
-        tokens = np.asarray(tokens)
-        yield from zip(tokens, batch["label"], batch["readable"].tolist())
+        packed = pack(np.asarray(tokens), batch["label"], info.vocab_size)
+        yield from (row.tobytes() if readable else None for row, readable in zip(packed, batch["readable"].tolist()))
 
     before = None
     for batch in loader:  # the device works on one batch while the one before is written

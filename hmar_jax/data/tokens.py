@@ -219,8 +219,9 @@ class TokenSet:
         per_crop = -(-self._split.pictures // self.info.shard_size)
         shards, places = np.divmod(self._readable[pictures], self.info.shard_size)
         try:
+            # As ranges of one: for a list of places, ArrayRecord goes through all records of the file, each time.
             records = [
-                self._reader(shard).read([place])[0] for shard, place in zip((shards + crops * per_crop).tolist(), places.tolist())]
+                self._reader(shard).read(place, place + 1)[0] for shard, place in zip((shards + crops * per_crop).tolist(), places.tolist())]
         except (RuntimeError, OSError, IndexError) as error:  # what ArrayRecord and Riegeli raise on files that changed
             raise InputError(
                 f"{self._directory} is damaged: {' '.join(str(error).split())}; hmar tokenize with --verify makes it whole") from error
@@ -249,7 +250,7 @@ class TokenSet:
             with self._lock:
                 if self._readers[shard] is None:
                     self._readers[shard] = array_record_module.ArrayRecordReader(
-                        self._paths[shard], options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=8192)
+                        self._paths[shard], options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2048)
         return self._readers[shard]
 
 
