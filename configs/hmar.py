@@ -43,8 +43,9 @@ def base() -> ConfigDict:
         batch_size=0,
         tokenizer="",
         data=dict(
-            source="",
-            threads=2,
+            source="",  # folder:DIR, tfds:NAME, digits, or tokens:DIR as hmar tokenize made it: then the tokenizer only draws samples
+            threads=2,  # that read pictures ahead; in each of so many processes:
+            workers=0,
             in_memory=False,
             cached_copies=0,  # encode every picture so many times before training; 0: encode while training
             transform=dict(

@@ -23,7 +23,8 @@ def base() -> ConfigDict:
         batch_size=0,
         data=dict(
             source="",
-            threads=2,
+            threads=2,  # that read pictures ahead; in each of so many processes:
+            workers=0,
             in_memory=False,  # keep decoded pictures: for small data sets
             transform=dict(
                 kind="resize_crop", resize_ratio=1.125, flip=False, rotate=6.0, shift=1.0, scale=0.03, shear=0.05),

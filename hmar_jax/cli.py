@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import dataclasses
 import json
 import logging
 import os
@@ -96,6 +97,28 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
+
+    sub = command(
+        "tokenize", _tokenize, "turn a data set into tokens, for training from tokens:DIR",
+        "hmar tokenize --tokenizer=runs/tokenizer --data=folder:PICTURES --crops=4 --out=tokens\n\n"
+        "Killed at any moment, the same command goes on; on a finished set, more --crops are added.")
+    sub.add_argument("--tokenizer", required=True, help="a bundled model, a run directory or a model directory")
+    sub.add_argument("--data", required=True, help="folder:DIR, tfds:NAME or digits")
+    sub.add_argument("--out", type=_output, required=True, help="the directory to make, also gs://")
+    sub.add_argument("--crops", type=_positive, default=1, help="random crops of each training picture (default 1); epochs take turns with them")
+    sub.add_argument("--splits", default="train,validate", help="default train,validate; a validation picture has its centre crop alone")
+    sub.add_argument("--transform", default="resize_crop", help="resize_crop (default), random_crop, or affine for digits")
+    sub.add_argument("--resize_ratio", type=float, default=1.125, help="of resize_crop: shorter side before the crop, over the crop's (default 1.125)")
+    sub.add_argument("--flip", action="store_true", help="mirror half of the crops; the published recipe does not")
+    sub.add_argument("--seed", type=_seed, default=0, help="of the crops")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="of the convolutions (default: the tokenizer's own)")
+    sub.add_argument("--batch_size", type=_positive, default=64, help="pictures encoded at once, on all devices together (default 64)")
+    sub.add_argument("--shard_size", type=_positive, default=8192, help="pictures in a file, which is what a kill can cost (default 8192)")
+    sub.add_argument("--threads", type=_positive, default=2, help="that read pictures (default 2) …")
+    sub.add_argument("--workers", type=_whole, default=0, help="… in each of so many processes (default 0: this process alone)")
+    sub.add_argument("--part", type=_part, default=None,
+                     help="I/N, from 0/N to N-1/N: make every N-th file, where N commands share the work (default: by jax.distributed, else all)")
+    sub.add_argument("--verify", action="store_true", help="check the checksums of what is there; make damaged files anew")
 
     for name, what, example in (
             ("train-tokenizer", "train a tokenizer", "hmar train-tokenizer --config=configs/tokenizer.py:digits --workdir=runs/tokenizer"),
@@ -227,6 +250,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(_whole(part) for part in text.split(","))
 
 
+def _part(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: I/N is wanted, I from 0 to N - 1, such as 0/4")
+    return int(index), int(count)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number of 1 or more is wanted")
@@ -286,6 +316,44 @@ def _train(args, overrides) -> None:
     step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
     if distributed.is_first():
         print(f"{args.workdir}: {task} run " + ("complete" if step == steps else f"stopped at step {step} of {steps}"))
+
+
+def _tokenize(args) -> None:
+    _keep_freed_memory()
+    import jax
+
+    from hmar_jax import distributed
+    from hmar_jax.data import tokenize
+    from hmar_jax.data.pipeline import Transform
+    from hmar_jax.data.sources import SPLITS, open_source
+    from hmar_jax.sampling import pipeline
+
+    splits = args.splits.split(",")
+    if not set(splits) <= set(SPLITS):
+        raise InputError(f"--splits={args.splits}: train, validate or both are wanted")
+    if args.part is None:
+        distributed.initialize()
+    spec, params = pipeline.load_parts(args.tokenizer)
+    config = dataclasses.replace(spec.tokenizer, **({"dtype": args.dtype} if args.dtype else {}))
+    transform = Transform(config.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip)
+    sources = {split: open_source(args.data, split, need_classes=True) for split in SPLITS if split in splits}
+    part = args.part or (jax.process_index(), jax.process_count())
+    info = tokenize.describe(
+        args.tokenizer, config, params["tokenizer"], args.data, sources, transform, crops=args.crops, seed=args.seed,
+        shard_size=args.shard_size)
+    encode, batch_size = tokenize.make_encoder(config, params["tokenizer"], args.batch_size, jax.local_devices())
+    info = tokenize.write_token_set(
+        args.out, encode, sources, transform, info, batch_size=batch_size, part=part, threads=args.threads, workers=args.workers,
+        verify=args.verify, progress=True)
+    if not info.complete:
+        missing, total = tokenize.count_unfinished(args.out, info)
+        print(f"{args.out}: part {part[0]}/{part[1]} is done; {missing} of {total} files are still to be made by other parts")
+        return
+    told = [
+        f"{split.pictures - len(split.broken)} pictures to {name}" + (f" in {split.crops} crops" if split.crops > 1 else "")
+        + (f" ({len(split.broken)} could not be read)" if split.broken else "") for name, split in info.splits.items()]
+    size = sum(shard["bytes"] for split in info.splits.values() for shard in split.shards)
+    print(f"{args.out}: {', '.join(told)}; {len(info.class_names)} classes, {size / 1e6:.1f} MB, tokenizer {info.fingerprint}")
 
 
 def _sample(args) -> None:
@@ -480,8 +548,6 @@ def _convert(args) -> None:
 
 
 def _export(args) -> None:
-    import dataclasses
-
     import jax
     import numpy as np
 

@@ -415,6 +415,42 @@ def test_too_many_broken_pictures_stop_the_run(threads):
         list(loader(many, train=False, threads=threads))
 
 
+def test_a_shard_among_many_stops_too():
+    broken = tuple(range(0, 8000, 50))  # 2 %; one of 8 shards meets 20 of 1000, which is not 1 % of the whole
+    with pytest.raises(InputError, match="numbered: 2. of the 1000 pictures cannot be read"):
+        take(loader(Numbered(8000, broken=broken), 100, shard_index=3, shard_count=8), 80)
+    few = tuple(range(0, 8000, 200))  # 0.5 %
+    take(loader(Numbered(8000, broken=few), 100, shard_index=3, shard_count=8), 80)
+
+
+def test_worker_processes_change_nothing_and_tell_of_broken_pictures():
+    source, log = Numbered(60, side=9, broken=(3, 4, 39)), BrokenLog()
+    options = dict(transform=Transform(4, "random_crop"), threads=1)
+    alone = iter(loader(source, **options))
+    want = take(loader(source, **options), 30)
+    several = iter(loader(source, workers=2, broken=log, **options))
+    assert all(same(batch, next(several)) for batch in want[:17])
+    assert sorted(log.items) == [("3.jpg", "truncated"), ("39.jpg", "truncated"), ("4.jpg", "truncated")]
+    saved = state_to_bytes(several)
+    several.close()
+    restore_state(alone, saved)  # with another number of processes, none
+    assert same(want[17], next(alone))
+    again = iter(loader(source, workers=1, **options))
+    restore_state(again, state_to_bytes(alone))
+    assert same(want[18], next(again))
+    again.close()
+
+
+@pytest.mark.slow
+def test_worker_processes_stop_at_too_many_broken_pictures():
+    many = Numbered(1000, broken=tuple(range(11)))
+    with pytest.raises(InputError, match="numbered: 11 of the 1000 pictures cannot be read .*first: 0.jpg, 1.jpg, 2"):
+        list(loader(many, train=False, workers=2))
+    assert len(list(loader(Numbered(40), train=False, workers=3))) == 10
+    with pytest.raises(InputError, match="none of its 4 pictures can be read"):
+        list(loader(Numbered(4, broken=(0, 1, 2, 3)), train=False, workers=1))
+
+
 def test_nothing_readable():
     with pytest.raises(InputError, match="none of its 4 pictures can be read; the first: "):
         list(loader(Numbered(4, broken=(0, 1, 2, 3)), train=False))
@@ -435,6 +471,7 @@ def test_nothing_readable():
         ({"num_epochs": 0}, "num_epochs 0"),
         ({"num_epochs": 1, "train": False}, "num_epochs 1 with validation"),
         ({"threads": -1}, "threads -1"),
+        ({"workers": -1}, "workers -1"),
         ({"seed": -1}, "seed -1"),
     ],
 )

@@ -63,6 +63,29 @@ def test_readable_class_names(tmp_path):
     assert open_source(f"folder:{tmp_path}").class_names == want
 
 
+@pytest.mark.parametrize("file", ["class_names.txt", "LOC_synset_mapping.txt"])
+def test_listed_class_names(tmp_path, file):
+    for folder in ("n01440764", "n02099601", "n09999999"):
+        save(tmp_path / "train" / folder / f"{folder}_1.jpg")
+    lines = ["n01440764 tench, Tinca tinca", "", "n02099601  golden retriever", "n03000000 something else"]
+    (tmp_path / file).write_text("\n".join(lines))
+    assert open_source(f"folder:{tmp_path}").class_names == ("tench", "golden_retriever", "n09999999")
+    (tmp_path / file).write_text("n01440764 tench\nn02099601\n")
+    assert_one_line_error(f"folder:{tmp_path}", f"{file}, line 2", "a class folder and its name are wanted")
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_pictures_without_class_folders_where_classes_are_needed(tmp_path, inside):
+    for i in range(3):
+        save(tmp_path / inside / f"{i}.png")
+    with pytest.raises(InputError, match="has pictures but no class folders: .*/CLASS/0.png is wanted"):
+        open_source(f"folder:{tmp_path}", need_classes=True)
+    (tmp_path / "sorted" / "all").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / inside / f"{i}.png").rename(tmp_path / "sorted" / "all" / f"{i}.png")
+    assert open_source(f"folder:{tmp_path / 'sorted'}", need_classes=True).class_names == ("all",)
+
+
 def test_class_folders_without_train(tmp_path):
     for i in range(120):
         save(tmp_path / "ab"[i % 2] / f"{i}.png", size=(1, 1))

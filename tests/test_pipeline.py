@@ -1,5 +1,6 @@
 """Pipelines: pictures do not depend on their neighbours, and what was saved comes back."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import hmar_jax
 from hmar_jax import checkpoints, cli
 from hmar_jax.errors import InputError
 from hmar_jax.sampling import sampler
+from hmar_jax.sampling.pipeline import load_parts
 from hmar_jax.training import experiments
 from tests import tiny
 
@@ -245,3 +247,24 @@ def test_what_cannot_be_loaded(tmp_path):
     (copy / "config.json").write_text('{"format": "other"}')
     with pytest.raises(InputError):
         hmar_jax.load(str(copy))
+
+
+# Classes by name
+
+
+def test_classes_by_name():
+    spec, _ = load_parts("digits")
+    names = ("golden_retriever", "crane", "Great-Dane", "crane", "5", "tiger cat", "x", "y", "z", "CRANE")
+    spec = dataclasses.replace(spec, class_names=names)
+    for given, wanted in (
+            ("golden_retriever", 0), ("Golden Retriever", 0), (" golden-retriever ", 0), ("great_dane", 2), ("tiger_cat", 5),
+            ("CRANE", 9), ("5", 5), (3, 3), ("0", 0)):
+        assert spec.resolve_class(given) == wanted, given
+    with pytest.raises(InputError, match="class 'crane': 2 classes have this name, give an id: 1, 3"):
+        spec.resolve_class("crane")
+    with pytest.raises(InputError, match="class 'Crane': 3 classes have this name, give an id: 1, 3, 9"):
+        spec.resolve_class("Crane")
+    with pytest.raises(InputError, match="class 'retriever': an id from 0 to 9 is wanted, or a name such as golden_retriever"):
+        spec.resolve_class("retriever")
+    with pytest.raises(InputError, match="class -1: ids"):
+        spec.resolve_class("-1")

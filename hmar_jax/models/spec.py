@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import Any, Mapping
 
 from hmar_jax.errors import InputError
@@ -76,15 +77,21 @@ class ModelSpec:
             raise InputError(f"{where}: not a config this version understands ({e})") from None
 
     def resolve_class(self, given) -> int:
-        """An id, an id as text, or a class name -> the id.
+        """An id, an id as text, or a class name -> the id. In names, case does not matter, and spaces and hyphens are underscores.
 
         Raises:
-          InputError: there is no such class.
+          InputError: there is no such class, or there are several (ImageNet has two called "crane").
         """
         count = self.transformer.num_classes
         text = str(given).strip()
-        if text in self.class_names and not text.lstrip("-").isdigit():
-            return self.class_names.index(text)
+        if not text.lstrip("-").isdigit():
+            plain = lambda name: re.sub(r"[\s-]", "_", name.strip().casefold())
+            named = [i for i, name in enumerate(self.class_names) if name == text]
+            named = named or [i for i, name in enumerate(self.class_names) if plain(name) == plain(text)]
+            if len(named) > 1:
+                raise InputError(f"class {text!r}: {len(named)} classes have this name, give an id: {', '.join(map(str, named))}")
+            if named:
+                return named[0]
         try:
             number = int(text)
         except ValueError:

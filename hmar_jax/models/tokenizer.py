@@ -9,11 +9,14 @@ l tokens of one scale, L tokens of all. Arrays are channels-last; the published 
 """
 
 import dataclasses
+import hashlib
+import json
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleList
@@ -358,3 +361,24 @@ class Tokenizer(nn.Module):
 
     def area(self, f, k: int):
         return self.quantizer.area(k, f)
+
+
+def without_encoder(params: dict) -> dict:
+    """The parameters that are left to do once pictures are tokens: the quantizer's and the decoder's."""
+    return {part: values for part, values in params.items() if part not in ("encoder", "quant_conv")}
+
+
+def fingerprint(config: TokenizerConfig, params: dict) -> str:
+    """16 hexadecimal digits that differ between tokenizers that make, or read, tokens differently.
+
+    Of the architecture and of every number in encoder and quantizer. The decoder may be trained further without making
+    old tokens worthless, so it is left out; so are dropout and the type that convolutions compute in.
+    """
+    fields = dataclasses.asdict(config)
+    told = {name: value for name, value in fields.items() if name not in ("dropout", "dtype")}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    parts = {part: params[part] for part in ("encoder", "quant_conv", "quantizer")}
+    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parts)):
+        digest.update(f"{path}{np.shape(leaf)}".encode())
+        digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
+    return digest.hexdigest()[:16]

@@ -16,12 +16,13 @@ from ml_collections import ConfigDict
 from hmar_jax import configs, distributed, files, sharding
 from hmar_jax.data.pipeline import BrokenLog, Transform, make_loader
 from hmar_jax.data.sources import Source, open_source
-from hmar_jax.data.tokenize import make_token_loader, tokenize
+from hmar_jax.data.tokenize import tokenize
+from hmar_jax.data.tokens import TokenSet, make_token_loader, open_tokens
 from hmar_jax.errors import InputError
 from hmar_jax.models.combined import CombinedModel
 from hmar_jax.models.perceptual import load_perceptual, perceptual_distance
 from hmar_jax.models.spec import ModelSpec
-from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, to_float
+from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, fingerprint, to_float, without_encoder
 from hmar_jax.sampling import grid, sampler, schedules
 from hmar_jax.sampling.pipeline import STAGE1_FOLDER, TOKENIZER_FOLDER, load_parts
 from hmar_jax.training import tasks
@@ -36,7 +37,7 @@ _RANGES = (
      "recipe.discriminator_channels recipe.discriminator_layers", 1, math.inf),
     ("model.vocab_size model.z_channels model.channels model.channel_multipliers model.patch_size model.groups model.depth "
      "model.width model.heads", 1, 2**20),
-    ("steps epochs image_side keep_best data.threads data.cached_copies model.num_res_blocks model.num_phi "
+    ("steps epochs image_side keep_best data.threads data.workers data.cached_copies model.num_res_blocks model.num_phi "
      "recipe.learning_rate recipe.warmup_steps recipe.revive_every recipe.clip recipe.weight_decay", 0, math.inf),
     ("model.mlp_ratio", 0.1, 100),
     ("seed", 0, 2**32 - 1),
@@ -86,7 +87,7 @@ def build(config: ConfigDict, workdir: str | None = None) -> Experiment:
     """
     _check_ranges(config)
     if not config.data.source:
-        raise InputError("config.data.source is empty: give --config.data.source=folder:DIR, tfds:NAME or digits")
+        raise InputError("config.data.source is empty: give --config.data.source=folder:DIR, tfds:NAME, tokens:DIR or digits")
     builders = {"tokenizer": _tokenizer, "next_scale": _next_scale, "masked": _masked}
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch_size, config.get("accumulate", 1))
@@ -112,16 +113,19 @@ def _check_ranges(config: ConfigDict) -> None:
         raise InputError(f"config.model.dtype={config.model.dtype!r}: known are {', '.join(_DTYPES)}")
 
 
-def _open(config: ConfigDict, mesh: Mesh, side: int, broken: BrokenLog):
+def _open(config: ConfigDict, mesh: Mesh, side: int, broken: BrokenLog, need_classes: bool):
     """Training source, its transform, and the validation split."""
+    if config.data.workers and config.data.in_memory:
+        raise InputError(
+            f"config.data.workers={config.data.workers} with data.in_memory: each process would keep all pictures; 0, or data.in_memory=False, is wanted")
     transform = configs.build(Transform, config.data.transform, side=side)
-    source = open_source(config.data.source, "train", in_memory=config.data.in_memory)
+    open_split = functools.partial(open_source, config.data.source, in_memory=config.data.in_memory, need_classes=need_classes)
+    source = open_split("train")
     rows = len(source) * max(1, config.data.get("cached_copies", 0))
     if config.batch_size > rows:
         raise InputError(f"config.batch_size={config.batch_size}: {config.data.source} has {rows} pictures, {rows} or less is wanted")
-    held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
-    parts = sharding.batch_parts(mesh)
-    batch = -(-min(config.batch_size, len(held_out), _MAX_EVAL_BATCH) // parts) * parts  # what it has too many is padded
+    held_out = open_split("validate")
+    batch = _validation_batch(config, mesh, len(held_out))
     shard, shards = sharding.host_share(mesh, batch)
     validation = make_loader(
         held_out, transform, batch_size=batch // shards, seed=0, train=False, shard_index=shard, shard_count=shards,
@@ -134,7 +138,7 @@ def _loader(config: ConfigDict, mesh: Mesh, source: Source, transform: Transform
     shard, shards = sharding.host_share(mesh, config.batch_size)
     return make_loader(
         source, transform, batch_size=config.batch_size // shards, seed=config.seed, train=True, shard_index=shard,
-        shard_count=shards, threads=config.data.threads, broken=broken)
+        shard_count=shards, threads=config.data.threads, workers=config.data.workers, broken=broken)
 
 
 def _tokenizer(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
@@ -154,7 +158,7 @@ def _tokenizer(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experimen
         pictures = jax.ShapeDtypeStruct((1, model.image_side, model.image_side, 3), jnp.float32)
         jax.eval_shape(perceptual_distance, *extra, pictures, pictures)  # are they large enough for its pools?
     broken = BrokenLog()
-    source, transform, validation = _open(config, mesh, model.image_side, broken)
+    source, transform, validation = _open(config, mesh, model.image_side, broken, need_classes=False)
     reconstruct = jax.jit(task.samples, out_shardings=sharding.replicated(mesh))
 
     held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
@@ -176,11 +180,12 @@ def _tokenizer(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experimen
 class _Data:
     """What both stages of a transformer train on."""
 
-    source: Source
+    source: Source | TokenSet
     steps: int
     loader: Callable[[], grain.IterDataset]
     validation: Validation | None
     broken: BrokenLog
+    tokenizer_params: dict  # on the device; those that the steps and the samples need
 
 
 def _data(config: ConfigDict, mesh: Mesh, tokenizer: TokenizerConfig, tokenizer_params, name: str) -> _Data:
@@ -191,10 +196,22 @@ def _data(config: ConfigDict, mesh: Mesh, tokenizer: TokenizerConfig, tokenizer_
             f"{','.join(map(str, tokenizer.scales))} at {tokenizer.pixels_per_token} pixels a token make "
             f"{tokenizer.image_side} pixels")
     broken = BrokenLog()
-    source, transform, validation = _open(config, mesh, tokenizer.image_side, broken)
+    kind, _, directory = config.data.source.partition(":")
+    if kind == "tokens":
+        source, validation = _open_tokens(config, mesh, directory, tokenizer, tokenizer_params, name)
+        # Without the encoder, which then need not lie in the devices' memory.
+        tokenizer_params = without_encoder(tokenizer_params)
+    else:
+        source, transform, validation = _open(config, mesh, tokenizer.image_side, broken, need_classes=True)
     steps = tasks.steps_of(config, len(source))
+    shard, shards = sharding.host_share(mesh, config.batch_size)
+    own_rows = config.batch_size // shards
 
     def loader():
+        if kind == "tokens":
+            read_from = source.in_memory() if config.data.in_memory else source
+            return make_token_loader(
+                read_from, batch_size=own_rows, seed=config.seed, shard_index=shard, shard_count=shards, threads=config.data.threads)
         if not config.data.cached_copies:
             return _loader(config, mesh, source, transform, broken)
         encode = jax.jit(lambda params, x: Tokenizer(tokenizer).apply({"params": params}, to_float(x), method="encode"))
@@ -202,11 +219,41 @@ def _data(config: ConfigDict, mesh: Mesh, tokenizer: TokenizerConfig, tokenizer_
         tokens = tokenize(  # every host all of them
             functools.partial(encode, params), source, transform, copies=config.data.cached_copies, seed=config.seed,
             progress=distributed.is_first())
-        shard, shards = sharding.host_share(mesh, config.batch_size)
-        return make_token_loader(
-            tokens, batch_size=config.batch_size // shards, seed=config.seed, shard_index=shard, shard_count=shards)
+        return make_token_loader(tokens, batch_size=own_rows, seed=config.seed, shard_index=shard, shard_count=shards)
 
-    return _Data(source, steps, loader, validation, broken)
+    return _Data(source, steps, loader, validation, broken, tokenizer_params)
+
+
+def _open_tokens(config: ConfigDict, mesh: Mesh, directory: str, tokenizer: TokenizerConfig, params, name: str):
+    """Training tokens, and the loader of those held out or None."""
+    if not directory:
+        raise InputError(f"config.data.source={config.data.source!r}: tokens:DIR is wanted, DIR as hmar tokenize made it")
+    source, held_out = (open_tokens(directory, split) for split in ("train", "validate"))
+    if source is None:
+        raise InputError(f"the token set {directory} has no training split")
+    ours, theirs = fingerprint(tokenizer, params), source.info.fingerprint
+    if ours != theirs:
+        raise InputError(
+            f"the token set {directory} was made by another tokenizer: by {source.info.tokenizer!r} with fingerprint {theirs}; "
+            f"{name!r} has {ours}: name that tokenizer, or make the tokens anew with hmar tokenize")
+    if config.batch_size > len(source):
+        raise InputError(
+            f"config.batch_size={config.batch_size}: {config.data.source} has {len(source)} pictures, {len(source)} or less is wanted")
+    for index, path, reason in source.info.splits["train"].broken:
+        LOGGER.warning("without picture %d, %s, which could not be read when tokens were made: %s", index, path, reason)
+    if not held_out:
+        return source, None
+    batch = _validation_batch(config, mesh, len(held_out))
+    shard, shards = sharding.host_share(mesh, batch)
+    loader = make_token_loader(
+        held_out, batch_size=batch // shards, train=False, shard_index=shard, shard_count=shards, threads=config.data.threads)
+    return source, Validation(loader, batch)
+
+
+def _validation_batch(config: ConfigDict, mesh: Mesh, pictures: int) -> int:
+    """Pictures of a validation batch of all hosts; what it has too many is padded."""
+    parts = sharding.batch_parts(mesh)
+    return -(-min(config.batch_size, pictures, _MAX_EVAL_BATCH) // parts) * parts
 
 
 def _samples(config: ConfigDict, mesh: Mesh, spec: ModelSpec, params_of: Callable) -> Callable:
@@ -238,7 +285,9 @@ def _begun(workdir: str | None, name: str) -> str | None:
 
 def _next_scale(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
     if not config.tokenizer:
-        raise InputError("config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model")
+        raise InputError(
+            "config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model; of tokens, "
+            "the one that made them")
     tokenizer_spec, params = load_parts(_begun(workdir, TOKENIZER_FOLDER) or config.tokenizer)
     tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(np.asarray, params["tokenizer"])
     data = _data(config, mesh, tokenizer, params, config.tokenizer)
@@ -250,7 +299,8 @@ def _next_scale(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experime
     picture = _samples(
         config, mesh, spec, lambda state, tokenizer: {"tokenizer": tokenizer, "transformer": state.eval_params})
     frozen = Frozen(TOKENIZER_FOLDER, dataclasses.replace(spec, transformer=None), {"tokenizer": params})
-    return Experiment(task, spec, mesh, (params,), data.loader, data.validation, picture, data.broken, frozen)
+    return Experiment(
+        task, spec, mesh, (data.tokenizer_params,), data.loader, data.validation, picture, data.broken, frozen)
 
 
 def _masked(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
@@ -285,5 +335,6 @@ def _masked(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
         stage1, transformer=model, masked_depth=depth, class_names=stage1.class_names or data.source.class_names,
         origin=f"trained on {config.data.source}", **config.sampling)
     picture = _samples(config, mesh, spec, lambda state, frozen: {**frozen, "masked": state.eval_params})
+    frozen = {**params, "tokenizer": data.tokenizer_params}
     return Experiment(
-        task, spec, mesh, (params,), data.loader, data.validation, picture, data.broken, Frozen(STAGE1_FOLDER, alone, params))
+        task, spec, mesh, (frozen,), data.loader, data.validation, picture, data.broken, Frozen(STAGE1_FOLDER, alone, params))

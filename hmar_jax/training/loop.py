@@ -114,6 +114,7 @@ def _run(config: ConfigDict, experiment: Experiment, directory: epath.Path, chec
                 break
     finally:
         bar.close()
+        batches.close()
         if writer is not None:
             writer.close()
         stop.restore()

@@ -1,0 +1,87 @@
+"""Pictures and token sets in gs:// buckets, against an emulator of Google's storage on this machine's loopback."""
+
+import io
+import logging
+import socket
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gcsfs", reason="gs:// needs gcsfs")
+emulator = pytest.importorskip(
+    "gcp_storage_emulator.server", reason="no emulator: pip install gcp-storage-emulator", exc_type=ImportError)
+
+from etils import epath
+
+from hmar_jax.data.sources import BrokenPicture, open_source
+from hmar_jax.data.tokens import open_tokens, read_info
+from hmar_jax.errors import InputError
+from tests.test_tokens import rows_of, write
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    patch = pytest.MonkeyPatch()
+    patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    patch.setattr("socketserver.BaseServer.handle_error", lambda *_: None)  # clients that hang up early are nothing to tell of
+    for name in ("gcsfs", "fsspec", "gcp_storage_emulator"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    yield "gs://bucket"
+    server.stop()
+    patch.undo()
+
+
+def test_a_folder_of_pictures(bucket):
+    root = epath.Path(bucket) / "pictures"
+    rng = np.random.default_rng(0)
+    images = {}
+    for split, names in (("train", ("a/1.png", "a/deep/2.png", "b/3.png", "b/notes.txt", "b/.hidden.png")), ("val", ("b/4.png",))):
+        for name in names:
+            images[name] = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(images[name]).save(file, format="PNG")
+            (root / split / name).write_bytes(file.getvalue())
+    (root / "class_names.txt").write_text("b Golden retriever, a dog\n")
+    train, validate = (open_source(f"folder:{root}", split) for split in ("train", "validate"))
+    assert train.files == ("a/1.png", "a/deep/2.png", "b/3.png") and train.labels.tolist() == [0, 0, 1]
+    assert validate.files == ("b/4.png",) and validate.labels.tolist() == [1]
+    assert train.class_names == ("a", "Golden_retriever")
+    for source in (train, validate):
+        for i, name in enumerate(source.files):
+            np.testing.assert_array_equal(source[i]["image"], images[name])
+    (root / "train" / "b" / "3.png").unlink()
+    with pytest.raises(BrokenPicture, match="gs://bucket/pictures/train/b/3.png"):
+        train[2]
+    with pytest.raises(InputError, match="gs://bucket/nothing does not exist"):
+        open_source("folder:gs://bucket/nothing")
+
+
+def test_a_token_set(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    directory = f"{bucket}/tokens"
+    assert not write(directory, part=(0, 2)).complete
+    assert write(directory, part=(1, 2)).complete
+    assert not list((tmp_path / "scratch").iterdir())  # shards are made there, and do not stay
+    write(tmp_path / "local")
+    train, local = open_tokens(directory), open_tokens(tmp_path / "local")
+    for crop in range(2):
+        np.testing.assert_array_equal(rows_of(train, crop)["tokens"], rows_of(local, crop)["tokens"])
+
+    shard = epath.Path(directory) / read_info(directory).splits["train"].shards[2]["file"]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    open_tokens(directory)  # from the copy that this machine has
+    (copy,) = (tmp_path / "scratch").iterdir()
+    (copy / shard.name).unlink()
+    with pytest.raises(InputError, match="has another checksum"):
+        open_tokens(directory)
+    write(directory, verify=True)
+    np.testing.assert_array_equal(rows_of(open_tokens(directory), 0)["tokens"], rows_of(local, 0)["tokens"])

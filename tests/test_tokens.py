@@ -1,0 +1,545 @@
+"""Token sets: records, writing that survives kills and damage, the loader; `hmar tokenize` and training from its tokens."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from hmar_jax import cli
+from hmar_jax.checkpoints import save_model
+from hmar_jax.data.pipeline import Transform, derive_seed, restore_state, state_to_bytes
+from hmar_jax.data.sources import BrokenPicture
+from hmar_jax.data.tokenize import count_unfinished, write_token_set
+from hmar_jax.data.tokens import (
+    SplitInfo, TokenSetInfo, TokensInMemory, make_token_loader, open_tokens, pack, read_info, record_bytes, unpack)
+from hmar_jax.errors import InputError
+from hmar_jax.models.tokenizer import Tokenizer, fingerprint
+from hmar_jax.sampling.pipeline import load_parts
+from hmar_jax.training import experiments
+from tests import tiny
+
+SCALES, SIDE = (1, 2, 3), 4
+LENGTH = sum(s**2 for s in SCALES)
+SHARD = 16
+
+
+@dataclasses.dataclass
+class Pictures:
+    """n pictures of noise, the same in every process. Those in `broken` cannot be read."""
+
+    n: int
+    broken: tuple = ()
+    name: str = "noise"
+    class_names: tuple = ("even", "odd")
+    slow: float = 0.0
+
+    @property
+    def num_classes(self):
+        return 2
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        time.sleep(self.slow)
+        if index in self.broken:
+            raise BrokenPicture(f"{index}.jpg", "truncated")
+        return {"image": np.random.default_rng(index).integers(0, 256, (6, 7, 3), dtype=np.uint8), "label": index % 2}
+
+
+_WEIGHTS = np.random.default_rng(5).integers(0, 4096, (SIDE * SIDE * 3, LENGTH))
+
+
+def encode(images):
+    """Tokens that tell the crop: a hash of the picture's bytes in each position."""
+    return images.reshape(len(images), -1).astype(np.int64) @ _WEIGHTS % 4096
+
+
+TRANSFORM = Transform(SIDE, "random_crop")
+
+
+def info(n=50, held_out=20, crops=2, **changes):
+    base = TokenSetInfo(
+        tokenizer="none", fingerprint="0" * 16, dtype="float32", scales=SCALES, vocab_size=4096, image_side=SIDE, source="noise",
+        class_names=("even", "odd"), transform=dataclasses.asdict(TRANSFORM), seed=3, shard_size=SHARD,
+        splits={"train": SplitInfo(n, crops), "validate": SplitInfo(held_out, 1)})
+    return dataclasses.replace(base, **changes)
+
+
+def write(directory, n=50, held_out=20, broken=(), crops=2, changes=None, **options):
+    sources = {"train": Pictures(n, broken), "validate": Pictures(held_out)}
+    return write_token_set(
+        directory, encode, sources, TRANSFORM, info(n, held_out, crops, **(changes or {})), batch_size=8, threads=0, **options)
+
+
+def files_of(directory):
+    """Checksums of all shards."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pathlib.Path(directory).glob("*.array_record")}
+
+
+def rows_of(source, crop):
+    n = len(source)
+    return source.read(np.arange(n), np.full(n, crop))
+
+
+# Records
+
+
+@pytest.mark.parametrize("vocab, size", [(2, 684), (256, 684), (257, 1024), (4096, 1024), (4097, 1364), (65537, 2724)])
+@pytest.mark.parametrize("length", [680, 679, 1, 2])
+def test_records_come_back(vocab, size, length):
+    rng = np.random.default_rng(length)
+    tokens = rng.integers(0, vocab, (5, length))
+    tokens[0], tokens[1] = vocab - 1, 0
+    labels = rng.integers(0, 2**31, 5)
+    records = pack(tokens, labels, vocab)
+    assert records.dtype == np.uint8 and records.shape == (5, record_bytes(length, vocab))
+    if length == 680:
+        assert records.shape[1] == size
+    back, back_labels = unpack(records, length, vocab)
+    assert back.dtype == back_labels.dtype == np.int32
+    np.testing.assert_array_equal(back, tokens)
+    np.testing.assert_array_equal(back_labels, labels)
+
+
+def test_imagenet_fits_in_3_gb_a_crop(tmp_path):
+    n, length = 2000, 680
+    rng = np.random.default_rng(0)
+    made = dataclasses.replace(
+        info(n), scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), shard_size=8192, splits={"train": SplitInfo(n, 1)})
+    write_token_set(
+        tmp_path / "set", lambda images: rng.integers(0, 4096, (len(images), length)), {"train": Pictures(n)}, TRANSFORM, made,
+        batch_size=500, threads=0)
+    (shard,) = (tmp_path / "set").glob("*.array_record")
+    assert shard.stat().st_size / n * 1_281_167 < 1.6e9
+
+
+# Writing
+
+
+def test_a_token_set_holds_every_crop_of_every_picture(tmp_path):
+    made = write(tmp_path / "set")
+    assert made.complete and read_info(tmp_path / "set") == made
+    train, validate = (open_tokens(tmp_path / "set", split) for split in ("train", "validate"))
+    assert (len(train), train.crops, len(validate), validate.crops, train.class_names) == (50, 2, 20, 1, ("even", "odd"))
+    for source, crops in ((train, 2), (validate, 1)):
+        rows = [rows_of(source, crop) for crop in range(crops)]
+        for i in range(len(source)):
+            image = Pictures(99)[i]["image"]
+            cut = [image[y : y + SIDE, x : x + SIDE] for y in range(3) for x in range(4)]
+            known = {tuple(row) for row in encode(np.stack(cut))}
+            centre = tuple(encode(TRANSFORM(image, None)[None])[0])
+            for row in rows:
+                assert tuple(row["tokens"][i]) in known and row["label"][i] == i % 2
+                assert source is train or tuple(row["tokens"][i]) == centre
+    first, second = (rows_of(train, crop)["tokens"] for crop in range(2))
+    assert 40 < (first != second).any(axis=1).sum()  # of 50, by chance 4 with the same of 12 crops
+
+
+def test_neither_parts_nor_batches_nor_crops_added_later_change_a_bit(tmp_path):
+    write(tmp_path / "whole")
+    for index in (2, 0, 1):
+        part = write(tmp_path / "parts", part=(index, 3))
+    assert part.complete
+    one = write(tmp_path / "later", crops=1)
+    assert one.complete and len(one.splits["train"].shards) == 4
+    write(tmp_path / "later", crops=2)
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "parts") == files_of(tmp_path / "later")
+    described = [(tmp_path / name / "tokens.json").read_text() for name in ("whole", "parts", "later")]
+    assert len(set(described)) == 1 and len(files_of(tmp_path / "whole")) == 10
+    assert write(tmp_path / "later", crops=1).splits["train"].crops == 2  # never fewer: others may be reading them
+    other = write(tmp_path / "other", changes={"seed": 4})
+    assert other.complete and files_of(tmp_path / "other") != files_of(tmp_path / "whole")
+
+
+def test_an_unfinished_set_is_not_read(tmp_path):
+    made = write(tmp_path / "set", part=(0, 2))
+    assert not made.complete and count_unfinished(tmp_path / "set", made) == (5, 10)
+    with pytest.raises(InputError, match="not complete: run the same hmar tokenize again"):
+        open_tokens(tmp_path / "set")
+
+
+_SLOW_WRITER = """
+    import sys
+    from tests.test_tokens import *
+    sources = {"train": Pictures(50, slow=0.01), "validate": Pictures(20, slow=0.01)}
+    print("ready", flush=True)
+    write_token_set(sys.argv[1], encode, sources, TRANSFORM, info(), batch_size=8, threads=0)
+"""
+
+
+def kill_and_go_on(directory, kills, seed):
+    """Runs a slow writer and kills it `kills` times, each at a random moment after another shard; then lets it end."""
+    rng = np.random.default_rng(seed)
+    notes = lambda: len(list(pathlib.Path(directory, "progress").glob("*.json")))
+    finished = []
+    for kill in range(kills + 1):
+        with subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(_SLOW_WRITER), str(directory)], env=tiny.ENVIRONMENT,
+                stdout=subprocess.PIPE) as process:
+            process.stdout.readline()  # ready
+            if kill < kills:
+                wanted = min(8, notes() + int(rng.integers(1, 4 if kills > 1 else 7)))
+                while notes() < wanted:
+                    time.sleep(0.002)
+                time.sleep(rng.uniform(0, 0.15))  # a shard takes longer
+                process.kill()
+        assert process.returncode == (-signal.SIGKILL if kill < kills else 0)
+        finished.append(notes())
+    return finished
+
+
+def check_killed(tmp_path, kills, seed):
+    write(tmp_path / "whole")
+    finished = kill_and_go_on(tmp_path / "killed", kills, seed)
+    assert finished[-1] == 10 and finished == sorted(finished)
+    assert all(0 < count < 10 for count in finished[:-1]), finished  # it was killed on the way
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert (tmp_path / "killed" / "tokens.json").read_text() == (tmp_path / "whole" / "tokens.json").read_text()
+    assert not list((tmp_path / "killed").glob(".*.tmp"))  # nothing is left over
+
+
+def test_sigkill_at_a_random_moment(tmp_path):
+    check_killed(tmp_path, 1, seed=1)
+
+
+@pytest.mark.slow
+def test_sigkill_at_21_random_moments(tmp_path):
+    for seed in range(7):  # 3 kills each, as a set has 10 shards
+        (tmp_path / str(seed)).mkdir()
+        check_killed(tmp_path / str(seed), 3, seed)
+
+
+_DISTRIBUTED = """
+    import sys, jax
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    from hmar_jax import cli
+    sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_jax_distributed_share_the_work(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with tiny.cached():
+        assert cli.main(command(tmp_path / "one")) == 0
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(_DISTRIBUTED), address, str(i), *command(tmp_path / "two")], env=tiny.ENVIRONMENT,
+            stdout=subprocess.PIPE, text=True) for i in range(2)]
+    told = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert any("36 pictures to train in 2 crops" in text for text in told), told
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one") and len(files_of(tmp_path / "one")) == 5
+    assert read_info(tmp_path / "two") == read_info(tmp_path / "one")
+
+
+@pytest.mark.parametrize("damage", ["flip", "shorten", "remove"])
+def test_damage_is_found_and_mended(tmp_path, damage):
+    write(tmp_path / "set")
+    before = files_of(tmp_path / "set")
+    shard = tmp_path / "set" / "train-crop01-00002-of-00004.array_record"
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        train = open_tokens(tmp_path / "set")
+        record = pack(*(rows_of(train, 1)[key][40:41] for key in ("tokens", "label")), 4096).tobytes()
+        data[data.find(record) + 5] ^= 1
+        shard.write_bytes(data)
+        source = open_tokens(tmp_path / "set")  # the size is right
+        source.read(np.array([39]), np.array([1]))
+        with pytest.raises(InputError, match="damaged.*hash mismatch.*--verify"):
+            source.read(np.array([40]), np.array([1]))
+    elif damage == "shorten":
+        shard.write_bytes(data[:1000])
+        with pytest.raises(InputError, match="train-crop01-00002.* has 1000 bytes instead of"):
+            open_tokens(tmp_path / "set")
+    else:
+        shard.unlink()
+        with pytest.raises(InputError, match="train-crop01-00002.* is missing"):
+            open_tokens(tmp_path / "set")
+    write(tmp_path / "set", verify=damage == "flip")
+    assert files_of(tmp_path / "set") == before
+
+
+def test_broken_pictures_are_left_out_and_named(tmp_path):
+    made = write(tmp_path / "set", broken=(7, 17))
+    assert [entry[:2] for entry in made.splits["train"].broken] == [(7, "7.jpg"), (17, "17.jpg")]
+    train = open_tokens(tmp_path / "set")
+    assert len(train) == 48
+    rows = rows_of(train, 1)
+    wanted = rows_of(open_tokens(write(tmp_path / "sound") and tmp_path / "sound"), 1)
+    readable = np.setdiff1d(np.arange(50), (7, 17))
+    np.testing.assert_array_equal(rows["tokens"], wanted["tokens"][readable])
+    np.testing.assert_array_equal(rows["label"], readable % 2)
+    memory = rows_of(train.in_memory(), 1)
+    np.testing.assert_array_equal(memory["tokens"], rows["tokens"])
+
+    write(tmp_path / "set")  # the two have been mended meanwhile
+    assert files_of(tmp_path / "set") == files_of(tmp_path / "sound") and len(open_tokens(tmp_path / "set")) == 50
+
+
+def test_too_many_broken_pictures_stop_it_and_what_is_done_stays(tmp_path):
+    broken = tuple(range(30, 41))
+    with pytest.raises(InputError, match="noise: 11 of the 50 pictures cannot be read .*first: 30.jpg, 31.jpg, 32.jpg.*goes on"):
+        write(tmp_path / "set", broken=broken)
+    sound = {name: sha for name, sha in files_of(tmp_path / "set").items() if "-00000-of" in name}
+    assert len(sound) == 1 and not list((tmp_path / "set").glob(".*.tmp"))
+    time_of = lambda name: (tmp_path / "set" / name).stat().st_mtime_ns
+    before = {name: time_of(name) for name in sound}
+    write(tmp_path / "set")
+    assert sound.items() <= files_of(tmp_path / "set").items() and before == {name: time_of(name) for name in sound}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fingerprint": "1" * 16, "tokenizer": "other"}, "another tokenizer: 'none' with fingerprint 0+, not 'other' with 1+"),
+        ({"seed": 5}, "another seed: 3 there and 5 here"),
+        ({"shard_size": 5}, "another shard_size"),
+        ({"source": "folder:x"}, "another source: 'noise' there and 'folder:x' here"),
+        ({"class_names": ("even", "odd", "more")}, "another class_names: '2 classes' there and '3 classes' here"),
+        ({"transform": {}}, "another transform"),
+    ],
+)
+def test_another_set_is_not_overwritten(tmp_path, change, message):
+    write(tmp_path / "set", n=5, held_out=5)
+    before = files_of(tmp_path / "set")
+    with pytest.raises(InputError, match=message):
+        write(tmp_path / "set", n=5, held_out=5, changes=change)
+    with pytest.raises(InputError, match="had 5 pictures to train; it has 6 now"):
+        write(tmp_path / "set", n=6, held_out=5)
+    assert files_of(tmp_path / "set") == before
+
+
+def test_a_directory_of_something_else_is_not_touched(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="neither empty nor a token set"):
+        write(tmp_path)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+    (tmp_path / "tokens.json").write_text("{}")
+    with pytest.raises(InputError, match="not the description of a token set"):
+        open_tokens(tmp_path)
+
+
+# The loader
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokens") / "set"
+    write(directory, crops=3)
+    return open_tokens(directory)
+
+
+def identify(source, batch):
+    """(picture, crop) of every row of a batch; crops that happen to be the same count as the first."""
+    known = {}
+    for crop in reversed(range(source.crops)):
+        for i, row in enumerate(rows_of(source, crop)["tokens"]):
+            known[tuple(row)] = (i, crop)
+    return [known[tuple(row)] for row in batch["tokens"]]
+
+
+def test_every_picture_once_an_epoch_and_crops_take_turns(tokens):
+    loader = iter(make_token_loader(tokens, batch_size=10, seed=0))
+    epochs = [[row for _ in range(5) for row in identify(tokens, next(loader))] for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(picture for picture, _ in epoch) == list(range(50))
+        assert len({crop for _, crop in epoch}) == 3
+    assert len({tuple(picture for picture, _ in epoch) for epoch in epochs}) == 3
+    seen = {}
+    for epoch in epochs:
+        for picture, crop in epoch:
+            seen.setdefault(picture, set()).add(crop)
+    distinct = {i: len({tuple(rows_of(tokens, crop)["tokens"][i]) for crop in range(3)}) for i in range(50)}
+    assert {i: len(crops) for i, crops in seen.items()} == distinct  # all crops of each picture in three epochs
+
+
+def test_the_order_is_that_of_grains_shuffle(tokens):
+    order = grain.MapDataset.range(50).shuffle(seed=derive_seed(7, 3)).repeat(2)
+    loader = iter(make_token_loader(tokens, batch_size=20, seed=7))
+    got = [picture for _ in range(5) for picture, _ in identify(tokens, next(loader))]
+    assert got == list(order)
+
+
+def test_shards_of_the_loader_are_parts_of_one_stream(tokens):
+    whole = iter(make_token_loader(tokens, batch_size=12, seed=0))
+    parts = [iter(make_token_loader(tokens, batch_size=4, seed=0, shard_index=s, shard_count=3, threads=s)) for s in range(3)]
+    for _ in range(10):
+        batch = next(whole)
+        for shard, part in enumerate(parts):
+            mine = next(part)
+            np.testing.assert_array_equal(mine["tokens"], batch["tokens"][shard::3])
+            np.testing.assert_array_equal(mine["label"], batch["label"][shard::3])
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_loaders_state_restores_its_batches(tokens, in_memory):
+    source = tokens.in_memory() if in_memory else tokens
+    first = iter(make_token_loader(source, batch_size=8, seed=0, threads=2))
+    for _ in range(9):
+        next(first)
+    saved = state_to_bytes(first)
+    assert json.loads(saved) == {"next_index": 9}  # as a loader of pictures has it
+    second = iter(make_token_loader(tokens, batch_size=8, seed=0))
+    restore_state(second, saved)
+    for _ in range(4):
+        np.testing.assert_array_equal(next(second)["tokens"], next(first)["tokens"])
+
+
+def test_validation_tokens(tokens):
+    parts = [
+        batch for shard in range(3)
+        for batch in make_token_loader(tokens, batch_size=4, train=False, shard_index=shard, shard_count=3)]
+    assert len(parts) == 3 * 5
+    valid = np.concatenate([batch["valid"] for batch in parts])
+    rows = np.concatenate([batch["tokens"] for batch in parts])[valid]
+    assert valid.sum() == 50
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, rows_of(tokens, 0)["tokens"].tolist()))
+
+
+def test_one_row_is_a_data_set():
+    source = TokensInMemory.of(np.array([[1, 2, 3]]), np.array([4]))
+    batch = next(iter(make_token_loader(source, batch_size=1)))
+    assert batch["tokens"].tolist() == [[1, 2, 3]] and batch["label"].tolist() == [4]
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A token set made by the command with the tiny tokenizer."""
+    directory = tmp_path_factory.mktemp("command") / "set"
+    with tiny.cached():
+        assert cli.main(command(directory)) == 0
+    return directory
+
+
+def command(out, *more, tokenizer=None):
+    return [
+        "tokenize", f"--tokenizer={tokenizer or tiny.tokenizer_run()}", f"--data=folder:{tiny.pictures()}", f"--out={out}",
+        "--crops=2", "--transform=random_crop", "--batch_size=8", "--shard_size=20", *more]
+
+
+def test_tokenize(made, capsys):
+    spec, params = load_parts(str(tiny.tokenizer_run()))
+    info = read_info(made)
+    assert info.complete and info.fingerprint == fingerprint(spec.tokenizer, params["tokenizer"])
+    assert info.class_names == tiny.CLASSES and info.scales == (1, 2)
+    train = open_tokens(made)
+    assert (len(train), train.crops, len(open_tokens(made, "validate"))) == (36, 2, 9)
+    assert rows_of(train, 0)["label"].tolist() == [0] * 12 + [1] * 12 + [2] * 12
+    before = files_of(made)
+    with tiny.cached():
+        assert cli.main(command(made, "--verify")) == 0
+    assert "36 pictures to train in 2 crops, 9 pictures to validate; 3 classes" in capsys.readouterr().out
+    assert files_of(made) == before
+
+
+def test_training_from_tokens_needs_no_encoder(made, tmp_path):
+    experiment = experiments.build(tiny.config_of(tiny.train(tmp_path / "run", data__source=f"tokens:{made}")))
+    known, = experiment.extra
+    assert known.keys() == {"decoder", "post_quant_conv", "quantizer"}
+    assert "encoder" in experiment.frozen.params["tokenizer"]  # the run keeps it, for editing
+    assert experiment.spec.class_names == tiny.CLASSES
+    task, batch, rng = experiment.task, next(iter(experiment.loader())), jax.random.key(0)
+    tokens = rows_of(open_tokens(made), 0)["tokens"], rows_of(open_tokens(made), 1)["tokens"]
+    assert {tuple(row) for row in batch["tokens"]} <= {tuple(row) for crop in tokens for row in crop}
+    # Traced, not run: whatever the programs take from the tokenizer, they find.
+    state = jax.eval_shape(task.init, rng, known)
+    jax.eval_shape(task.train_step, state, batch, rng, known)
+    jax.eval_shape(task.eval_step, state, next(iter(experiment.validation)), known)
+    decode = functools.partial(Tokenizer(experiment.spec.tokenizer).apply, method="decode")
+    jax.eval_shape(decode, {"params": known}, batch["tokens"])
+
+
+@pytest.mark.slow
+def test_both_stages_from_tokens_on_disk_and_in_memory(made, tmp_path):
+    steps = dict(data__source=f"tokens:{made}", eval_every=3, sample_every=3, checkpoint_every=3)
+    with tiny.cached():
+        assert cli.main(tiny.train(tmp_path / "whole", **steps, steps=6)) == 0
+        assert cli.main(tiny.train(tmp_path / "memory", **steps, steps=6, data__in_memory=True)) == 0
+        assert cli.main(tiny.train_masked(tmp_path / "masked", **steps, steps=3, init_from=tmp_path / "whole")) == 0
+        (_, whole), (_, memory) = (load_parts(str(tmp_path / name)) for name in ("whole", "memory"))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(memory)):
+        np.testing.assert_array_equal(a, b)
+    assert len(list((tmp_path / "masked" / "samples").iterdir())) == 1
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation/loss" in line for line in lines)
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory):
+    """The tiny tokenizer with one number changed."""
+    directory = tmp_path_factory.mktemp("tokenizer") / "other"
+    spec, params = load_parts(str(tiny.tokenizer_run()))
+    params["tokenizer"]["quantizer"]["codebook"] = np.array(params["tokenizer"]["quantizer"]["codebook"])
+    params["tokenizer"]["quantizer"]["codebook"][3, 0] += 0.01
+    save_model(directory, spec.to_json(), params, "")
+    return directory
+
+
+def test_tokens_of_another_tokenizer(made, other_tokenizer, tmp_path, capsys):
+    assert cli.main(tiny.train(tmp_path / "run", data__source=f"tokens:{made}", tokenizer=other_tokenizer)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "was made by another tokenizer" in error
+    assert read_info(made).fingerprint in error and str(other_tokenizer) in error
+    assert not (tmp_path / "run").exists()
+    before = files_of(made)
+    assert cli.main(command(made, tokenizer=other_tokenizer)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "tokens of another tokenizer" in error and files_of(made) == before
+
+
+def test_bad_input(made, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    shutil.copytree(tiny.pictures() / "train" / "circle", flat)
+    run, tokenizer = tmp_path / "run", tiny.tokenizer_run()
+    for arguments, message in (
+            (tiny.train(run, data__source=f"folder:{flat}"), f"{flat} has pictures but no class folders: {flat}/CLASS/"),
+            (["tokenize", f"--tokenizer={tokenizer}", f"--data=folder:{flat}", f"--out={run}"], "has pictures but no class folders"),
+            (tiny.train(run, data__source="tokens:nowhere"), "there is no token set nowhere"),
+            (tiny.train(run, data__source=f"tokens:{flat}"), "is not a token set: it has no tokens.json"),
+            (tiny.train_tokenizer(run, data__source=f"tokens:{made}"), "is a set of tokens: pictures are wanted here"),
+            (tiny.train(run, data__source=f"tokens:{made}", batch_size=37), "batch_size=37: .* has 36 pictures"),
+            (command(run, "--splits=test"), "--splits=test: train, validate or both"),
+            (command(run, "--transform=crop"), "unknown transform kind 'crop'"),
+            (command(made, "--seed=1"), "another seed")):
+        assert cli.main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and re.search(message, error), error
+    assert not run.exists()
+    with pytest.raises(SystemExit):
+        cli.main(command(run, "--part=2/2"))
+    assert "I/N is wanted" in capsys.readouterr().err
+
+
+def test_the_fingerprint_tells_what_decides_tokens():
+    spec, params = load_parts("digits")
+    config, params = spec.tokenizer, params["tokenizer"]
+    known = fingerprint(config, params)
+    assert len(known) == 16
+    assert fingerprint(dataclasses.replace(config, dtype="bfloat16", dropout=0.1), params) == known
+    assert fingerprint(config, {**params, "decoder": None}) == known
+    assert fingerprint(dataclasses.replace(config, distance="cosine"), params) != known
+    quantizer = {**params["quantizer"], "codebook": np.array(params["quantizer"]["codebook"])}
+    quantizer["codebook"][0, 0] += 1e-3
+    assert fingerprint(config, {**params, "quantizer": quantizer}) != known
