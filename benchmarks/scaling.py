@@ -126,10 +126,11 @@ def show(args, rows: dict, folder: str, most: int) -> None:
         n = row["devices"]
         efficiency = f"{row['pictures_per_second'] / (n * alone):.1%}" if alone else ""
         agreement = ""
+        mfu, gib = f"{row['mfu']:.1%}" if row["mfu"] else "?", f"{row['peak_gib']:.1f}" if row["peak_gib"] else "?"
         if moved is not None and n > 1 and (there := load(folder, case)) is not None:
             agreement = f"{distance(there['params'], moved['params'], moved['start']):.2e}"
-        print(f"{case:24} {row['pictures_per_second']:10.1f} {efficiency:>10} {row['mfu'] or 0:6.1%} {row['wait']:6.1%} "
-              f"{row['compile_s']:7.0f}s {row['peak_gib'] or 0:6.1f}  {agreement}")
+        print(f"{case:24} {row['pictures_per_second']:10.1f} {efficiency:>10} {mfu:>6} {row['wait']:6.1%} "
+              f"{row['compile_s']:7.0f}s {gib:>6}  {agreement}")
     if moved is not None and moved["again"] is not None:
         print(f"rounding alone (1 GPU in {most} and in {2 * most} parts): {distance(moved['again'], moved['params'], moved['start']):.2e}")
     for case, row in rows.items():
@@ -162,7 +163,6 @@ def distance(a, b, start) -> float:
 
 def work(args, overrides: list[str], what: dict) -> None:
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from hmar_jax import configs, distributed, sharding
@@ -254,7 +254,7 @@ def work(args, overrides: list[str], what: dict) -> None:
 
     arrays = {}
     if devices in (1, most):  # what is compared
-        again, losses = None, []
+        losses = []
         if devices < most:
             made, loader, extra, _ = setting(whole, most)
             arrays["start"] = flat(made, made.init(key, *extra))

@@ -67,7 +67,7 @@ def task_of(name: str, **changes):
     if name == "stage2":
         return MaskedTask(masked_depth=1, **recipe), ({"tokenizer": tokenizer_params(), "transformer": stage1_params()},)
     return TokenizerTask(
-        tokenizer=TOKENIZER, steps=10, batch_size=BATCH, unquantized_steps=1, adversarial_weight=0.5, discriminator_channels=8,
+        tokenizer=TOKENIZER, steps=10, batch_size=BATCH, unquantized_steps=1, adversarial_weight=0.5, discriminator_channels=16,
         discriminator_layers=1), ()
 
 
