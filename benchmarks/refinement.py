@@ -23,7 +23,7 @@ from hmar_jax.evaluation.classifier import read_all
 from hmar_jax.evaluation.report import digit_report
 from hmar_jax.training.masked_steps import MaskedTask, tenth_name
 from hmar_jax.training.metrics import average
-from hmar_jax.training.recipe import TrainState
+from hmar_jax.training.state import TrainState
 
 _FIGURES = ("read_as_asked", "diversity", "near", "frechet")
 _FIRST_SEARCH_SEED = 1000
@@ -85,7 +85,7 @@ def losses(pipe, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     task = MaskedTask(
         transformer=spec.transformer, tokenizer=spec.tokenizer, masked_depth=spec.masked_depth, steps=1, batch_size=1,
         learning_rate=0.0)
-    state = TrainState(step=jnp.int32(0), params=pipe.params["masked"], opt_state=())
+    state = TrainState.start(pipe.params["masked"], ())
     batch = {"tokens": pipe.encode(images), "label": jnp.asarray(labels), "valid": jnp.ones(len(labels), bool)}
     found = average([jax.device_get(jax.jit(task.eval_step)(state, batch, pipe.params))])
     return {tenth_name(t): found[tenth_name(t)] for t in range(10)}

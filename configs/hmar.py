@@ -52,7 +52,8 @@ def base() -> ConfigDict:
         ),
         model=dict(
             depth=16, width=1024, heads=16, mlp_ratio=4.0, pattern="diagonal", qk_norm=True, shared_adaln=False,
-            dropout=0.0, drop_path=0.0, init_adaln=0.5, init_adaln_gamma=1e-3, init_head=0.02, dtype="float32"),
+            dropout=0.0, drop_path=0.0, init_adaln=0.5, init_adaln_gamma=1e-3, init_head=0.02, dtype="float32",
+            remat="none"),  # or "matmuls", "blocks": what of a block is computed again in the backward pass, to save memory
         recipe=dict(
             learning_rate=1e-3, schedule="lin0", warmup_steps=20, start_ratio=0.005, end_ratio=0.1, weight_decay=0.05,
             weight_decay_end=0.05, b1=0.9, b2=0.95, clip=2.0, loss_weights="lognorm", label_smoothing=0.0,
@@ -63,7 +64,11 @@ def base() -> ConfigDict:
         eval_every=5000,
         sample_every=5000,
         checkpoint_every=2500,
-        keep_checkpoints=2,
+        keep_checkpoints=2,  # the newest ones
+        keep_best=1,  # and those with the least validation loss
+        ema_decay=0.0,  # of a moving average of the parameters, which is then evaluated and sampled with; 0: none
+        mesh=dict(data=-1, fsdp=1, tensor=1),  # devices on each axis, -1: what is left; see docs/training_at_scale.md
+        accumulate=1,  # parts that a batch is computed in, one after another: less memory
     ))
 
 
@@ -108,7 +113,8 @@ def masked(name: str, stage1: ConfigDict) -> ConfigDict:
     del c.tokenizer, c.recipe.loss_weights
     c.model = ConfigDict(dict(
         masked_depth=max(1, stage1.model.depth // 2),  # M; published: 8, the last half of d16
-        dropout=stage1.model.dropout, drop_path=stage1.model.drop_path, dtype=stage1.model.dtype))
+        dropout=stage1.model.dropout, drop_path=stage1.model.drop_path, dtype=stage1.model.dtype,
+        remat=stage1.model.remat))
     c.recipe.update(loss_weights="unweighted", mask_ratios="uniform", shared_mask=False)
     c.sampling.update(masked_guidance=0.0, confidence_noise=0.0)
     if name == "digits":

@@ -43,7 +43,10 @@ def base() -> ConfigDict:
         eval_every=500,
         sample_every=500,
         checkpoint_every=500,
-        keep_checkpoints=2,
+        keep_checkpoints=2,  # the newest ones
+        keep_best=1,  # and those with the least validation loss
+        ema_decay=0.0,  # of a moving average of the parameters, which is then evaluated and sampled with; 0: none
+        mesh=dict(data=-1, fsdp=1, tensor=1),  # devices on each axis, -1: what is left; see docs/training_at_scale.md
     ))
 
 

@@ -17,7 +17,9 @@ from hmar_jax.errors import InputError
 
 # May differ between the runs of one directory: they change what is shown and kept, not what is computed.
 HARMLESS = (
-    "log_every", "eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "data.threads", "data.in_memory")
+    "log_every", "eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_best", "data.threads", "data.in_memory",
+    # Where and in how many parts it is computed: no more than the order of sums.
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "accumulate", "model.remat")
 
 
 def load_config(argument: str) -> ConfigDict:

@@ -31,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles
+from pallas_kernels.platform import platform
 
 # Far below every score, yet finite: a query whose keys all lie in later tiles must not compute inf - inf. What it adds
 # up meanwhile is multiplied by exp(_MASKED - score) = 0 once a real score comes.
@@ -63,8 +64,8 @@ def why_not(q):
     """None if this runs here on arrays like q, otherwise the reason in words."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"TPUs compute in float32 and bfloat16; q is {q.dtype}"
-    if jax.default_backend() != "tpu":
-        return f"it needs a TPU; this process runs on {jax.default_backend()}"
+    if platform() != "tpu":
+        return f"it needs a TPU; this process runs on {platform()}"
     return None
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles, triton_plan
+from pallas_kernels.platform import platform
 
 _DTYPES = ("float16", "bfloat16", "float32")
 _LARGEST_DIM = 128
@@ -20,9 +21,8 @@ _LARGEST_DIM = 128
 
 def why_not(q):
     """None if the kernels can run here on arrays like q, otherwise the reason in words."""
-    platform = jax.default_backend()
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, this process runs on {platform}"
+    if platform() != "gpu":
+        return f"it needs an NVIDIA GPU, this process runs on {platform()}"
     if "cuda" not in jax.devices()[0].client.platform_version.lower():
         return "it needs an NVIDIA GPU, this process runs on another kind"
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]

@@ -21,6 +21,13 @@ from hmar_jax.scales import ScaleList
 # The quantizer picks tokens by small differences of distances: never in TF32 or bfloat16.
 _EXACT = jax.lax.Precision.HIGHEST
 
+# How parameters are divided over a mesh (hmar_jax/sharding.py). Layers are too narrow to be divided by hidden units: "tensor"
+# stores like "fsdp" does. Codebook, biases and norms are copied to every device.
+PARTITION_RULES = (
+    (r"(shortcut|qkv|proj)/kernel$", (None, ("fsdp", "tensor"))),  # (in, out)
+    (r"/kernel$", (None, None, None, ("fsdp", "tensor"))),  # (3, 3, in, out)
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:

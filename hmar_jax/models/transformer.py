@@ -21,6 +21,7 @@ import numpy as np
 
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleList
+from hmar_jax.sharding import by_picture, by_picture_and_head
 from pallas_kernels import block_attention
 
 _NORM_EPS = 1e-6
@@ -28,6 +29,31 @@ _QK_EPS = 1e-12  # of torch's normalize, used by the published code
 _MAX_LOG_SCALE = np.log(100.0)
 _INIT_LOG_SCALE = np.log(4.0)
 _SCALE_WITHOUT_QK_NORM = 0.25  # times 1 / sqrt(D); VAR's choice where q and k are not normalised
+
+# What training keeps of a block for the backward pass, which computes the rest again: less memory, more work.
+REMAT = {
+    "none": None,  # everything is kept
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matrix products; norms, GELU, attention again
+    "blocks": jax.checkpoint_policies.nothing_saveable,  # only the block's input: about a third more work
+}
+
+# How parameters are divided over a mesh (hmar_jax/sharding.py). Blocks are stacked on a first axis of N. Everything else,
+# biases and small tables, is copied to every device.
+PARTITION_RULES = (
+    (r"block/qkv/kernel$", (None, "fsdp", None, "tensor", None)),  # (N, C, 3, H, D)
+    (r"(q_bias|v_bias)$", (None, "tensor", None)),  # (N, H, D)
+    (r"log_scale$", (None, "tensor")),  # (N, H)
+    (r"block/proj/kernel$", (None, "tensor", None, "fsdp")),  # (N, H, D, C)
+    (r"block/fc1/kernel$", (None, "fsdp", "tensor")),  # (N, C, 4 C)
+    (r"block/fc1/bias$", (None, "tensor")),  # (N, 4 C)
+    (r"block/fc2/kernel$", (None, "tensor", "fsdp")),  # (N, 4 C, C)
+    (r"blocks/block/ada/kernel$", (None, "fsdp", "tensor")),  # (N, C, 6 C)
+    (r"(head|shared)/ada/kernel$", ("fsdp", "tensor")),  # (C, 2 C) and (C, 6 C)
+    (r"head/kernel$", ("fsdp", "tensor")),  # (C, V)
+    (r"head/bias$", ("tensor",)),  # (V,)
+    (r"(class_emb|pos_emb)$", (None, "fsdp")),  # (classes + 1, C) and (L, C)
+    (r"word_embed/kernel$", (None, "fsdp")),  # (Z, C)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +78,15 @@ class TransformerConfig:
     init_head: float = 0.02
     dtype: str = "float32"  # of matrix products; residuals, norms, softmax and logits are float32
     attention: str | None = None  # implementation for training; None picks one (pallas_kernels.block_attention)
+    remat: str = "none"  # what of a block the backward pass computes again, see REMAT
 
     def __post_init__(self):
         object.__setattr__(self, "scales", tuple(self.scales))
         ScaleList(self.scales)
         if self.pattern not in ("diagonal", "causal"):
             raise InputError(f"pattern={self.pattern!r}: known are diagonal (HMAR), causal (VAR)")
+        if self.remat not in REMAT:
+            raise InputError(f"remat={self.remat!r}: known are {', '.join(REMAT)}")
         if self.width % self.heads:
             raise InputError(f"heads={self.heads} does not divide width={self.width}")
 
@@ -151,6 +180,7 @@ class Block(nn.Module):
           x (B, l, C), and None or the keys and values of past and own tokens.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = by_picture(x)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self._modulate(modulation)  # (B, 1, C) each
 
         h = (layer_norm(x) * (1 + scale1) + shift1).astype(dtype)
@@ -161,7 +191,7 @@ class Block(nn.Module):
         h = nn.Dense(round(c.width * c.mlp_ratio), name="fc1", dtype=dtype, kernel_init=_normal(c.init_std))(h)
         h = nn.Dense(c.width, name="fc2", dtype=dtype, kernel_init=self._residual_init())(nn.gelu(h, approximate=True))
         h = nn.Dropout(c.dropout)(h.reshape(x.shape), deterministic=self.deterministic)
-        return x + self._drop_path(gamma2 * h, drop_path), kv
+        return by_picture(x + self._drop_path(gamma2 * h, drop_path)), kv
 
     def _residual_init(self):
         """Of the layers that end a residual branch: smaller by sqrt(2 N)."""
@@ -199,7 +229,8 @@ class Block(nn.Module):
         if block_sizes is None:
             out = jax.nn.dot_product_attention(q, k, v, scale=scale)
         else:
-            out = block_attention(q, k, v, block_sizes, c.pattern, scale, implementation=c.attention)
+            attend = lambda q, k, v: block_attention(q, k, v, block_sizes, c.pattern, scale, implementation=c.attention)
+            out = by_picture_and_head(attend, q, k, v)
         project = nn.DenseGeneral(c.width, axis=(-2, -1), name="proj", dtype=dtype, kernel_init=self._residual_init())
         out = project(out.reshape(-1, c.heads, head_size)).reshape(h.shape)
         return nn.Dropout(c.dropout)(out, deterministic=self.deterministic), (k, v) if keep_kv else None
@@ -233,8 +264,11 @@ class Blocks(nn.Module):
     @nn.compact
     def __call__(self, x, modulation, drop_path, past=None, block_sizes=None, keep_kv=False):
         """As Block, with drop_path (depth,) and past, keys and values (depth, B, l, H, D)."""
+        block, policy = Block, REMAT[self.config.remat]
+        if policy is not None:  # inside a scan nothing could be merged with what is computed again
+            block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(5, 6))
         scanned = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.depth,
+            block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.depth,
             in_axes=(nn.broadcast, 0, 0, nn.broadcast, nn.broadcast))
         return scanned(self.config, self.deterministic, name="block")(
             x, modulation, drop_path, past, block_sizes, keep_kv)

@@ -118,14 +118,12 @@ def _open(config: ConfigDict, side: int, broken: BrokenLog):
 
 def _tokenizer(config: ConfigDict, workdir: str | None) -> Experiment:
     del workdir  # nothing is frozen
-    model = configs.build(TokenizerConfig, config.model)
-    if config.steps < 1:
-        raise InputError(f"steps={config.steps}: 1 or more is wanted")
+    task = tasks.tokenizer_task(config)
+    model = task.tokenizer
     if config.recipe.unquantized_steps >= config.steps:
         LOGGER.warning(
             "recipe.unquantized_steps=%d is not less than steps=%d: this tokenizer will not learn to quantize",
             config.recipe.unquantized_steps, config.steps)
-    task = configs.build(TokenizerTask, config.recipe, tokenizer=model, steps=config.steps, batch_size=config.batch_size)
     extra = ()
     if task.perceptual_weight:
         if not config.perceptual_network:
@@ -171,9 +169,7 @@ def _data(config: ConfigDict, tokenizer: TokenizerConfig, tokenizer_params, name
             f"{tokenizer.image_side} pixels")
     broken = BrokenLog()
     source, transform, validation = _open(config, tokenizer.image_side, broken)
-    steps = config.steps or config.epochs * len(source) // config.batch_size
-    if steps < 1:
-        raise InputError(f"steps={config.steps} and epochs={config.epochs}: one of them must be 1 or more")
+    steps = tasks.steps_of(config, len(source))
 
     def loader():
         if not config.data.cached_copies:
@@ -216,12 +212,8 @@ def _next_scale(config: ConfigDict, workdir: str | None) -> Experiment:
     tokenizer_spec, params = load_parts(_begun(workdir, TOKENIZER_FOLDER) or config.tokenizer)
     tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(jnp.asarray, params["tokenizer"])
     data = _data(config, tokenizer, params, config.tokenizer)
-    model = configs.build(
-        TransformerConfig, config.model, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
-        z_channels=tokenizer.z_channels, num_classes=data.source.num_classes)
-    position_weights(model.scale_list, config.recipe.loss_weights)  # is there such a weighting?
-    task = configs.build(
-        NextScaleTask, config.recipe, transformer=model, tokenizer=tokenizer, steps=data.steps, batch_size=config.batch_size)
+    task = tasks.next_scale_task(config, tokenizer, data.source.num_classes, data.steps)
+    model = task.transformer
     spec = ModelSpec(
         tokenizer=tokenizer, transformer=model, class_names=data.source.class_names, origin=f"trained on {config.data.source}",
         licence=tokenizer_spec.licence, **config.sampling)
@@ -256,11 +248,7 @@ def _masked(config: ConfigDict, workdir: str | None) -> Experiment:
             f"{stage1.transformer.num_classes}")
     changes = {key: value for key, value in config.model.items() if key != "masked_depth"}
     model = dataclasses.replace(stage1.transformer, **changes)
-    masked_weights(model.scale_list, config.recipe.loss_weights, jnp.ones((1, model.scale_list.length - model.scale_list.lengths[0]), bool))
-    draw_ratios(jax.random.key(0), 1, config.recipe.mask_ratios)  # are there such weights and ratios?
-    task = configs.build(
-        MaskedTask, config.recipe, transformer=model, tokenizer=stage1.tokenizer, masked_depth=depth, steps=data.steps,
-        batch_size=config.batch_size)
+    task = tasks.masked_task(config, stage1.tokenizer, model, data.steps)
     alone = dataclasses.replace(stage1, masked_depth=0)
     spec = dataclasses.replace(
         stage1, transformer=model, masked_depth=depth, class_names=stage1.class_names or data.source.class_names,

@@ -76,8 +76,3 @@ def cross_entropy(logits, targets, label_smoothing: float = 0.0):
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_probs.mean(-1)
     return loss
-
-
-def per_scale(scales: ScaleList, values) -> jax.Array:
-    """Means over pictures and the positions of each scale: (B, L) -> (K,)."""
-    return jnp.stack([values[:, scales.slice(k)].mean() for k in range(scales.num_scales)])

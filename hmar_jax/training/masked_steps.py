@@ -12,7 +12,8 @@ from hmar_jax.models.masked import MaskedTransformer
 from hmar_jax.training.losses import cross_entropy, masked_weights
 from hmar_jax.training.masking import draw_masks, draw_ratios
 from hmar_jax.training.metrics import Mean
-from hmar_jax.training.recipe import TrainState, TransformerRecipe
+from hmar_jax.training.recipe import TransformerRecipe
+from hmar_jax.training.state import TrainState
 
 _TENTHS = 10  # of the mask ratio, by which losses are told apart
 
@@ -52,10 +53,9 @@ class MaskedTask(TransformerRecipe):
         """
         class_key, ratio_key, mask_key, dropout_key = jax.random.split(jax.random.fold_in(rng, state.step), 4)
         labels = self.drop_classes(class_key, batch["label"])
-        tokens = self.tokens_of(batch, frozen["tokenizer"])
-        ratios, masked = self.draw(ratio_key, mask_key, tokens.shape[0])
-        return self.descend(
-            state, lambda params: self._loss(params, frozen, labels, tokens, ratios, masked, dropout_key))
+        ratios, masked = self.draw(ratio_key, mask_key, labels.shape[0])
+        rows = batch | {"label": labels, "ratio": ratios, "masked": masked}
+        return self.descend(state, lambda params, rows, key: self.loss(params, rows, frozen, key), rows, dropout_key)
 
     def draw(self, ratio_key, mask_key, batch: int) -> tuple[jax.Array, jax.Array]:
         """Mask ratios (B,) and masks (B, L - l_0), True where masked."""
@@ -64,10 +64,11 @@ class MaskedTask(TransformerRecipe):
         masked = draw_masks(mask_key, self.transformer.scale_list, ratios)
         return jnp.broadcast_to(ratios, (batch,)), jnp.broadcast_to(masked, (batch, masked.shape[1]))
 
-    def _loss(self, params, frozen, labels, tokens, ratios, masked, dropout_key=None):
-        figures = self.figures(params, frozen, labels, tokens, masked, dropout_key)
-        everyone = jnp.ones(labels.shape)
-        metrics = self._means(figures, ratios, masked, everyone)
+    def loss(self, params, batch, frozen, dropout_key=None):
+        """Mean over the pictures of a batch that also has "ratio" (B,) and "masked" (B, L - l_0), and the metrics."""
+        tokens = self.tokens_of(batch, frozen["tokenizer"])
+        figures = self.figures(params, frozen, batch["label"], tokens, batch["masked"], dropout_key)
+        metrics = self._means(figures, batch["ratio"], batch["masked"], jnp.ones(tokens.shape[:1]))
         loss = figures["loss"].mean()
         return loss, metrics | {"loss": loss, "accuracy": figures["accuracy"].mean()}
 
@@ -106,7 +107,7 @@ class MaskedTask(TransformerRecipe):
         def judge(t):
             ratios = jnp.full(tokens.shape[:1], (t + 0.5) / _TENTHS)
             masked = draw_masks(jax.random.fold_in(jax.random.key(0), t), self.transformer.scale_list, ratios)
-            figures = self.figures(state.params, frozen, batch["label"], tokens, masked)
+            figures = self.figures(state.eval_params, frozen, batch["label"], tokens, masked)
             overall = {name: Mean.of(figures[name], valid) for name in ("loss", "accuracy")}
             return self._means(figures, ratios, masked, valid) | overall
 

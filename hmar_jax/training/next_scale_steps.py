@@ -7,11 +7,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hmar_jax.models.transformer import NextScaleTransformer
-from hmar_jax.training.losses import cross_entropy, per_scale, position_weights
+from hmar_jax.training.losses import cross_entropy, position_weights
 from hmar_jax.training.metrics import Mean
-from hmar_jax.training.recipe import TrainState, TransformerRecipe
+from hmar_jax.training.recipe import TransformerRecipe
+from hmar_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,30 +44,33 @@ class NextScaleTask(TransformerRecipe):
           The next state and scalar metrics.
         """
         class_key, dropout_key = jax.random.split(jax.random.fold_in(rng, state.step))
-        labels = self.drop_classes(class_key, batch["label"])
-        tokens, codes = self.inputs(batch, tokenizer_params)
-        return self.descend(state, lambda params: self._loss(params, labels, tokens, codes, dropout_key))
+        rows = batch | {"label": self.drop_classes(class_key, batch["label"])}
+        return self.descend(
+            state, lambda params, rows, key: self.loss(params, rows, tokenizer_params, key), rows, dropout_key)
 
-    def inputs(self, batch, tokenizer_params):
-        """Tokens (B, L) and next-scale inputs (B, L - l_0, Z) of a batch."""
-        tokens = self.tokens_of(batch, tokenizer_params)
-        return tokens, self.quantize(tokenizer_params, tokens, "transformer_inputs")
+    def loss(self, params, batch, tokenizer_params, dropout_key=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean over the pictures of a batch, whose labels may be the null class, and the metrics."""
+        figures = self.figures(params, batch, tokenizer_params, dropout_key)
+        metrics = {name: value.mean() for name, value in figures.items()}
+        return metrics["loss"], metrics
 
-    def _loss(self, params, labels, tokens, codes, dropout_key=None):
+    def figures(self, params, batch, tokenizer_params, dropout_key=None) -> dict[str, jax.Array]:
+        """Of each picture, (B,) each: "loss", "accuracy", and both for each scale (there unweighted)."""
         scales = self.transformer.scale_list
-        logits = self.model.logits(params, labels, codes, dropout_key)
+        tokens = self.tokens_of(batch, tokenizer_params)  # (B, L)
+        codes = self.quantize(tokenizer_params, tokens, "transformer_inputs")  # (B, L - l_0, Z)
+        logits = self.model.logits(params, batch["label"], codes, dropout_key)
         ce = cross_entropy(logits, tokens, self.label_smoothing)  # (B, L)
-        loss = (position_weights(scales, self.loss_weights) * ce).sum(-1).mean()
         correct = (logits.argmax(-1) == tokens).astype(jnp.float32)
-        scale_losses, scale_accuracies = per_scale(scales, ce), per_scale(scales, correct)
-        metrics = {"loss": loss, "accuracy": correct.mean()}
+        figures = {
+            "loss": (position_weights(scales, self.loss_weights).astype(np.float32) * ce).sum(-1), "accuracy": correct.mean(-1)}
         for k, side in enumerate(scales.sides):
-            metrics |= {f"loss/{side}x{side}": scale_losses[k], f"accuracy/{side}x{side}": scale_accuracies[k]}
-        return loss, metrics
+            figures |= {
+                f"loss/{side}x{side}": ce[:, scales.slice(k)].mean(-1),
+                f"accuracy/{side}x{side}": correct[:, scales.slice(k)].mean(-1)}
+        return figures
 
     def eval_step(self, state: TrainState, batch, tokenizer_params) -> dict[str, Mean]:
         """Means over the pictures marked valid of every training figure."""
-        tokens, codes = self.inputs(batch, tokenizer_params)
-        one = lambda label, t, c: self._loss(state.params, label[None], t[None], c[None])[1]
-        figures = jax.vmap(one)(batch["label"], tokens, codes)
+        figures = self.figures(state.eval_params, batch, tokenizer_params)
         return {name: Mean.of(value, batch["valid"]) for name, value in figures.items()}

@@ -5,25 +5,21 @@ channels of the code, h w sides of a picture.
 """
 
 import dataclasses
-from typing import Any, Callable
+from typing import Any, Callable, ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, to_float
-from hmar_jax.models.transformer import TransformerConfig
+from hmar_jax.models.transformer import PARTITION_RULES, TransformerConfig
+from hmar_jax.sharding import Rules, by_picture, like_parameters
+from hmar_jax.training.metrics import Mean
 from hmar_jax.training.optimizer import adamw, lr_schedule, wd_schedule
+from hmar_jax.training.state import TrainState
 
 
-@flax.struct.dataclass
-class TrainState:
-    """Everything a transformer's run must save to go on exactly. What is frozen lies beside it in the run directory."""
-
-    step: jax.Array  # () int32, steps done
-    params: Any  # the trained ones
-    opt_state: Any
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]  # (params, rows, key) -> value, metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +42,9 @@ class TransformerRecipe:
     clip: float = 2.0
     label_smoothing: float = 0.0
     class_dropout: float = 0.1  # share of pictures whose class is replaced by the null class
+    accumulate: int = 1  # parts that a batch is cut into, whose gradients are added up one after another
+
+    partition_rules: ClassVar[Rules] = PARTITION_RULES
 
     def learning_rates(self) -> Callable:
         return lr_schedule(
@@ -58,15 +57,15 @@ class TransformerRecipe:
 
     def start(self, params) -> TrainState:
         """The state before the first step."""
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer().init(params))
+        return TrainState.start(params, self.optimizer().init(params))
 
-    def descend(self, state: TrainState, loss: Callable) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One step down `loss(params) -> (value, metrics)`: the next state and the metrics."""
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    def descend(self, state: TrainState, loss: Loss, rows, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+        """One step down the mean of `loss` over rows, arrays (B, …): the next state and the metrics."""
+        grads, metrics = gradients(loss, state.params, rows, key, self.accumulate, self.partition_rules)
         updates, opt_state = self.optimizer().update(grads, state.opt_state, state.params)
         metrics = metrics | {"grad_norm": optax.global_norm(grads), "lr": self.learning_rates()(state.step)}
         params = optax.apply_updates(state.params, updates)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def drop_classes(self, rng: jax.Array, labels) -> jax.Array:
         """(B,) int32, some of them replaced by the null class."""
@@ -80,3 +79,27 @@ class TransformerRecipe:
     def quantize(self, tokenizer_params, x, method: str):
         """A method of the frozen tokenizer."""
         return Tokenizer(self.tokenizer).apply({"params": tokenizer_params}, x, method=method)
+
+
+def gradients(loss: Loss, params, rows, key: jax.Array, parts: int, rules: Rules = ()) -> tuple[Any, dict[str, Any]]:
+    """The mean gradient of `loss` over rows (B, …), computed in so many parts of B / parts rows, and the means of its metrics.
+
+    Part a takes the rows a, a + parts, …: each device keeps its own, wherever the batch is divided over devices.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        (_, metrics), grads = gradient(params, rows, key)
+        return like_parameters(grads, rules), metrics
+
+    def cut(x):  # (B, …) -> (parts, B / parts, …)
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, part):
+        part_rows, part_key = part
+        (_, metrics), grads = gradient(params, jax.tree.map(by_picture, part_rows), part_key)
+        return like_parameters(jax.tree.map(jnp.add, total, grads), rules), metrics
+
+    zeros = like_parameters(jax.tree.map(jnp.zeros_like, params), rules)
+    total, metrics = jax.lax.scan(add, zeros, (jax.tree.map(cut, rows), jax.random.split(key, parts)))
+    mean = lambda x: jax.tree.map(lambda y: y.sum(0), x) if isinstance(x, Mean) else x.mean(0)
+    return jax.tree.map(lambda g: g / parts, total), {name: mean(value) for name, value in metrics.items()}

@@ -9,7 +9,7 @@ Letters: B pictures, h w sides, S side of the features, Z channels, V entries, K
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -18,22 +18,21 @@ import optax
 
 from hmar_jax.models.discriminator import PatchDiscriminator
 from hmar_jax.models.perceptual import PerceptualNetwork, perceptual_distance
-from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, to_float
+from hmar_jax.models.tokenizer import PARTITION_RULES, Tokenizer, TokenizerConfig, to_float
+from hmar_jax.sharding import Rules, by_picture, like_parameters
 from hmar_jax.training import adversarial
 from hmar_jax.training.metrics import Mean
 from hmar_jax.training.optimizer import adamw, lr_schedule
+from hmar_jax.training.state import TrainState
 from hmar_jax.training.tokenizer_loss import quantizer_loss, straight_through
 
 _NEVER = -(2**30)  # pictures ago: an entry that was never hit
 
 
 @flax.struct.dataclass
-class TokenizerState:
-    """Everything a tokenizer run must save to go on exactly."""
+class TokenizerState(TrainState):
+    """Everything a tokenizer run must save to go on exactly; params are the tokenizer's."""
 
-    step: jax.Array  # () int32, steps done
-    params: Any  # of the tokenizer
-    opt_state: Any
     discriminator: Any  # parameters, or {} where there is none
     discriminator_opt_state: Any
     last_hit: jax.Array  # (K, V) int32: how many pictures had been seen when scale k last used the entry
@@ -69,6 +68,8 @@ class TokenizerTask:
     revive_after: int = 2000  # pictures without a hit at any scale
     usage_window: int = 10000  # pictures over which usage is reported
 
+    partition_rules: ClassVar[Rules] = PARTITION_RULES
+
     @property
     def model(self) -> Tokenizer:
         return Tokenizer(self.tokenizer)
@@ -96,9 +97,8 @@ class TokenizerTask:
         rng, key = jax.random.split(rng)
         params = self.model.init(rng, images)["params"]
         discriminator = self.discriminator.init(key, images)["params"] if self.discriminator else {}
-        return TokenizerState(
-            step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer().init(params),
-            discriminator=discriminator, discriminator_opt_state=self.discriminator_optimizer().init(discriminator),
+        return TokenizerState.start(
+            params, self.optimizer().init(params), discriminator=discriminator, discriminator_opt_state=self.discriminator_optimizer().init(discriminator),
             last_hit=jnp.full((len(self.tokenizer.scales), self.tokenizer.vocab_size), _NEVER, jnp.int32),
             pictures=jnp.zeros((), jnp.int32))
 
@@ -115,7 +115,7 @@ class TokenizerTask:
         Returns:
           The next state and scalar metrics.
         """
-        images = to_float(batch["image"])  # (B, h, w, 3) in [-1, 1]
+        images = by_picture(to_float(batch["image"]))  # (B, h, w, 3) in [-1, 1]
         dropout_key, draw_key, revive_key = jax.random.split(jax.random.fold_in(rng, state.step), 3)
         quantizing = (state.step >= self.unquantized_steps).astype(jnp.float32)
 
@@ -128,12 +128,14 @@ class TokenizerTask:
             more, to_picture = self._adversarial(state, painted, to_picture, pull_back)
             metrics |= more
         (grads,) = pull_back((to_picture, quantizing * self.quantizer_weight))
+        grads = like_parameters(grads, self.partition_rules)
         updates, opt_state = self.optimizer().update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
         pictures = state.pictures + images.shape[0]
         last_hit = self._hits(state.last_hit, quantized.tokens, pictures)
-        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, last_hit=last_hit, pictures=pictures)
+        new = state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, last_hit=last_hit, pictures=pictures)
         if self.discriminator:
             new, more = self._discriminator_step(new, images, painted)
             metrics |= more
@@ -182,7 +184,8 @@ class TokenizerTask:
         value, grads = jax.value_and_grad(loss)(state.discriminator)
         updates, opt_state = self.discriminator_optimizer().update(grads, state.discriminator_opt_state)
         params = optax.apply_updates(state.discriminator, updates)
-        return state.replace(discriminator=params, discriminator_opt_state=opt_state), {"discriminator_loss": value}
+        return state.replace(discriminator=params, discriminator_opt_state=opt_state), {
+            "discriminator_loss": value, "discriminator_grad_norm": optax.global_norm(grads)}
 
     def _hits(self, last_hit, tokens, pictures):
         """Marks the entries that each scale used in this batch; tokens (B, L)."""
@@ -245,18 +248,18 @@ class TokenizerTask:
     def eval_step(
         self, state: TokenizerState, batch: dict[str, jax.Array], perceptual: PerceptualNetwork | None = None
     ) -> dict[str, Mean]:
-        """Per-picture figures, means over the pictures marked valid: {"l1", "l2", "psnr"}."""
+        """Means over the pictures marked valid: {"l1", "l2", "psnr"}, and "loss", the weighted l1 and l2 alone."""
         del perceptual
         images = to_float(batch["image"])
         painted = self.reconstruct(state, batch["image"])
+        l1, l2 = jnp.abs(painted - images).mean((1, 2, 3)), ((painted - images) ** 2).mean((1, 2, 3))
         figures = {
-            "l1": jnp.abs(painted - images).mean((1, 2, 3)), "l2": ((painted - images) ** 2).mean((1, 2, 3)),
-            "psnr": jax.vmap(psnr)(painted, images)}
+            "loss": self.l2_weight * l2 + self.l1_weight * l1, "l1": l1, "l2": l2, "psnr": jax.vmap(psnr)(painted, images)}
         return {name: Mean.of(value, batch["valid"]) for name, value in figures.items()}
 
     def reconstruct(self, state: TokenizerState, images) -> jax.Array:
         """(B, h, w, 3) uint8 -> (B, h, w, 3) in [-1, 1], through the tokens (without, while the codebook is not drawn)."""
-        apply = lambda *args, method: self.model.apply({"params": state.params}, *args, method=method)
+        apply = lambda *args, method: self.model.apply({"params": state.eval_params}, *args, method=method)
         f = apply(to_float(images), method="features")
         f_hat = apply(f, method="quantize").f_hats[-1]
         return apply(jnp.where(state.step >= self.unquantized_steps, f_hat, f), method="paint").clip(-1, 1)

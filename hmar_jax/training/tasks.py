@@ -1,0 +1,87 @@
+"""From a config to the task that it describes: architecture and recipe, without data, files or devices."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from hmar_jax import configs
+from hmar_jax.errors import InputError
+from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from hmar_jax.models.transformer import TransformerConfig
+from hmar_jax.scales import PUBLISHED_SIDES
+from hmar_jax.training.losses import masked_weights, position_weights
+from hmar_jax.training.masked_steps import MaskedTask
+from hmar_jax.training.masking import draw_ratios
+from hmar_jax.training.next_scale_steps import NextScaleTask
+from hmar_jax.training.tokenizer_steps import TokenizerTask
+
+_IMAGENET_PICTURES, _IMAGENET_CLASSES = 1_281_167, 1000
+
+
+class Shapes(NamedTuple):
+    """A task and the shapes of what its steps take beside the state, as jax.ShapeDtypeStruct."""
+
+    task: NextScaleTask | TokenizerTask
+    extra: tuple  # what is frozen
+    batch: dict[str, jax.ShapeDtypeStruct]  # of all hosts
+
+
+def tokenizer_task(config: ConfigDict) -> TokenizerTask:
+    """Raises InputError where the config's keys or values make none; so do the others."""
+    if config.steps < 1:
+        raise InputError(f"steps={config.steps}: 1 or more is wanted")
+    model = configs.build(TokenizerConfig, config.model)
+    return configs.build(TokenizerTask, config.recipe, tokenizer=model, steps=config.steps, batch_size=config.batch_size)
+
+
+def steps_of(config: ConfigDict, pictures: int) -> int:
+    """Of a transformer's run on so many pictures an epoch."""
+    steps = config.steps or config.epochs * pictures // config.batch_size
+    if steps < 1:
+        raise InputError(f"steps={config.steps} and epochs={config.epochs}: one of them must be 1 or more")
+    return steps
+
+
+def next_scale_task(config: ConfigDict, tokenizer: TokenizerConfig, num_classes: int, steps: int) -> NextScaleTask:
+    model = configs.build(
+        TransformerConfig, config.model, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
+        z_channels=tokenizer.z_channels, num_classes=num_classes)
+    position_weights(model.scale_list, config.recipe.loss_weights)  # is there such a weighting?
+    return configs.build(
+        NextScaleTask, config.recipe, transformer=model, tokenizer=tokenizer, steps=steps, batch_size=config.batch_size,
+        accumulate=config.accumulate)
+
+
+def masked_task(config: ConfigDict, tokenizer: TokenizerConfig, model: TransformerConfig, steps: int) -> MaskedTask:
+    """`model`: of stage 1, with what stage 2 changes of it."""
+    masked_weights(model.scale_list, config.recipe.loss_weights, jnp.ones((1, model.scale_list.length - model.scale_list.lengths[0]), bool))
+    draw_ratios(jax.random.key(0), 1, config.recipe.mask_ratios)  # are there such weights and ratios?
+    return configs.build(
+        MaskedTask, config.recipe, transformer=model, tokenizer=tokenizer, masked_depth=config.model.masked_depth, steps=steps,
+        batch_size=config.batch_size, accumulate=config.accumulate)
+
+
+def shapes(config: ConfigDict, num_classes: int = _IMAGENET_CLASSES, pictures: int = _IMAGENET_PICTURES) -> Shapes:
+    """What a config trains, before there are data or a tokenizer: stage 1 from tokens of the published tokenizer, or a tokenizer.
+
+    Raises:
+      InputError: the config is of stage 2, or for pictures of a side for which no scale list is published.
+    """
+    whole = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    if config.task == "tokenizer":
+        task = tokenizer_task(config)
+        side = task.tokenizer.image_side
+        return Shapes(task, (), {"label": whole, "image": jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)})
+    if config.task != "next_scale":
+        raise InputError(f"config.task={config.task!r}: stage 1 (next_scale) or a tokenizer is wanted, stage 2 is made of a stage 1 that exists")
+    if config.image_side not in PUBLISHED_SIDES:
+        raise InputError(
+            f"image_side={config.image_side}: the published tokenizer has scales for {', '.join(map(str, PUBLISHED_SIDES))}")
+    tokenizer = TokenizerConfig(scales=PUBLISHED_SIDES[config.image_side])
+    task = next_scale_task(config, tokenizer, num_classes, steps_of(config, pictures))
+    picture = jax.ShapeDtypeStruct((1, tokenizer.image_side, tokenizer.image_side, 3), jnp.float32)
+    frozen = jax.eval_shape(Tokenizer(tokenizer).init, jax.random.key(0), picture)["params"]
+    tokens = jax.ShapeDtypeStruct((config.batch_size, tokenizer.scale_list.length), jnp.int32)
+    return Shapes(task, (frozen,), {"label": whole, "tokens": tokens})
