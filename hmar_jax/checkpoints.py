@@ -11,6 +11,7 @@ right length are not all found: Orbax writes no checksums of the array data.
 import base64
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -23,12 +24,15 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from hmar_jax.errors import InputError
 from hmar_jax.files import absolute, is_local, read_json, write_by_rename
 
 _log = logging.getLogger(__name__)
 _STATE, _EXTRA = "state", "extra"
+_AVERAGE = "ema_params"  # in a state
+_LOSS = "validation_loss"
 
 
 # Model directories
@@ -119,9 +123,15 @@ class RunCheckpoints:
     damage that only some of them find, the others know nothing and wait for them.
     """
 
-    def __init__(self, workdir: os.PathLike | str, max_to_keep: int = 3):
+    def __init__(self, workdir: os.PathLike | str, max_to_keep: int = 3, keep_best: int = 0):
+        """Keeps the newest `max_to_keep`, and the `keep_best` of least validation loss among those saved with one."""
         self.directory = absolute(workdir) / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
+        keep, better = [policies.LatestN(max_to_keep)], None
+        if keep_best:
+            better = _validation_loss
+            keep.append(policies.BestN(get_metric_fn=better, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=better, best_mode="min", cleanup_tmp_directories=True)
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
@@ -133,12 +143,15 @@ class RunCheckpoints:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, data_state: bytes | dict | None = None, **extra: Any) -> bool:
+    def save(
+        self, step: int, state: Any, data_state: bytes | dict | None = None, *, validation_loss: float | None = None, **extra: Any
+    ) -> bool:
         """Starts saving and returns once the arrays are copied to the host, so they may be donated or changed then.
 
         A save still in flight is waited for first, and raises here if it failed. Random keys must be raw
-        (`jax.random.key_data`). `extra` is anything that JSON takes. Returns False, and does nothing, if the step is
-        saved already.
+        (`jax.random.key_data`). `extra` is anything that JSON takes. `validation_loss`, where the state has been
+        evaluated, decides whether the checkpoint is among the best. Returns False, and does nothing, if the step is saved
+        already.
         """
         if step in self._manager.all_steps():
             return False
@@ -147,7 +160,8 @@ class RunCheckpoints:
         extra = json.loads(json.dumps({**extra, "data_state": _encode(data_state)}))
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra))
         # force: Orbax would skip, without a word, a step below the newest on disk.
-        return self._manager.save(step, args=args, force=True)
+        metrics = {} if validation_loss is None else {_LOSS: float(validation_loss)}
+        return self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises if it failed."""
@@ -221,8 +235,10 @@ class RunCheckpoints:
             multihost_utils.sync_global_devices(f"hmar_jax checkpoint {step} moved aside")
 
 
-def load_params_of_run(workdir: os.PathLike | str, *more: str) -> tuple[int, dict[str, Any]]:
+def load_params_of_run(workdir: os.PathLike | str, *more: str, averaged: bool = False) -> tuple[int, dict[str, Any]]:
     """The step and {"params": ..., and each key named} of the latest good checkpoint, as numpy arrays on the host.
+
+    With `averaged`, "params" is the moving average of the parameters, where the run keeps one.
 
     Only these parts of the state are read: no optimizer state in memory, and no need to know the optimizer. Nothing
     in the run directory is changed, so the run may be training meanwhile.
@@ -230,15 +246,17 @@ def load_params_of_run(workdir: os.PathLike | str, *more: str) -> tuple[int, dic
     directory = absolute(workdir) / "checkpoints"
     if not absolute(workdir).is_dir():
         raise InputError(f"there is no run directory {workdir}")
-    wanted, damaged = ("params", *more), []
+    damaged = []
     for step in _steps_from_newest(directory):
         folder = directory / str(step) / _STATE
         try:
-            metadata = _metadata(folder, *wanted)
-            for key in wanted:
+            metadata = _metadata(folder, "params", *more, *([_AVERAGE] if averaged else []))
+            params = _AVERAGE if averaged and isinstance(metadata, dict) and metadata.get(_AVERAGE) else "params"
+            for key in (params, *more):
                 if not isinstance(metadata, dict) or key not in metadata:
                     raise InputError(f"checkpoint of step {step} in {directory} has no {key!r}")
-            found = _read_as_numpy(folder, {key: metadata[key] for key in wanted})
+            found = _read_as_numpy(folder, {key: metadata[key] for key in (params, *more)})
+            found["params"] = found.pop(params)
             if damaged:
                 _log.warning("using the last good checkpoint, of step %d", step)
             return step, found
@@ -252,6 +270,12 @@ def load_params_of_run(workdir: os.PathLike | str, *more: str) -> tuple[int, dic
     if damaged:
         raise InputError(_none_readable(directory, damaged))
     raise InputError(f"{workdir} has no checkpoints")
+
+
+def _validation_loss(metrics: dict[str, float]) -> float:
+    """Of a checkpoint; without one it is worse than every other."""
+    value = metrics.get(_LOSS, math.inf)
+    return math.inf if math.isnan(value) else value
 
 
 # Reading with Orbax

@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as e:
         print(f"hmar {args.command}: {e}", file=sys.stderr)
         return 2
+    except FloatingPointError as e:  # a run that diverged
+        print(f"hmar {args.command}: {e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"hmar {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -99,6 +102,15 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, _train, what, example)
         sub.add_argument("--config", required=True, help="FILE:NAME[,key=value…]; single values also by --config.KEY=VALUE")
         sub.add_argument("--workdir", type=_output, required=True, help="the run's directory; an existing run goes on where it ended")
+        hosts = sub.add_argument_group(
+            "several processes", "on SLURM, Cloud TPU, GKE, Open MPI and Kubernetes they find each other; elsewhere give each of them "
+            "the first three. See docs/training_at_scale.md")
+        hosts.add_argument("--coordinator", default=None, help="HOST:PORT of the first process")
+        hosts.add_argument("--num_processes", type=_positive, default=None, help="how many; 1: alone, whatever the cluster says")
+        hosts.add_argument("--process_id", type=_whole, default=None, help="which one this is, from 0")
+        hosts.add_argument("--local_devices", type=_numbers, default=None,
+                           help="numbers of this host's GPUs that the process takes, such as 0,1 (default: on SLURM and Open MPI the one "
+                           "of its number on the host, elsewhere all)")
 
     sub = command(
         "plan", _plan, "tell whether a run fits on a TPU pod or on GPUs, and what a step costs, without them",
@@ -239,6 +251,10 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_whole(part) for part in text.split(","))
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number of 1 or more is wanted")
@@ -282,11 +298,17 @@ def _train(args, overrides) -> None:
     if commands[task] != args.command:
         raise InputError(f"config {args.config!r} is for hmar {commands[task]}")
 
+    from hmar_jax import distributed
+
+    distributed.initialize(args.coordinator, args.num_processes, args.process_id, args.local_devices)
+    if not distributed.is_first():
+        _TERMINAL.setLevel(logging.WARNING)
     from hmar_jax.training import experiments, loop
 
     experiment = experiments.build(config, args.workdir)
     step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
-    print(f"{args.workdir}: {task} run " + ("complete" if step == steps else f"stopped at step {step} of {steps}"))
+    if distributed.is_first():
+        print(f"{args.workdir}: {task} run " + ("complete" if step == steps else f"stopped at step {step} of {steps}"))
 
 
 def _sample(args) -> None:

@@ -131,6 +131,8 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     """Names the first key, other than the harmless ones, in which two configs differ, with both values."""
     for key in sorted(set(old) | set(new)):
         name, a, b = f"{prefix}{key}", old.get(key, "(none)"), new.get(key, "(none)")
+        if isinstance(b, Mapping) and key not in old:  # a run of a version without this group
+            a = {}
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found = first_difference(a, b, f"{name}.")
             if found:

@@ -4,10 +4,13 @@ Local paths are written to a temporary file beside the target and renamed over i
 directly: object stores show an object only when it is whole.
 """
 
+import io
 import json
+import math
 import os
 import secrets
 import stat
+import time
 from typing import Any
 
 from etils import epath
@@ -49,6 +52,48 @@ def write_by_rename(path: os.PathLike | str, data: bytes | str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+class AppendedFile:
+    """A text file that grows. A local one has each line at once.
+
+    Object stores cannot append: there the whole file is written anew, at most once in some seconds, and on closing. For logs.
+    """
+
+    _SECONDS = 30
+
+    def __init__(self, path: os.PathLike | str):
+        self._path = epath.Path(path)
+        self._written = -math.inf
+        if is_local(path):
+            self._file = open(path, "a", buffering=1)
+        else:
+            self._file = io.StringIO()
+            if self._path.exists():
+                self._file.write(self._path.read_text())
+
+    def write(self, text: str) -> None:
+        self._file.write(text)
+        if isinstance(self._file, io.StringIO) and time.monotonic() - self._written > self._SECONDS:
+            self._upload()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        if isinstance(self._file, io.StringIO):
+            self._upload()
+        self._file.close()
+
+    def _upload(self) -> None:
+        self._path.write_text(self._file.getvalue())
+        self._written = time.monotonic()
+
+    def __enter__(self) -> "AppendedFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 def check_writable(path: os.PathLike | str) -> None:

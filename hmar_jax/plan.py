@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from hmar_jax import chips, configs, hlo, sharding
+from hmar_jax import chips, configs, hlo, jaxpr, sharding
 from hmar_jax.errors import InputError
-from hmar_jax.training import flops, program, tasks
+from hmar_jax.training import program, tasks
 from hmar_jax.training import state as run_state
 
 _log = logging.getLogger(__name__)
@@ -125,12 +125,12 @@ def make_plan(config: ConfigDict, topology: chips.Topology, *, name: str = "", s
     if devices:
         step = program.build(task, sharding.make_mesh(*sizes, devices=devices), extra, config.ema_decay)
         traced = step.train_step.trace(step.state, step.batch(batch), step.rng, *step.extra)
-        counted = flops.count(traced.jaxpr)
+        counted = jaxpr.count(traced.jaxpr)
         found = _compiled(traced, topology, _arguments(task, mesh, state, extra, batch))
     else:
         with jax.sharding.use_abstract_mesh(mesh):
             traced = jax.jit(task.train_step).trace(state, batch, jax.random.key(0), *extra)
-        counted = flops.count(traced.jaxpr)
+        counted = jaxpr.count(traced.jaxpr)
         found = _estimated(config, task, mesh, topology, state, extra, batch, counted)
     memory, traffic, memory_traffic, kernels, how = found
 
@@ -143,8 +143,8 @@ def make_plan(config: ConfigDict, topology: chips.Topology, *, name: str = "", s
         seconds["interconnect_one_dimension"] = seconds["interconnect"] * chip.dimensions
     return Plan(
         config=name, topology=topology.name, devices=n, mesh=dict(zip(sharding.AXES, sizes)), batch_size=config.batch_size,
-        accumulate=accumulate, parameters=flops.parameters(state.params), frozen_parameters=flops.parameters(extra),
-        model_flops=_model_flops(task) * config.batch_size, step_flops=counted.total, memory=memory, traffic=traffic,
+        accumulate=accumulate, parameters=_count(state.params), frozen_parameters=_count(extra),
+        model_flops=(task.flops_per_picture or 0.0) * config.batch_size, step_flops=counted.total, memory=memory, traffic=traffic,
         memory_traffic=memory_traffic, kernels=kernels, seconds=seconds, how=how)
 
 
@@ -168,12 +168,6 @@ def _shapes(config: ConfigDict, stage1: ConfigDict | None) -> tasks.Shapes:
         shapes.batch["image"] = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
         del shapes.batch["tokens"]
     return shapes
-
-
-def _model_flops(task) -> float:
-    """Of one picture."""
-    transformer = getattr(task, "transformer", None)
-    return flops.train_flops(transformer, getattr(task, "masked_depth", None)).total if transformer else 0.0
 
 
 # TPUs
@@ -222,7 +216,7 @@ def _by_kind(collectives) -> tuple[Traffic, ...]:
 # GPUs
 
 
-def _estimated(config, task, mesh, topology: chips.Topology, state, extra, batch, counted: flops.Counted):
+def _estimated(config, task, mesh, topology: chips.Topology, state, extra, batch, counted: jaxpr.Counted):
     """From shapes: arguments exactly, the rest roughly."""
     rules = task.partition_rules
     itemsize = jnp.dtype(config.model.dtype).itemsize
@@ -239,7 +233,7 @@ def _estimated(config, task, mesh, topology: chips.Topology, state, extra, batch
     temporaries = params + kept + gathered + logits
     memory = Memory(arguments, 0.0, temporaries, arguments + temporaries, topology.chip.memory)
 
-    count, tensor, fsdp, data = flops.parameters(state.params), mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"]
+    count, tensor, fsdp, data = _count(state.params), mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"]
     whole = itemsize * count / tensor
     collectives = []
     if fsdp > 1:
@@ -269,6 +263,10 @@ def _divided(tree, rules, mesh) -> float:
     places = sharding.shardings(tree, rules, mesh)
     return float(sum(
         math.prod(place.shard_shape(x.shape)) * _itemsize(x.dtype) for x, place in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)))
+
+
+def _count(tree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def _bytes(x) -> float:

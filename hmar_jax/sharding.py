@@ -125,8 +125,12 @@ def _mesh_around() -> AbstractMesh | None:
 
 
 def by_picture(x: jax.Array) -> jax.Array:
-    """(B, …), laid out with the pictures divided and all else copied; as it is where there is no mesh around."""
-    return x if _mesh_around() is None else jax.lax.with_sharding_constraint(x, P(BATCH))
+    """(B, …), laid out with the pictures divided and all else copied; as it is without a mesh, or where it does not divide B,
+    as a few pictures that are shown may not."""
+    mesh = _mesh_around()
+    if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH))
 
 
 def like_parameters(tree: Any, rules: Rules) -> Any:
@@ -218,3 +222,9 @@ def place(tree: Any, tree_of_shardings: Any) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, tree, tree_of_shardings)
+
+
+def place_key(key: jax.Array, mesh: Mesh) -> jax.Array:
+    """A random key that every host has alike, copied to all devices."""
+    data = place(jax.random.key_data(key), replicated(mesh))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))

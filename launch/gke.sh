@@ -90,8 +90,10 @@ jobset() {
   [[ ! $cpu ]] || limits+=", cpu: $(text "$cpu")"
   [[ ! $memory ]] || limits+=", memory: $(text "$memory")"
   args=$(words "${TRAIN[@]}")
-  if [[ ! $topology ]] && ((nodes > 1)); then # TPUs find each other; of these, Kubernetes fills in the pod's number
-    args="${args%]}, $(text "--coordinator_address=$name-workers-0-0.$name:12355"), \"--num_processes=$nodes\", \"--process_id=\$(POD_NUMBER)\"]"
+  if [[ ! $topology ]] && ((nodes == 1)); then
+    args="${args%]}, \"--num_processes=1\"]"
+  elif [[ ! $topology ]]; then # TPUs find each other; of these, Kubernetes fills in the pod's number
+    args="${args%]}, $(text "--coordinator=$name-workers-0-0.$name:12355"), \"--num_processes=$nodes\", \"--process_id=\$(POD_NUMBER)\"]"
   fi
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -190,8 +192,7 @@ case $command in
       [[ ! $topology && ! $chips_per_node ]] || die "--topology and --chips_per_node are for TPUs: for GPUs give --nodes and --gpus_per_node"
       required nodes gpus_per_node
       whole nodes gpus_per_node
-      devices=$(seq -s, 0 $((gpus_per_node - 1)))
-      env=("JAX_PLATFORMS=cuda,cpu" "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" "JAX_LOCAL_DEVICE_IDS=$devices" "${env[@]}")
+      env=("JAX_PLATFORMS=cuda,cpu" "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" "${env[@]}")
     fi
     workdir=$(workdir_of)
     [[ $workdir == gs://* || $workdir == /* ]] || die "--workdir=$workdir: a pod's own folders vanish with it; gs://BUCKET/DIR or a mounted /DIR is wanted"

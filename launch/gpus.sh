@@ -48,10 +48,10 @@ processes=1
 [[ ! $one_process_a_gpu ]] || processes=$gpus
 command_of() {
   if [[ $one_process_a_gpu ]]; then
-    start=(env "${env[@]}" "JAX_LOCAL_DEVICE_IDS=$1" "$hmar" train "${TRAIN[@]}"
-      "--coordinator_address=127.0.0.1:$port" "--num_processes=$gpus" "--process_id=$1")
+    start=(env "${env[@]}" "$hmar" train "${TRAIN[@]}"
+      "--coordinator=127.0.0.1:$port" "--num_processes=$gpus" "--process_id=$1" "--local_devices=$1")
   else
-    start=(env "${env[@]}" "$hmar" train "${TRAIN[@]}")
+    start=(env "${env[@]}" "$hmar" train "${TRAIN[@]}" --num_processes=1)
   fi
 }
 

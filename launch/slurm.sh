@@ -47,8 +47,8 @@ need sbatch
 
 if ((gpus_per_node)); then
   env=("JAX_PLATFORMS=cuda,cpu" "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" "${env[@]}")
-  # Alone on a node, a process would take its one GPU of the same number as itself.
-  ((processes_per_node > 1 || gpus_per_node == 1)) || env=("JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus_per_node - 1)))" "${env[@]}")
+  # Alone on a node, a process would take the one GPU of its number.
+  ((processes_per_node > 1 || gpus_per_node == 1)) || TRAIN+=("--local_devices=$(seq -s, 0 $((gpus_per_node - 1)))")
 else
   env=("JAX_PLATFORMS=cpu" "${env[@]}")
 fi

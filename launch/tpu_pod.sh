@@ -136,6 +136,16 @@ test -x venv/bin/python || { python3 -m pip install --quiet --user uv; python3 -
 venv/bin/python -m pip install --quiet $(quoted "$requirement")"
 }
 
+# A run of which some workers have died cannot go on: the others are ended too, before it is begun again.
+clear() {
+  local found
+  [[ ! $DRY_RUN ]] || return 0
+  found=$(on all 'cd ~/hmar 2>/dev/null && test -f pid && test ! -f status && kill -0 $(cat pid) 2>/dev/null && echo HMAR_TRAINS || echo HMAR_IDLE')
+  [[ $found == *HMAR_TRAINS* && $found == *HMAR_IDLE* ]] || return 0
+  note "some workers train and some do not: ending the rest of that run"
+  on all 'cd ~/hmar 2>/dev/null || exit 0; test -f status || kill -KILL -$(cat pid) 2>/dev/null || true; echo 137 >status'
+}
+
 # Starts hmar train on all workers at once, away from the connection. A worker where it is going is left alone.
 start() {
   local program
@@ -190,6 +200,7 @@ case $command in
       die "--workdir=$workdir: the workers of a pod share no disk; gs://BUCKET/DIR is wanted (or --shared_disk, if they do)"
     while :; do
       get_pod
+      clear
       install
       start
       [[ ! $detach ]] || break

@@ -145,7 +145,7 @@ def test_gpus_one_process(stage):
     stage.stand_in("hmar", 'record(env={k: os.environ.get(k) for k in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "A")}); print("out")')
     done = stage.run("gpus.sh", "--env=A=b c", "--log=logs/x", "--", *TRAIN)
     [call] = stage.calls("hmar")
-    assert call["args"] == ["train", *TRAIN]
+    assert call["args"] == ["train", *TRAIN, "--num_processes=1"]
     assert call["env"] == {"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": "0,1", "A": "b c"}
     assert done.stdout == "out\n"
     assert (stage.folder / "logs/x").read_text() == "out\n"
@@ -155,21 +155,19 @@ def test_gpus_one_process(stage):
 
 
 def test_gpus_a_process_each(stage):
-    stage.stand_in("hmar", 'record(env=os.environ["JAX_LOCAL_DEVICE_IDS"])')
+    stage.stand_in("hmar")
     options = ("--gpus=3", "--one_process_a_gpu", "--port=999", "--log=logs/x")
     stage.run("gpus.sh", *options, "--", *TRAIN)
-    calls = sorted(stage.calls("hmar"), key=lambda call: call["env"])
-    for i, call in enumerate(calls):
-        assert call["env"] == str(i)
-        assert call["args"] == [
-            "train", *TRAIN, "--coordinator_address=127.0.0.1:999", "--num_processes=3", f"--process_id={i}"]
-    assert len(calls) == 3 and sorted(p.name for p in (stage.folder / "logs").iterdir()) == ["x", "x.1", "x.2"]
+    calls = sorted(stage.args("hmar"))
+    assert calls == [
+        ["train", *TRAIN, "--coordinator=127.0.0.1:999", "--num_processes=3", f"--process_id={i}", f"--local_devices={i}"] for i in range(3)]
+    assert sorted(p.name for p in (stage.folder / "logs").iterdir()) == ["x", "x.1", "x.2"]
     # What --dry-run prints does the same when pasted into a shell.
     (stage.folder / "record").unlink()
     printed = stage.run("gpus.sh", *options, "--dry-run", "--", *TRAIN).stdout
     assert stage.calls("hmar") == []
     subprocess.run([BASH, "-e", "-c", printed], env=stage.env, check=True)
-    assert stage.calls("hmar") == calls
+    assert sorted(stage.args("hmar")) == calls
 
 
 def test_gpus_one_fails_all_stop(stage):
@@ -239,12 +237,11 @@ sys.exit(child.wait())""")
 def test_slurm_job_runs(stage):
     (stage.folder / "set up.sh").write_text('export FROM_SETUP="$UNSET yes"\n')
     command = slurm_job(
-        stage, 'record(env={k: os.environ[k] for k in ("FROM_SETUP", "JAX_LOCAL_DEVICE_IDS")}); sys.exit(3)', setup="set up.sh")
+        stage, 'record(env=os.environ["FROM_SETUP"]); sys.exit(3)', setup="set up.sh")
     assert subprocess.run(command, cwd=stage.folder, env=stage.env | {"SLURM_JOB_ID": "17"}).returncode == 3
     [call] = stage.calls("hmar")
-    assert call["args"] == ["train", *TRAIN]
-    assert call["env"] == {"FROM_SETUP": " yes", "JAX_LOCAL_DEVICE_IDS": "0,1,2,3"}
-    assert stage.args("srun") == [["--kill-on-bad-exit=1", "--gpu-bind=none", "hmar", "train", *TRAIN]]
+    assert call["args"] == ["train", *TRAIN, "--local_devices=0,1,2,3"] and call["env"] == " yes"
+    assert stage.args("srun") == [["--kill-on-bad-exit=1", "--gpu-bind=none", "hmar", *call["args"]]]
     assert stage.calls("scontrol") == []
 
 
@@ -322,7 +319,7 @@ def test_pod_from_nothing(pod):
     assert ["compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod", *where, "--accelerator-type=v5p-16",
             "--runtime-version=v2-alpha-tpuv5", "--spot", "--valid-until-duration=6h", "--service-account=me@x"] in pod.args("gcloud")
     asked = ["queued-resources describe", "queued-resources create", *["queued-resources describe"] * 3]
-    assert verbs(pod) == [*asked, "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh"]
+    assert verbs(pod) == [*asked, "tpu-vm ssh", "tpu-vm scp", *["tpu-vm ssh"] * 4]
     assert all(args[-1 - len(where):][0] != "" and set(where) <= set(args) for args in pod.args("gcloud"))
     for worker in "01":
         home = pod.folder / f"worker{worker}"
@@ -347,6 +344,28 @@ def test_pod_again(pod):
     assert len(pod.calls("hmar")) == 4  # ended meanwhile: begun again, on both workers
     pod.run("tpu_pod.sh", "delete", *POD[:2])
     assert pod.args("gcloud")[-1] == ["compute", "tpus", "queued-resources", "delete", "pod", "--zone=us-east5-a", "--force", "--quiet"]
+
+
+def test_pod_half_dead(pod):
+    """Where one worker has died, the others, which would wait for it, are ended, and all begin again."""
+    (pod.folder / "state").write_text("ACTIVE")
+    pod.stand_in("hmar", 'record(pid=os.getpid(), worker=os.environ["WORKER"])\ntime.sleep(0 if os.environ.get("QUICK") else 60)', pod.folder / "stand-ins")
+    command = ("tpu_pod.sh", "run", *POD, "--package=x", "--detach", "--", *TRAIN)
+    pod.run(*command)
+    while len(pod.calls("hmar")) < 2:
+        time.sleep(0.02)
+    first = {call["worker"]: call["pid"] for call in pod.calls("hmar")}
+    os.kill(first["0"], signal.SIGKILL)
+    while not (pod.folder / "worker0/hmar/status").exists():
+        time.sleep(0.02)
+    assert "some workers train and some do not" in pod.run(*command, QUICK="1").stderr
+    while len(pod.calls("hmar")) < 4:
+        time.sleep(0.02)
+    assert sorted(call["worker"] for call in pod.calls("hmar")) == ["0", "0", "1", "1"]
+    with pytest.raises(ProcessLookupError):
+        while True:  # until the system has taken note
+            os.kill(first["1"], 0)
+            time.sleep(0.02)
 
 
 def test_pod_failures(pod):
@@ -452,10 +471,10 @@ def test_jobset_of_gpus(stage):
     stage.stand_in("hmar", 'record(); sys.exit(9)')
     stage.run("gke.sh", "run", *JOBSET[:2], "--accelerator=nvidia-h100-80gb", "--nodes=2", "--gpus_per_node=8", "--detach", "--", *TRAIN)
     command, env = pod_command(applied(stage), 1)
-    assert env["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3,4,5,6,7"
+    assert env["JAX_PLATFORMS"] == "cuda,cpu"
     assert subprocess.run(command, env=stage.env).returncode == 9
     assert stage.args("hmar") == [
-        ["train", *TRAIN, "--coordinator_address=set-workers-0-0.set:12355", "--num_processes=2", "--process_id=1"]]
+        ["train", *TRAIN, "--coordinator=set-workers-0-0.set:12355", "--num_processes=2", "--process_id=1"]]
 
 
 def test_a_pod_told_to_end_is_not_done(stage):

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hmar_jax import chips, cli, configs, hlo, plan, sharding
+from hmar_jax import chips, cli, configs, hlo, jaxpr, plan, sharding
 from hmar_jax.errors import InputError
 from hmar_jax.models.tokenizer import TokenizerConfig
-from hmar_jax.models.transformer import NextScaleTransformer, TransformerConfig
-from hmar_jax.scales import PUBLISHED_SIDES
 from hmar_jax.training import flops, tasks
 
 HMAR = "configs/hmar.py"
@@ -66,22 +63,6 @@ def test_without_libtpu(monkeypatch, capsys):
 # Operations
 
 
-@pytest.mark.parametrize("name, matmuls, attention", [
-    ("d16_256", 0.84, 0.025), ("d24_256", 2.8, None), ("d30_256", 5.5, None), ("d24_512", None, None)])
-def test_flops_by_formula(name, matmuls, attention):
-    """TFLOP a picture, forward and backward, against counts made independently; parameters alone give 6 x L for each weight."""
-    config = configs.load_config(f"{HMAR}:{name}")
-    c = configs.build(TransformerConfig, config.model, scales=PUBLISHED_SIDES[config.image_side])
-    found = flops.train_flops(c)
-    if matmuls:
-        assert found.matmuls / 1e12 == pytest.approx(matmuls, rel=0.02)
-    if attention:
-        assert found.attention / 1e12 == pytest.approx(attention, rel=0.15)
-    params = jax.eval_shape(NextScaleTransformer(c).init, jax.random.key(0))
-    weights = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path) and "ada" not in str(path)}
-    assert found.matmuls == pytest.approx(6 * c.scale_list.length * sum(math.prod(w.shape) for w in weights.values()), rel=0.01)
-
-
 SMALL = TokenizerConfig(
     scales=(1, 2, 6), vocab_size=512, z_channels=8, channels=16, channel_multipliers=(1, 2), num_res_blocks=1, attention=False, groups=4)
 
@@ -95,27 +76,26 @@ def small(stage: str = "next_scale", **changes) -> tasks.Shapes:
     return tasks.shapes(config, tokenizer=SMALL, stage1=small().task.transformer if stage == "masked" else None)
 
 
-def counted(shapes: tasks.Shapes) -> flops.Counted:
+def counted(shapes: tasks.Shapes) -> jaxpr.Counted:
     state = jax.eval_shape(shapes.task.init, jax.random.key(0), *shapes.extra)
-    return flops.count(jax.make_jaxpr(shapes.task.train_step)(state, shapes.batch, jax.random.key(0), *shapes.extra))
+    return jaxpr.count(jax.make_jaxpr(shapes.task.train_step)(state, shapes.batch, jax.random.key(0), *shapes.extra))
 
 
 @pytest.mark.parametrize("stage, changes", [
     ("next_scale", {"accumulate": 2}), ("next_scale", {"model.pattern": "causal", "model.shared_adaln": True}), ("masked", {})])
-def test_formula_and_traced_step_agree(stage, changes):
+def test_traced_step_and_formula_agree(stage, changes):
     shapes = small(stage, **changes)
     found = counted(shapes)
-    wanted = flops.train_flops(shapes.task.transformer, getattr(shapes.task, "masked_depth", None)).total * 2
-    # The step computes some scores that the mask removes, and the quantizer's sums, which the formula does not count.
-    assert wanted <= found.total <= 1.03 * wanted
+    # Not quite: scores that the mask removes are computed, scores computed again are not, for this is not a kernel; the quantizer.
+    assert found.total == pytest.approx(2 * shapes.task.flops_per_picture, rel=0.03)
     assert found.float32 > 0  # the quantizer's
 
 
 def test_rematerialisation_is_counted():
     none, matmuls, blocks = (counted(small(**{"model.remat": r})) for r in ("none", "matmuls", "blocks"))
     c = small().task.transformer
-    forward = 2 * 3 * 2 * (c.scale_list.length * 12 * 256**2 + 6 * 256**2)  # of the blocks, without attention, for two pictures
-    assert blocks.total - none.total == pytest.approx(forward + 2 / 3 * flops.train_flops(c).attention, rel=0.05)
+    forward = 2 * c.depth * sum(flops.block_forward(c))  # for two pictures
+    assert blocks.total - none.total == pytest.approx(forward, rel=0.05)
     assert none.total < matmuls.total < blocks.total
     assert none.residuals > matmuls.residuals > blocks.residuals
 

@@ -1,9 +1,9 @@
 """From a source to batches, with Grain: shuffle, shard, decode, crop, stack.
 
 Training reads one endless stream of positions 0, 1, 2, ...: position p lies in epoch e = p // N and holds the picture
-shuffle_e(p mod N), cropped with random numbers that depend on (seed, p) only. Shard s of S takes the positions p with
-p mod S = s. So the data order is the same for any number of hosts that share one global batch, and the state of a
-loader is one number: how many batches it has given.
+shuffle_e(p mod N), cropped with random numbers that depend on (seed, p) only. The next B positions are a batch, of which
+shard s of S takes the s-th part. So the batches are the same for any number of hosts that share them, row by row, and the
+state of a loader is one number: how many batches it has given.
 
 Pictures stay uint8 until they are on the device; models.tokenizer.to_float is for there.
 """
@@ -285,7 +285,7 @@ def make_loader(
         batches = -(-n // whole) if pad else n // whole
         dataset = grain.MapDataset.range(batches * whole).map(example_at)
 
-    dataset = dataset[shard_index::shard_count].batch(batch_size, drop_remainder=True)
+    dataset = dataset.batch(batch_size, drop_remainder=True)[shard_index::shard_count]
     # One element for Grain is a whole batch, so its buffer is counted in batches.
     read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
     return dataset.to_iter_dataset(read_ahead)

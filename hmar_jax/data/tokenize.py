@@ -54,9 +54,12 @@ def tokenize(
     return TokenSource(np.concatenate(tokens), np.concatenate(labels))
 
 
-def make_token_loader(source: TokenSource, *, batch_size: int, seed: int) -> grain.IterDataset:
-    """Endless shuffled batches {"tokens": (B, L), "label": (B,)}; every row once an epoch, in a new order each."""
-    if batch_size > len(source):
-        raise InputError(f"batch size {batch_size} is more than the {len(source)} rows of tokens; make it {len(source)} or less")
+def make_token_loader(
+    source: TokenSource, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1) -> grain.IterDataset:
+    """Endless shuffled batches {"tokens": (B, L), "label": (B,)} of one shard; every row once an epoch, in a new order each."""
+    if batch_size * shard_count > len(source):
+        raise InputError(
+            f"batch size {batch_size * shard_count} is more than the {len(source)} rows of tokens; make it {len(source)} or less")
     dataset = grain.MapDataset.source(source).shuffle(seed=derive_seed(seed, _ORDER)).repeat()
-    return dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    dataset = dataset.batch(batch_size, drop_remainder=True)[shard_index::shard_count]
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

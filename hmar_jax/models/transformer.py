@@ -38,7 +38,7 @@ REMAT = {
 }
 
 # How parameters are divided over a mesh (hmar_jax/sharding.py). Blocks are stacked on a first axis of N. Everything else,
-# biases and small tables, is copied to every device.
+# biases and embeddings, is small and copied to every device.
 PARTITION_RULES = (
     (r"block/qkv/kernel$", (None, "fsdp", None, "tensor", None)),  # (N, C, 3, H, D)
     (r"(q_bias|v_bias)$", (None, "tensor", None)),  # (N, H, D)
@@ -51,8 +51,6 @@ PARTITION_RULES = (
     (r"(head|shared)/ada/kernel$", ("fsdp", "tensor")),  # (C, 2 C) and (C, 6 C)
     (r"head/kernel$", ("fsdp", "tensor")),  # (C, V)
     (r"head/bias$", ("tensor",)),  # (V,)
-    (r"(class_emb|pos_emb)$", (None, "fsdp")),  # (classes + 1, C) and (L, C)
-    (r"word_embed/kernel$", (None, "fsdp")),  # (Z, C)
 )
 
 

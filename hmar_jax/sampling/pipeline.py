@@ -311,14 +311,15 @@ def run_config(spec: ModelSpec, config: dict) -> dict:
 
 def _load_run(directory: pathlib.Path, config: dict):
     spec = ModelSpec.from_json(config.get("model"), str(directory / "config.json"))
-    _, saved = checkpoints.load_params_of_run(directory)
+    _, saved = checkpoints.load_params_of_run(directory, averaged=True)
+    trained = saved["params"]
     if spec.transformer is None:
-        return spec, {"tokenizer": saved["params"]}
+        return spec, {"tokenizer": trained}
     if spec.masked_depth:
         _, frozen = checkpoints.load_model(directory / STAGE1_FOLDER)
-        return spec, {**frozen, "masked": saved["params"]}
+        return spec, {**frozen, "masked": trained}
     _, frozen = checkpoints.load_model(directory / TOKENIZER_FOLDER)
-    return spec, {**frozen, "transformer": saved["params"]}
+    return spec, {**frozen, "transformer": trained}
 
 
 def from_torch(

@@ -11,9 +11,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from hmar_jax import configs
+from hmar_jax import configs, distributed, sharding
 from hmar_jax.data.pipeline import BrokenLog, Transform, make_loader
 from hmar_jax.data.sources import Source, open_source
 from hmar_jax.data.tokenize import make_token_loader, tokenize
@@ -22,29 +23,25 @@ from hmar_jax.models.combined import CombinedModel
 from hmar_jax.models.perceptual import load_perceptual, perceptual_distance
 from hmar_jax.models.spec import ModelSpec
 from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, to_float
-from hmar_jax.models.transformer import TransformerConfig
 from hmar_jax.sampling import grid, sampler, schedules
 from hmar_jax.sampling.pipeline import STAGE1_FOLDER, TOKENIZER_FOLDER, load_parts
-from hmar_jax.training.losses import masked_weights, position_weights
-from hmar_jax.training.masked_steps import MaskedTask
-from hmar_jax.training.masking import draw_ratios
+from hmar_jax.training import tasks
 from hmar_jax.training.metrics import LOGGER
-from hmar_jax.training.next_scale_steps import NextScaleTask
-from hmar_jax.training.tokenizer_steps import TokenizerTask
 
 _SHOWN_CLASSES, _SHOWN_OF_EACH = 10, 8  # of the sample grids
 _MAX_EVAL_BATCH = 128
 
 # Of the config's numbers: keys, least and largest value. The rest is checked where it is used.
 _RANGES = (
-    ("batch_size log_every eval_every sample_every checkpoint_every keep_checkpoints recipe.unquantized_steps "
+    ("batch_size log_every eval_every sample_every checkpoint_every keep_checkpoints accumulate recipe.unquantized_steps "
      "recipe.discriminator_channels recipe.discriminator_layers", 1, math.inf),
     ("model.vocab_size model.z_channels model.channels model.channel_multipliers model.patch_size model.groups model.depth "
      "model.width model.heads", 1, 2**20),
-    ("steps epochs image_side data.threads data.cached_copies model.num_res_blocks model.num_phi "
+    ("steps epochs image_side keep_best data.threads data.cached_copies model.num_res_blocks model.num_phi "
      "recipe.learning_rate recipe.warmup_steps recipe.revive_every recipe.clip recipe.weight_decay", 0, math.inf),
     ("model.mlp_ratio", 0.1, 100),
     ("seed", 0, 2**32 - 1),
+    ("ema_decay", 0, 1 - 1e-9),
     ("model.dropout model.drop_path model.phi_ratio recipe.class_dropout recipe.label_smoothing recipe.b1 recipe.b2", 0, 1),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -60,15 +57,24 @@ class Frozen:
 
 
 @dataclasses.dataclass(frozen=True)
+class Validation:
+    """The held-out pictures, in batches that the hosts share."""
+
+    loader: grain.IterDataset  # of this host
+    batch_size: int  # of all hosts
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """What the loop needs to know of a model: how to begin, to step, to judge and to show."""
 
-    task: Any  # init(rng, *extra), train_step(state, batch, rng, *extra), eval_step(state, batch, *extra)
+    task: Any  # init(rng, *extra), train_step(state, batch, rng, *extra), eval_step(state, batch, *extra), partition_rules
     spec: ModelSpec  # of the model that comes out
-    extra: tuple  # further arguments of the steps: pytrees of arrays
-    loader: Callable[[], grain.IterDataset]  # batches for training; reading tokens can take a while
-    validation: grain.IterDataset | None
-    picture: Callable[[Any, jax.Array], Any]  # (state, rng) -> PIL picture of samples
+    mesh: Mesh  # what it is trained on
+    extra: tuple  # further arguments of the steps: pytrees of arrays on the host
+    loader: Callable[[], grain.IterDataset]  # this host's part of the batches for training; reading tokens can take a while
+    validation: Validation
+    picture: Callable[[Any, jax.Array, tuple], Any]  # (state, rng, extra), on the mesh -> PIL picture of samples
     broken: BrokenLog
     frozen: Frozen | None = None  # what the run must keep beside its own parameters
 
@@ -83,7 +89,12 @@ def build(config: ConfigDict, workdir: str | None = None) -> Experiment:
     if not config.data.source:
         raise InputError("config.data.source is empty: give --config.data.source=folder:DIR, tfds:NAME or digits")
     builders = {"tokenizer": _tokenizer, "next_scale": _next_scale, "masked": _masked}
-    experiment = builders[config.task](config, workdir)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(mesh, config.batch_size, config.get("accumulate", 1))
+    experiment = builders[config.task](config, mesh, workdir)
+    transformer, tensor = experiment.spec.transformer, mesh.shape["tensor"]
+    if transformer is not None and transformer.heads % tensor:
+        raise InputError(f"mesh.tensor={tensor} does not divide the {transformer.heads} heads of the transformer")
     jax.eval_shape(experiment.task.init, jax.random.key(0), *experiment.extra)  # whatever only the networks and the optimizer find out
     return experiment
 
@@ -102,21 +113,32 @@ def _check_ranges(config: ConfigDict) -> None:
         raise InputError(f"config.model.dtype={config.model.dtype!r}: known are {', '.join(_DTYPES)}")
 
 
-def _open(config: ConfigDict, side: int, broken: BrokenLog):
-    """Training source, its transform, and the loader of the validation split."""
+def _open(config: ConfigDict, mesh: Mesh, side: int, broken: BrokenLog):
+    """Training source, its transform, and the validation split."""
     transform = configs.build(Transform, config.data.transform, side=side)
     source = open_source(config.data.source, "train", in_memory=config.data.in_memory)
     rows = len(source) * max(1, config.data.get("cached_copies", 0))
     if config.batch_size > rows:
         raise InputError(f"config.batch_size={config.batch_size}: {config.data.source} has {rows} pictures, {rows} or less is wanted")
     held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
-    batch = min(config.batch_size, len(held_out), _MAX_EVAL_BATCH)
+    parts = sharding.batch_parts(mesh)
+    batch = -(-min(config.batch_size, len(held_out), _MAX_EVAL_BATCH) // parts) * parts  # what it has too many is padded
+    shard, shards = sharding.host_share(mesh, batch)
     validation = make_loader(
-        held_out, transform, batch_size=batch, seed=0, train=False, threads=config.data.threads, broken=broken)
-    return source, transform, validation
+        held_out, transform, batch_size=batch // shards, seed=0, train=False, shard_index=shard, shard_count=shards,
+        threads=config.data.threads, broken=broken)
+    return source, transform, Validation(validation, batch)
 
 
-def _tokenizer(config: ConfigDict, workdir: str | None) -> Experiment:
+def _loader(config: ConfigDict, mesh: Mesh, source: Source, transform: Transform, broken: BrokenLog) -> grain.IterDataset:
+    """This host's part of the training pictures."""
+    shard, shards = sharding.host_share(mesh, config.batch_size)
+    return make_loader(
+        source, transform, batch_size=config.batch_size // shards, seed=config.seed, train=True, shard_index=shard,
+        shard_count=shards, threads=config.data.threads, broken=broken)
+
+
+def _tokenizer(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
     del workdir  # nothing is frozen
     task = tasks.tokenizer_task(config)
     model = task.tokenizer
@@ -133,20 +155,23 @@ def _tokenizer(config: ConfigDict, workdir: str | None) -> Experiment:
         pictures = jax.ShapeDtypeStruct((1, model.image_side, model.image_side, 3), jnp.float32)
         jax.eval_shape(perceptual_distance, *extra, pictures, pictures)  # are they large enough for its pools?
     broken = BrokenLog()
-    source, transform, validation = _open(config, model.image_side, broken)
-    shown = next(iter(validation))["image"][:_SHOWN_OF_EACH]  # through the loader, which replaces broken pictures
-    reconstruct = jax.jit(task.reconstruct)
+    source, transform, validation = _open(config, mesh, model.image_side, broken)
+    reconstruct = jax.jit(lambda state, shown: task.samples(state, shown), out_shardings=sharding.replicated(mesh))
 
-    def picture(state, rng):
-        del rng  # the same held-out pictures every time
-        rows = np.concatenate([np.asarray(to_float(shown)), np.asarray(reconstruct(state, shown))])
-        return grid.draw((rows + 1) / 2, columns=len(shown), labels=["picture", "reconstruction"])
+    @functools.cache
+    def shown():  # by the first process, through a loader, which replaces broken pictures
+        held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
+        few = make_loader(held_out, transform, batch_size=min(_SHOWN_OF_EACH, len(held_out)), seed=0, train=False, threads=0)
+        return next(iter(few))["image"]
 
-    loader = functools.partial(
-        make_loader, source, transform, batch_size=config.batch_size, seed=config.seed, train=True,
-        threads=config.data.threads, broken=broken)
+    def picture(state, rng, extra):
+        del rng, extra  # the same held-out pictures every time
+        rows = np.concatenate([np.asarray(x) for x in reconstruct(state, shown())])
+        return grid.draw((rows + 1) / 2, columns=len(rows) // 2, labels=["picture", "reconstruction"])
+
+    loader = functools.partial(_loader, config, mesh, source, transform, broken)
     spec = ModelSpec(tokenizer=model, class_names=source.class_names, origin=f"trained on {config.data.source}")
-    return Experiment(task, spec, extra, loader, validation, picture, broken)
+    return Experiment(task, spec, mesh, extra, loader, validation, picture, broken)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +181,11 @@ class _Data:
     source: Source
     steps: int
     loader: Callable[[], grain.IterDataset]
-    validation: grain.IterDataset
+    validation: Validation
     broken: BrokenLog
 
 
-def _data(config: ConfigDict, tokenizer: TokenizerConfig, tokenizer_params, name: str) -> _Data:
+def _data(config: ConfigDict, mesh: Mesh, tokenizer: TokenizerConfig, tokenizer_params, name: str) -> _Data:
     """Pictures for a frozen tokenizer, or tokens made of them beforehand; `name` is the tokenizer's in errors."""
     if config.image_side and config.image_side != tokenizer.image_side:
         raise InputError(
@@ -168,32 +193,39 @@ def _data(config: ConfigDict, tokenizer: TokenizerConfig, tokenizer_params, name
             f"{','.join(map(str, tokenizer.scales))} at {tokenizer.pixels_per_token} pixels a token make "
             f"{tokenizer.image_side} pixels")
     broken = BrokenLog()
-    source, transform, validation = _open(config, tokenizer.image_side, broken)
+    source, transform, validation = _open(config, mesh, tokenizer.image_side, broken)
     steps = tasks.steps_of(config, len(source))
 
     def loader():
         if not config.data.cached_copies:
-            return make_loader(
-                source, transform, batch_size=config.batch_size, seed=config.seed, train=True,
-                threads=config.data.threads, broken=broken)
-        encode = jax.jit(lambda x: Tokenizer(tokenizer).apply({"params": tokenizer_params}, to_float(x), method="encode"))
-        tokens = tokenize(
-            encode, source, transform, copies=config.data.cached_copies, seed=config.seed, progress=True)
-        return make_token_loader(tokens, batch_size=config.batch_size, seed=config.seed)
+            return _loader(config, mesh, source, transform, broken)
+        encode = jax.jit(lambda params, x: Tokenizer(tokenizer).apply({"params": params}, to_float(x), method="encode"))
+        params = jax.tree.map(jnp.asarray, tokenizer_params)
+        tokens = tokenize(  # every host all of them
+            functools.partial(encode, params), source, transform, copies=config.data.cached_copies, seed=config.seed,
+            progress=distributed.is_first())
+        shard, shards = sharding.host_share(mesh, config.batch_size)
+        return make_token_loader(
+            tokens, batch_size=config.batch_size // shards, seed=config.seed, shard_index=shard, shard_count=shards)
 
     return _Data(source, steps, loader, validation, broken)
 
 
-def _samples(config: ConfigDict, spec: ModelSpec, params_of: Callable) -> Callable:
-    """A grid of samples as a function of (state, rng); `params_of(state)` gives all of the model's parameters."""
+def _samples(config: ConfigDict, mesh: Mesh, spec: ModelSpec, params_of: Callable) -> Callable:
+    """A grid of samples as a function of (state, rng, extra); `params_of(state, *extra)` gives all of the model's parameters."""
     draw, strength = sampler.options(vocab_size=spec.tokenizer.vocab_size, **config.sampling)
     schedule = schedules.resolve(spec.tokenizer.scale_list, "default" if spec.masked_depth else "none")
     shown = np.repeat(np.arange(min(_SHOWN_CLASSES, spec.transformer.num_classes)), _SHOWN_OF_EACH)
-    sample = jax.jit(functools.partial(
-        sampler.sample, CombinedModel(spec), draw=draw, strength=strength, plan=schedules.plan(schedule)))
+    model, plan = CombinedModel(spec), schedules.plan(schedule)
 
-    def picture(state, rng):
-        images, _ = sample(params_of(state), sampler.picture_keys(rng, len(shown)), jnp.array(shown))
+    def sample(params, rng):
+        keys = sharding.by_picture(sampler.picture_keys(rng, len(shown)))
+        return sampler.sample(model, params, keys, jnp.array(shown), draw=draw, strength=strength, plan=plan)[0]
+
+    sample = jax.jit(sharding.on_mesh(mesh, sample), out_shardings=sharding.replicated(mesh))
+
+    def picture(state, rng, extra):
+        images = sample(params_of(state, *extra), rng)
         names = [spec.class_names[i] for i in shown[::_SHOWN_OF_EACH]]
         return grid.draw(np.asarray(images), columns=_SHOWN_OF_EACH, labels=names)
 
@@ -206,23 +238,24 @@ def _begun(workdir: str | None, name: str) -> str | None:
     return str(kept) if workdir and os.path.isfile(kept / "config.json") else None
 
 
-def _next_scale(config: ConfigDict, workdir: str | None) -> Experiment:
+def _next_scale(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
     if not config.tokenizer:
         raise InputError("config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model")
     tokenizer_spec, params = load_parts(_begun(workdir, TOKENIZER_FOLDER) or config.tokenizer)
-    tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(jnp.asarray, params["tokenizer"])
-    data = _data(config, tokenizer, params, config.tokenizer)
+    tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(np.asarray, params["tokenizer"])
+    data = _data(config, mesh, tokenizer, params, config.tokenizer)
     task = tasks.next_scale_task(config, tokenizer, data.source.num_classes, data.steps)
     model = task.transformer
     spec = ModelSpec(
         tokenizer=tokenizer, transformer=model, class_names=data.source.class_names, origin=f"trained on {config.data.source}",
         licence=tokenizer_spec.licence, **config.sampling)
-    picture = _samples(config, spec, lambda state: {"tokenizer": params, "transformer": state.params})
+    picture = _samples(
+        config, mesh, spec, lambda state, tokenizer: {"tokenizer": tokenizer, "transformer": state.eval_params})
     frozen = Frozen(TOKENIZER_FOLDER, dataclasses.replace(spec, transformer=None), {"tokenizer": params})
-    return Experiment(task, spec, (params,), data.loader, data.validation, picture, data.broken, frozen)
+    return Experiment(task, spec, mesh, (params,), data.loader, data.validation, picture, data.broken, frozen)
 
 
-def _masked(config: ConfigDict, workdir: str | None) -> Experiment:
+def _masked(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
     if not config.init_from:
         raise InputError("config.init_from is empty: give --config.init_from=RUN, a run of hmar train or another model of stage 1")
     stage1, params = load_parts(_begun(workdir, STAGE1_FOLDER) or config.init_from)
@@ -240,8 +273,8 @@ def _masked(config: ConfigDict, workdir: str | None) -> Experiment:
         raise InputError(
             f"model.masked_depth={depth}: {config.init_from!r} has {stage1.transformer.depth} blocks, 1 to "
             f"{stage1.transformer.depth} is wanted")
-    params = jax.tree.map(jnp.asarray, {part: params[part] for part in ("tokenizer", "transformer")})
-    data = _data(config, stage1.tokenizer, params["tokenizer"], config.init_from)
+    params = jax.tree.map(np.asarray, {part: params[part] for part in ("tokenizer", "transformer")})
+    data = _data(config, mesh, stage1.tokenizer, params["tokenizer"], config.init_from)
     if data.source.num_classes != stage1.transformer.num_classes:
         raise InputError(
             f"{config.data.source} has {data.source.num_classes} classes, init_from {config.init_from!r} has "
@@ -253,6 +286,6 @@ def _masked(config: ConfigDict, workdir: str | None) -> Experiment:
     spec = dataclasses.replace(
         stage1, transformer=model, masked_depth=depth, class_names=stage1.class_names or data.source.class_names,
         origin=f"trained on {config.data.source}", **config.sampling)
-    picture = _samples(config, spec, lambda state: {**params, "masked": state.params})
+    picture = _samples(config, mesh, spec, lambda state, frozen: {**frozen, "masked": state.eval_params})
     return Experiment(
-        task, spec, (params,), data.loader, data.validation, picture, data.broken, Frozen(STAGE1_FOLDER, alone, params))
+        task, spec, mesh, (params,), data.loader, data.validation, picture, data.broken, Frozen(STAGE1_FOLDER, alone, params))

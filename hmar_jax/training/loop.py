@@ -6,79 +6,86 @@ How a run chooses its starting point: the latest good checkpoint of its director
 import contextlib
 import io
 import json
-import pathlib
-import signal
 import time
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
+from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hmar_jax import configs
+from hmar_jax import configs, distributed, files, sharding
 from hmar_jax.checkpoints import RunCheckpoints, save_model
 from hmar_jax.data.pipeline import BrokenLog, restore_state, state_to_bytes
 from hmar_jax.errors import InputError
-from hmar_jax.files import read_json, write_by_rename
 from hmar_jax.sampling.pipeline import run_config
+from hmar_jax.training import program
 from hmar_jax.training.experiments import Experiment
+from hmar_jax.training.flops import peak_flops
 from hmar_jax.training.metrics import LOGGER, MetricsWriter, average, log_to_file
+from hmar_jax.training.state import MAX_SKIPPED_IN_ROW
+
+_IN_FLIGHT = 2  # steps that the device may be behind: enough to keep it busy, and what is wrong is known soon
 
 
 def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
     """Trains until the config's last step, from the latest good checkpoint on where there is one.
 
+    Every process of a run calls it; the first one writes what is written once.
+
     Args:
       config: the whole config; config.json keeps it.
       experiment: as built from the config.
-      workdir: the run's directory. A second call goes on where the first ended or was killed.
+      workdir: the run's directory, local (and seen by all hosts) or gs://. A second call goes on where the first ended or
+        was killed, on any mesh and any number of hosts.
 
     Returns:
       The last state.
 
     Raises:
       InputError: the directory cannot be written, is no run directory, or belongs to a run with another config.
-      FloatingPointError: the loss or the gradient is no longer finite.
+      FloatingPointError: the loss or the gradient was not finite for MAX_SKIPPED_IN_ROW steps.
     """
-    directory = _prepare(pathlib.Path(workdir), config, experiment)
-    handler = log_to_file(directory)
-    try:
-        with RunCheckpoints(directory, config.keep_checkpoints) as checkpoints:
+    directory = _prepare_together(files.absolute(workdir), config, experiment)
+    with log_to_file(directory) if distributed.is_first() else contextlib.nullcontext():
+        with RunCheckpoints(directory, config.keep_checkpoints, config.keep_best) as checkpoints:
             return _run(config, experiment, directory, checkpoints)
-    finally:
-        LOGGER.removeHandler(handler)
-        handler.close()
 
 
-def _run(config: ConfigDict, experiment: Experiment, directory: pathlib.Path, checkpoints: RunCheckpoints) -> Any:
-    task = experiment.task
-    init_key, run_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
-    restored = checkpoints.restore_latest(jax.eval_shape(task.init, init_key, *experiment.extra))
+def _run(config: ConfigDict, experiment: Experiment, directory: epath.Path, checkpoints: RunCheckpoints) -> Any:
+    task, mesh = experiment.task, experiment.mesh
+    keys = jax.random.split(jax.random.key(config.seed), 3)
+    init_key, run_key, sample_key = (sharding.place_key(key, mesh) for key in keys)
+    made = program.build(task, mesh, experiment.extra, config.ema_decay)
+    restored = checkpoints.restore_latest(made.state)
+    if restored is not None and restored.step >= task.steps:
+        LOGGER.info("this run is done: step %d of %d", restored.step, task.steps)
+        return restored.state
+    extra = sharding.place(experiment.extra, jax.tree.map(lambda x: x.sharding, made.extra))
     if restored is None:
-        state, start = jax.jit(task.init)(init_key, *experiment.extra), 0
+        state, start = made.init(init_key, *extra), 0
     else:
         state, start = restored.state, restored.step
         LOGGER.info("resuming from step %d", start)
-    if start >= task.steps:
-        LOGGER.info("this run is done: step %d of %d", start, task.steps)
-        return state
     LOGGER.debug("parameters\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    LOGGER.debug("mesh %s of %s", dict(mesh.shape), mesh.devices.flat[0].device_kind)
 
     batches = iter(experiment.loader())
     if restored is not None:
         restore_state(batches, restored.extra["data_state"])
-    train_step = jax.jit(task.train_step, donate_argnums=0)
-    eval_step = jax.jit(task.eval_step)
-    writer, meter, stop = MetricsWriter(directory, start), _Meter(config.batch_size), _StopSignal()
-    bar = tqdm(total=task.steps, initial=start, desc=config.task, unit="step", disable=None, dynamic_ncols=True)
+    writer = MetricsWriter(directory, start) if distributed.is_first() else None
+    meter, stop = _Meter(config.batch_size, _peak_images_per_second(task, mesh)), distributed.StopSignal()
+    bar = tqdm(
+        total=task.steps, initial=start, desc=config.task, unit="step", disable=None if distributed.is_first() else True,
+        dynamic_ncols=True)
     told = 0  # broken pictures already named
     try:
         for step in range(start + 1, task.steps + 1):
             with meter.time("waited"):
-                batch = next(batches)
-            state, metrics = train_step(state, batch, run_key, *experiment.extra)
+                batch = sharding.global_batch(mesh, next(batches), config.batch_size)
+            state, metrics = made.train_step(state, batch, run_key, *extra)
             meter.add(step, metrics)
             bar.update()
             last = step == task.steps
@@ -87,29 +94,58 @@ def _run(config: ConfigDict, experiment: Experiment, directory: pathlib.Path, ch
                 _report(writer, bar, step, task.steps, meter.read())
                 told = _report_broken(experiment.broken, told)
             with meter.time("aside"):
+                loss = None
                 if step % config.eval_every == 0 or last:
-                    _report(writer, bar, step, task.steps, evaluate(eval_step, state, experiment))
+                    figures = evaluate(made.eval_step, state, experiment, extra)
+                    loss = figures.get("validation/loss")
+                    _report(writer, bar, step, task.steps, figures)
                 if step % config.sample_every == 0 or last:
-                    _save_picture(experiment.picture(state, sample_key), directory / "samples" / f"step_{step:06d}.png")
-                if step % config.checkpoint_every == 0 or last or stop.asked:
-                    meter.check_finite()
-                    checkpoints.save(step, state, state_to_bytes(batches))
-            if stop.asked and not last:
+                    picture = experiment.picture(state, sample_key, extra)
+                    if distributed.is_first():
+                        _save_picture(picture, directory / "samples" / f"step_{step:06d}.png")
+                stopped = stop.asked(step)
+                if step % config.checkpoint_every == 0 or last or stopped or (loss is not None and config.keep_best):
+                    meter.check()
+                    checkpoints.save(step, state, state_to_bytes(batches), validation_loss=loss)
+            if stopped and not last:
                 LOGGER.info("stopped by a signal after step %d; the same command goes on from there", step)
                 break
     finally:
         bar.close()
-        writer.close()
+        if writer is not None:
+            writer.close()
         stop.restore()
     return state
 
 
-def _prepare(directory: pathlib.Path, config: ConfigDict, experiment: Experiment) -> pathlib.Path:
+def _peak_images_per_second(task, mesh: Mesh) -> float | None:
+    """Pictures a second at which the devices would do nothing but the step's counted work; None where it is not known."""
+    peaks = [peak_flops(device) for device in mesh.devices.flat]
+    return None if task.flops_per_picture is None or None in peaks else sum(peaks) / task.flops_per_picture
+
+
+def _prepare_together(directory: epath.Path, config: ConfigDict, experiment: Experiment) -> epath.Path:
+    """The first process prepares the directory; where it cannot, or another does not see it, all say so."""
+    error = None
+    if distributed.is_first():
+        try:
+            _prepare(directory, config, experiment)
+        except InputError as e:
+            error = e
+    distributed.raise_together(error)
+    if not (directory / "config.json").exists():
+        error = InputError(
+            f"workdir {directory} is not seen by host {jax.process_index()}: a directory that all hosts share is wanted, or gs://")
+    distributed.raise_together(error)
+    return directory
+
+
+def _prepare(directory: epath.Path, config: ConfigDict, experiment: Experiment) -> None:
     """Makes the run directory, or checks that it is this run's."""
     ours = run_config(experiment.spec, configs.to_dict(config))
     saved = directory / "config.json"
-    if saved.is_file():
-        theirs = read_json(saved, "the config of a run")
+    if saved.exists():
+        theirs = files.read_json(saved, "the config of a run")
         if not isinstance(theirs, dict) or theirs.get("format") != ours["format"]:
             raise InputError(f"{directory} has a config.json that is not a run's: take another --workdir")
         difference = configs.first_difference(theirs.get("config", {}), ours["config"])
@@ -117,25 +153,24 @@ def _prepare(directory: pathlib.Path, config: ConfigDict, experiment: Experiment
             raise InputError(f"{directory} holds a run with another config: {difference}; take another --workdir, or that config")
     elif directory.is_dir() and any(not p.name.endswith(".tmp") for p in directory.iterdir()):  # files of a kill midway
         raise InputError(f"{directory} is neither empty nor a run directory (no config.json): take another --workdir")
-    elif directory.is_file():
+    elif directory.exists() and not directory.is_dir():
         raise InputError(f"workdir {directory} is a file: name a directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_by_rename(saved, json.dumps(ours, indent=1, sort_keys=True))  # first: it makes this a run directory
+        files.write_by_rename(saved, json.dumps(ours, indent=1, sort_keys=True))  # first: it makes this a run directory
         (directory / "samples").mkdir(exist_ok=True)
         frozen = experiment.frozen
-        if frozen is not None and not (directory / frozen.folder).exists():
+        if frozen is not None and not (directory / frozen.folder / "config.json").exists():
             save_model(
                 directory / frozen.folder, frozen.spec.to_json(), frozen.params,
-                "The frozen model that this run was trained on top of.\n")
+                "The frozen model that this run was trained on top of.\n", overwrite=True)
     except OSError as e:
         raise InputError(f"workdir {directory} cannot be written: {e.strerror or e}") from None
-    return directory
 
 
-def _report(writer: MetricsWriter, bar: tqdm, step: int, steps: int, figures: dict[str, float]) -> None:
+def _report(writer: MetricsWriter | None, bar: tqdm, step: int, steps: int, figures: dict[str, float]) -> None:
     """To the files and, in short, to the terminal: on the bar, or as a line where there is no terminal."""
-    if not figures:
+    if not figures or writer is None:
         return
     writer.write(step, figures)
     short = ("loss", "accuracy", "psnr", "usage/any", "images_per_second")
@@ -153,25 +188,25 @@ def _report_broken(broken: BrokenLog, told: int) -> int:
     return len(items)
 
 
-def _save_picture(picture, path: pathlib.Path) -> None:
+def _save_picture(picture, path: epath.Path) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
-    write_by_rename(path, buffer.getvalue())
+    files.write_by_rename(path, buffer.getvalue())
 
 
-def evaluate(eval_step, state, experiment: Experiment) -> dict[str, float]:
+def evaluate(eval_step, state, experiment: Experiment, extra: tuple) -> dict[str, float]:
     """Means over the validation pictures, names prefixed with "validation/"."""
-    if experiment.validation is None:
-        return {}
-    figures = average(jax.device_get(eval_step(state, batch, *experiment.extra)) for batch in experiment.validation)
+    held_out = experiment.validation
+    batches = (sharding.global_batch(experiment.mesh, batch, held_out.batch_size) for batch in held_out.loader)
+    figures = average(jax.device_get(eval_step(state, batch, *extra)) for batch in batches)
     return {f"validation/{name}": value for name, value in figures.items()}
 
 
 class _Meter:
     """The steps since the last line of metrics.jsonl: means of their metrics, and where the time went."""
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, peak_images_per_second: float | None = None):
+        self._batch_size, self._peak = batch_size, peak_images_per_second
         self._restart()
 
     def _restart(self):
@@ -179,8 +214,11 @@ class _Meter:
         self._started, self._seconds = time.perf_counter(), {"waited": 0.0, "aside": 0.0}
 
     def add(self, step: int, metrics) -> None:
+        """Takes a step's metrics, which the device may still be computing, and waits for the step two before."""
         self._steps.append(step)
         self._metrics.append(metrics)
+        if len(self._steps) > _IN_FLIGHT:
+            self._check_row(-1 - _IN_FLIGHT)
 
     @contextlib.contextmanager
     def time(self, purpose: str):
@@ -189,35 +227,33 @@ class _Meter:
         yield
         self._seconds[purpose] += time.perf_counter() - start
 
-    def check_finite(self) -> None:
-        """Waits for the device. Raises FloatingPointError, with the step, where loss or gradient are not finite."""
-        self._metrics = jax.device_get(self._metrics)
-        for step, metrics in zip(self._steps, self._metrics):
-            for name in ("loss", "grad_norm"):
-                if not np.isfinite(metrics[name]):
-                    raise FloatingPointError(f"{name} is {metrics[name]} at step {step}; the run stops, its last checkpoint is good")
+    def _check_row(self, row: int) -> None:
+        in_row = int(self._metrics[row]["skipped_in_row"])
+        if in_row >= MAX_SKIPPED_IN_ROW:
+            raise FloatingPointError(
+                f"loss or gradient was not finite in the last {in_row} steps, up to step {self._steps[row]}: the run stops. Those steps "
+                "changed nothing, and its last checkpoint is good; a lower learning rate or stronger clipping may get past here")
+
+    def check(self) -> None:
+        """Waits for the device. Raises FloatingPointError where too many steps in a row were not finite."""
+        for row in range(len(self._steps)):
+            self._check_row(row)
 
     def read(self) -> dict[str, float]:
-        """The means and the times, and begins anew."""
-        self.check_finite()
+        """The means over the steps that were finite, the number of the others, and the times; begins anew."""
+        self.check()
+        self._metrics = jax.device_get(self._metrics)
         seconds = time.perf_counter() - self._started - self._seconds["aside"]
-        figures = average(self._metrics)
+        finite = [row for row in self._metrics if not row["skipped"]]
+        skipped = [step for step, row in zip(self._steps, self._metrics) if row["skipped"]]
+        if skipped:
+            LOGGER.warning("loss or gradient was not finite, nothing changed: step %s", ", ".join(map(str, skipped)))
+        figures = average({n: v for n, v in row.items() if n not in ("skipped", "skipped_in_row")} for row in finite)
+        rate = len(self._metrics) * self._batch_size / seconds
         figures |= {
-            "time": time.time(), "images_per_second": len(self._metrics) * self._batch_size / seconds,
+            "skipped": len(skipped), "time": time.time(), "images_per_second": rate,
             "device_seconds": seconds - self._seconds["waited"], "host_wait_seconds": self._seconds["waited"]}
+        if self._peak is not None:
+            figures["mfu"] = rate / self._peak
         self._restart()
         return figures
-
-
-class _StopSignal:
-    """Whether SIGTERM came: the run saves and ends well."""
-
-    def __init__(self):
-        self.asked = False
-        self._previous = signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def restore(self):
-        signal.signal(signal.SIGTERM, self._previous)

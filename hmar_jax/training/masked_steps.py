@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hmar_jax.models.masked import MaskedTransformer
+from hmar_jax.training import flops
 from hmar_jax.training.losses import cross_entropy, masked_weights
 from hmar_jax.training.masking import draw_masks, draw_ratios
 from hmar_jax.training.metrics import Mean
@@ -32,6 +33,11 @@ class MaskedTask(TransformerRecipe):
     @property
     def model(self) -> MaskedTransformer:
         return MaskedTransformer(self.transformer, self.masked_depth)
+
+    @property
+    def flops_per_picture(self) -> float:
+        """Of one step, counted by hand."""
+        return flops.masked_step(self.transformer, self.masked_depth)
 
     def init(self, rng: jax.Array, frozen) -> TrainState:
         """Stage 1's last M blocks and head, copied, and a new mask embedding."""

@@ -1,14 +1,15 @@
 """Where the figures of a run go: metrics.jsonl, TensorBoard, log.txt and a line on the terminal."""
 
+import contextlib
 import json
 import logging
-import pathlib
-from typing import Any, Iterable, Mapping, NamedTuple
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple
 
 import jax.numpy as jnp
 import tensorboardX
+from etils import epath
 
-from hmar_jax.files import write_by_rename
+from hmar_jax.files import AppendedFile, write_by_rename
 
 LOGGER = logging.getLogger("hmar_jax")
 
@@ -41,11 +42,11 @@ def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 class MetricsWriter:
     """Appends one JSON object a line to metrics.jsonl and the same figures to TensorBoard."""
 
-    def __init__(self, workdir: pathlib.Path, start_step: int):
+    def __init__(self, workdir: epath.Path, start_step: int):
         """Lines beyond start_step, left by a run that was killed after its last checkpoint, are dropped."""
         self._path = workdir / "metrics.jsonl"
         _drop_after(self._path, start_step)
-        self._file = open(self._path, "a", buffering=1)
+        self._file = AppendedFile(self._path)
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
@@ -58,7 +59,7 @@ class MetricsWriter:
         self._board.close()
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+def _drop_after(path: epath.Path, step: int) -> None:
     """Keeps the whole lines up to a step; a half-written last line goes too."""
     if not path.exists():
         return
@@ -72,9 +73,14 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     write_by_rename(path, "".join(kept))
 
 
-def log_to_file(workdir: pathlib.Path) -> logging.Handler:
-    """Sends the package's log also to log.txt; the caller removes the handler."""
-    handler = logging.FileHandler(workdir / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    LOGGER.addHandler(handler)
-    return handler
+@contextlib.contextmanager
+def log_to_file(workdir: epath.Path) -> Iterator[None]:
+    """Sends the package's log also to log.txt."""
+    with AppendedFile(workdir / "log.txt") as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        LOGGER.addHandler(handler)
+        try:
+            yield
+        finally:
+            LOGGER.removeHandler(handler)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hmar_jax.models.transformer import NextScaleTransformer
+from hmar_jax.training import flops
 from hmar_jax.training.losses import cross_entropy, position_weights
 from hmar_jax.training.metrics import Mean
 from hmar_jax.training.recipe import TransformerRecipe
@@ -25,6 +26,11 @@ class NextScaleTask(TransformerRecipe):
     @property
     def model(self) -> NextScaleTransformer:
         return NextScaleTransformer(self.transformer)
+
+    @property
+    def flops_per_picture(self) -> float:
+        """Of one step, counted by hand."""
+        return flops.next_scale_step(self.transformer)
 
     def init(self, rng: jax.Array, tokenizer_params=None) -> TrainState:
         del tokenizer_params  # frozen: not part of the state

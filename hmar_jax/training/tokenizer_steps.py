@@ -71,6 +71,10 @@ class TokenizerTask:
     partition_rules: ClassVar[Rules] = PARTITION_RULES
 
     @property
+    def flops_per_picture(self) -> None:
+        """Not counted: convolutions of many shapes."""
+
+    @property
     def model(self) -> Tokenizer:
         return Tokenizer(self.tokenizer)
 

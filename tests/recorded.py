@@ -1,0 +1,66 @@
+"""The command `hmar` in a process of its own, which writes down the pictures of every training batch that it takes.
+
+    python -m tests.recorded FILE train --config=… --workdir=…
+
+Pictures are told apart by their colour, see `colours`. Each line of FILE: the batch's number in the run, and its pictures.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+from PIL import Image
+
+CLASSES, EACH = ("a", "b", "c"), 12
+COUNT = len(CLASSES) * EACH
+
+
+def colours(root: pathlib.Path) -> pathlib.Path:
+    """A folder of pictures of one colour each, to train on, and a few to validate."""
+    for split, count in (("train", EACH), ("validate", 2)):
+        for label, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                colour = (label * EACH + i, 255 - 7 * i, 80 * label)
+                Image.fromarray(np.full((10, 10, 3), colour, np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+class Recorded:
+    """A loader whose iterator writes down what it gives."""
+
+    def __init__(self, loader, path: str):
+        self.loader, self.path = loader, path
+
+    def __iter__(self):
+        self.iterator = iter(self.loader)
+        self.get_state, self.set_state = self.iterator.get_state, self.iterator.set_state
+        return self
+
+    def __next__(self):
+        batch = next(self.iterator)
+        with open(self.path, "a") as file:
+            file.write(json.dumps([self.get_state()["next_index"], batch["image"][:, 0, 0, 0].tolist()]) + "\n")
+        return batch
+
+
+def main() -> None:
+    sys.modules["torch"] = None  # tensorboardX imports it where it finds it: two seconds
+    from hmar_jax import cli
+    from hmar_jax.training import experiments
+
+    path, *arguments = sys.argv[1:]
+    build = experiments.build
+
+    def recorded(*args):
+        experiment = build(*args)
+        return dataclasses.replace(experiment, loader=lambda: Recorded(experiment.loader(), path))
+
+    experiments.build = recorded
+    sys.exit(cli.main(arguments))
+
+
+if __name__ == "__main__":
+    main()

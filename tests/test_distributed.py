@@ -1,0 +1,184 @@
+"""Several processes on one machine that train one run, are killed, and go on as others; what they read, and what they end with."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from hmar_jax import checkpoints, cli, distributed
+from hmar_jax.errors import InputError
+from tests import recorded, tiny
+
+STEPS = 80
+
+
+class Hosts:
+    """A run in so many processes, each with so many devices; `name` of its directory beside `folder`."""
+
+    def __init__(self, folder: pathlib.Path, arguments: list[str], processes: int = 1, devices: int = 1):
+        self.folder, self.workdir = folder, folder / "run"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = tiny.ENVIRONMENT | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        self.processes, self.logs = [], []
+        for i in range(processes):
+            meet = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"] if processes > 1 else []
+            self.logs.append(open(folder / f"log_{time.monotonic_ns()}", "w+"))
+            record = folder / f"record_{time.monotonic_ns()}_{i}.jsonl"
+            command = [sys.executable, "-m", "tests.recorded", str(record), *arguments, *meet]
+            self.processes.append(subprocess.Popen(
+                command, env=environment, cwd=pathlib.Path(__file__).parent.parent, stdout=self.logs[-1], stderr=self.logs[-1]))
+
+    def said(self, process: int = 0) -> str:
+        self.logs[process].seek(0)
+        return self.logs[process].read()
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        while not (self.workdir / f"checkpoints/{step}").exists():
+            assert all(p.poll() is None for p in self.processes), self.said()
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait(60)
+
+    def finish(self, status: int = 0) -> None:
+        for i, process in enumerate(self.processes):
+            assert process.wait(200) == status, self.said(i)
+
+
+def seen(folder: pathlib.Path) -> dict[int, list[int]]:
+    """Pictures of each batch, of all hosts; every attempt at a batch must have had the same."""
+    attempts: dict[int, list[list[int]]] = {}
+    for path in sorted(folder.glob("record_*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                batch, pictures = json.loads(line)
+            except ValueError:
+                continue  # cut by a kill
+            attempts.setdefault(batch, []).append(pictures)
+    batches = {}
+    for batch, parts in attempts.items():
+        whole = [part for part in parts if len(part) == 6]
+        halves = {tuple(part) for part in parts if len(part) == 3}
+        assert len({tuple(part) for part in whole}) <= 1 and len(halves) <= 2, (batch, parts)
+        pictures = whole[0] if whole else [p for half in sorted(halves) for p in half]
+        assert not halves or {p for half in halves for p in half} <= set(pictures), (batch, parts)
+        batches[batch] = pictures
+    return batches
+
+
+def assert_every_picture_once_an_epoch(folder: pathlib.Path) -> None:
+    batches = seen(folder)
+    assert sorted(batches) == list(range(1, STEPS + 1))
+    stream = [picture for batch in sorted(batches) for picture in batches[batch]]
+    for epoch in range(len(stream) // recorded.COUNT):
+        assert sorted(stream[epoch * recorded.COUNT:(epoch + 1) * recorded.COUNT]) == list(range(recorded.COUNT)), epoch
+
+
+def assert_close_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    (step, state), (other_step, wanted) = (checkpoints.load_params_of_run(w, "opt_state", "skipped") for w in (workdir, other))
+    assert step == other_step == STEPS
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True):
+        assert np.allclose(a, b, rtol=1e-3, atol=2e-4), jax.tree_util.keystr(path)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Arguments of a run in tmp_path/run."""
+    data = f"folder:{recorded.colours(tmp_path / 'pictures')}"
+    return lambda **changes: tiny.train(tmp_path / "run", data__source=data, **changes)
+
+
+@pytest.mark.parametrize("signalled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_hosts_are_killed_and_go_on_as_one(tmp_path, command, signalled):
+    """Killed and ended by one process on another mesh; the slow test between them restarts and stops them by a signal to one,
+    and compares with a run that was left alone."""
+    hosts = Hosts(tmp_path, command(), processes=2)
+    hosts.wait_for_checkpoint(20)
+    time.sleep(random.uniform(0, 0.3))
+    hosts.kill()
+    if signalled:
+        hosts = Hosts(tmp_path, command(), processes=2)
+        while "step 30 of 80" not in hosts.said():
+            assert all(p.poll() is None for p in hosts.processes), hosts.said()
+            time.sleep(0.01)
+        hosts.processes[1].send_signal(signal.SIGTERM)
+        hosts.finish()
+        said = hosts.said()
+        assert "resuming from step 20" in said and "stopped by a signal after step" in said, said
+        assert "step" not in hosts.said(1)  # the first process speaks for all
+
+    alone = Hosts(tmp_path, command(mesh__fsdp=2), devices=2)
+    alone.finish()
+    assert "resuming from step" in alone.said() and "run complete" in alone.said()
+    assert_every_picture_once_an_epoch(tmp_path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and set(steps) == set(range(10, STEPS + 1, 10))
+
+    if signalled:
+        with tiny.cached():
+            arguments = command()
+            arguments[2] = f"--workdir={tmp_path / 'uninterrupted'}"
+            assert cli.main(arguments) == 0
+        assert_close_end(tmp_path / "run", tmp_path / "uninterrupted")
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path, command):
+    """At random moments, from starting up to the last step; every other attempt is of two hosts."""
+    kills, attempt = 0, 0
+    while kills < 20:
+        hosts = Hosts(tmp_path, command(checkpoint_every=4), processes=1 + attempt % 2)
+        attempt += 1
+        deadline = time.monotonic() + random.uniform(4, 14)
+        while time.monotonic() < deadline and any(p.poll() is None for p in hosts.processes):
+            time.sleep(0.01)
+        hosts.kill()
+        killed = any(p.returncode == -signal.SIGKILL for p in hosts.processes)
+        assert killed or all(p.returncode == 0 for p in hosts.processes), hosts.said()
+        kills += killed
+        if not killed:  # it was over: the rest of the kills is a run of its own
+            assert_every_picture_once_an_epoch(tmp_path)
+            for path in tmp_path.glob("record_*.jsonl"):
+                path.unlink()
+            os.rename(tmp_path / "run", tmp_path / f"run_{attempt}")
+    hosts = Hosts(tmp_path, command(checkpoint_every=4))
+    hosts.finish()
+    assert_every_picture_once_an_epoch(tmp_path)
+    print(f"{attempt} attempts, {kills} kills")
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_divide_the_batch(tmp_path, command):
+    hosts = Hosts(tmp_path, command(batch_size=7), processes=2)
+    hosts.finish(status=2)
+    for i in range(2):
+        lines = [line for line in hosts.said(i).splitlines() if "Gloo" not in line]
+        assert lines == ["hmar train: batch_size=7 cannot be divided over 2 devices (mesh.data=2 x mesh.fsdp=1) of 2 hosts: a "
+                         "multiple of 2 is wanted"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_do_not_fit(tmp_path, capfd):
+    for flags, words in (
+            (["--coordinator=here:1"], "--num_processes and --process_id missing"),
+            (["--coordinator=here", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
+            (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "from 0 to 1")):
+        assert cli.main([*tiny.train(tmp_path / "run", tokenizer="unused"), *flags]) == 2
+        assert words in capfd.readouterr().err
+    with pytest.raises(InputError, match="alone"):
+        distributed.raise_together(InputError("alone"))
+    distributed.raise_together(None)

@@ -1,0 +1,121 @@
+"""Meshes, rules and batches; and that a step on 8 devices computes what it computes on one (in a process that has 8: on_a_mesh.py)."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from hmar_jax import cli, sharding
+from hmar_jax.errors import InputError
+from hmar_jax.models.transformer import PARTITION_RULES, NextScaleTransformer, TransformerConfig
+from hmar_jax.training import recipe
+from hmar_jax.training.metrics import Mean
+from tests import tiny
+
+
+def on_eight_devices(*cases: str) -> dict:
+    command = [sys.executable, "-m", "tests.on_a_mesh", *cases]
+    done = subprocess.run(
+        command, env=tiny.ENVIRONMENT, cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Involuntary full rematerialization" not in done.stderr
+    return json.loads(done.stdout)
+
+
+def check(found: dict) -> None:
+    for case, figures in found.items():
+        assert figures["loss"] < 1e-5 and figures["gradient"] < 1e-5 and figures["largest"] > 1e-4, (case, figures)
+        assert not figures["metrics"] and not figures["evaluated"], (case, figures)
+
+
+def test_a_step_on_a_mixed_mesh_is_that_of_one_device():
+    found = on_eight_devices("stage1:data=2,fsdp=2,tensor=2,remat=matmuls")
+    check(found)
+    assert 0.25 < next(iter(found.values()))["held"] < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["stage1", "stage2", "tokenizer"])
+def test_a_step_on_every_mesh_is_that_of_one_device(task):
+    cases = [f"{task}:{mesh}" for mesh in ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "data=4,fsdp=2")]
+    if task != "tokenizer":
+        cases += [f"{task}:data=2,fsdp=2,tensor=2,accumulate=2,remat=blocks", f"{task}:fsdp=4,data=2,accumulate=2"]
+    found = on_eight_devices(*cases)
+    check(found)
+    assert found[f"{task}:data=8"]["held"] == 1
+    assert found[f"{task}:fsdp=8"]["held"] < (0.2 if task != "tokenizer" else 0.5)
+
+
+def test_every_large_parameter_is_divided():
+    """Of the published architecture: what is copied is under 2 % of it."""
+    config = TransformerConfig(scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, width=1024, heads=16)
+    params = jax.eval_shape(NextScaleTransformer(config).init, jax.random.key(0))
+    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 4, "tensor": 4})
+    copied = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = sharding._name(path)
+        if not any(sharding._spec(name, leaf.shape, PARTITION_RULES, mesh)):
+            copied[name] = leaf.size
+    assert sum(copied.values()) < 0.02 * sum(x.size for x in jax.tree.leaves(params)), copied
+
+
+def test_the_first_rule_that_fits_counts():
+    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 2, "tensor": 3})
+    rules = ((r"b/kernel$", ("fsdp", None)), (r"kernel$", (None, ("fsdp", "tensor"))), (r"bias$", ("tensor",)))
+    spec = lambda name, *shape: sharding._spec(name, shape, rules, mesh)
+    assert spec("opt_state/0/mu/b/kernel", 4, 6) == P("fsdp", None)
+    assert spec("opt_state/0/mu/c/kernel", 4, 6) == P(None, ("fsdp", "tensor"))
+    assert spec("c/kernel", 4, 7) == P(None, None)  # not divisible: copied
+    assert spec("c/bias", 9) == P("tensor") and spec("step") == P() and spec("kernels", 6) == P()
+    with pytest.raises(ValueError, match="c/kernel"):
+        spec("c/kernel", 4)
+
+
+@pytest.mark.parametrize("sizes, words", [
+    (dict(data=3), "data=3 x fsdp=1 x tensor=1: there are 1 devices"),
+    (dict(data=-1, fsdp=2), "there are 1 devices"),
+    (dict(data=0), "1 or more"),
+    (dict(data=-1, fsdp=-1), "one of them may be -1"),
+])
+def test_a_mesh_that_does_not_fit(sizes, words):
+    with pytest.raises(InputError, match=words):
+        sharding.make_mesh(**sizes)
+
+
+def test_a_mesh_that_does_not_fit_on_the_command_line(tmp_path, capfd):
+    assert cli.main(tiny.train_tokenizer(tmp_path / "run", mesh__data=3)) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "mesh data=3" in said and "there are 1 devices" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide():
+    devices = np.array([types.SimpleNamespace(process_index=i // 4) for i in range(8)])
+    mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2, "tensor": 1}, devices=devices)
+    sharding.check_batch(mesh, 32, accumulate=4)
+    with pytest.raises(InputError, match=r"batch_size=12 .* 8 devices .* of 2 hosts: a multiple of 8"):
+        sharding.check_batch(mesh, 12)
+    with pytest.raises(InputError, match=r"in 4 parts \(accumulate=4\): a multiple of 32"):
+        sharding.check_batch(mesh, 48, accumulate=4)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    params = {"w": jnp.arange(3.0)}
+    rows = {"x": jax.random.normal(jax.random.key(0), (12, 3)), "weight": jnp.arange(12.0)}
+
+    def loss(params, rows, key):
+        each = (rows["x"] @ params["w"] - 1) ** 2
+        return each.mean(), {"loss": each.mean(), "weighted": Mean.of(each, rows["weight"])}
+
+    whole, metrics = recipe.gradients(loss, params, rows, jax.random.key(1), 1)
+    for parts in (2, 3, 12):
+        grads, found = recipe.gradients(loss, params, rows, jax.random.key(1), parts)
+        assert np.allclose(grads["w"], whole["w"], rtol=1e-6)
+        assert np.isclose(found["loss"], metrics["loss"]) and np.allclose(found["weighted"], metrics["weighted"])
