@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "exit status: 0 it fits, 1 it does not, 2 the input is wrong")
     sub.add_argument("--config", required=True, help="FILE:NAME[,key=value…]; single values also by --config.KEY=VALUE")
     sub.add_argument("--topology", required=True, help="CHIP:AxB[xC] of TPUs, GPU:N or GPU:MACHINESxN: v5p:4x4x4, v5e:8x8, h100:8, h100:4x8, …")
-    sub.add_argument("--json", nargs="?", const="-", default=None, help="print the figures as JSON; --json=FILE writes them to a file, beside the words")
+    sub.add_argument("--json", nargs="?", type=_output, const="-", default=None, help="print the figures as JSON; --json=FILE writes them to a file, beside the words")
 
     sub = command("sample", _sample, "draw pictures of classes", "hmar sample --model=digits --classes=0,3,7 --n=8 --out=grid.png")
     _model(sub)
@@ -192,7 +192,10 @@ def _plan(args, overrides) -> int:
     from hmar_jax import chips
 
     topology = chips.parse(args.topology)
-    from hmar_jax import configs, plan
+    from hmar_jax import configs, files, plan
+
+    if args.json not in (None, "-"):
+        files.check_writable(args.json)
 
     plan.prepare_environment()
     config, stage1 = configs.load_config(args.config), plan.stage1_of(args.config)
@@ -205,7 +208,7 @@ def _plan(args, overrides) -> int:
     else:
         print(plan.report(found))
         if args.json:
-            pathlib.Path(_output(args.json)).write_text(json.dumps(found.to_json(), indent=1) + "\n")
+            files.write_by_rename(args.json, json.dumps(found.to_json(), indent=1) + "\n")
     return 0 if found.fits else 1
 
 

@@ -214,7 +214,7 @@ def test_plan_for_gpus(capsys):
     (["--topology=h100:8", "--config.mesh.data=4"], "8 devices"), (["--topology=h100:8", "--config.batch_size=12"], "multiple of 8"),
     (["--topology=h100:8", "--config.batch_size=0"], "batch_size=0"), (["--topology=h100:8", "--config.accumulate=7"], "accumulate=7"),
     (["--topology=h100:8", "--config.image_side=100", "--config.tokenizer="], "image_side=100"), (["--topology=h100:8", "--config.model.remat=some"], "remat"),
-    (["--topology=h100:8", "--config.nothing=1"], "nothing")])
+    (["--topology=h100:8", "--config.nothing=1"], "nothing"), (["--topology=h100:8", "--json=no/such/folder/x"], "no/such/folder")])
 def test_bad_input(arguments, word, capsys):
     assert cli.main(["plan", f"--config={HMAR}:d16_256", *arguments]) == 2
     out, err = capsys.readouterr()

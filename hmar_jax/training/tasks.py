@@ -87,15 +87,16 @@ def shapes(
             raise InputError(
                 f"image_side={config.image_side}: the published tokenizer has scales for {', '.join(map(str, PUBLISHED_SIDES))}")
         tokenizer = TokenizerConfig(scales=PUBLISHED_SIDES[config.image_side])
+    steps, below = steps_of(config, pictures), None
+    if config.task == "next_scale":
+        task = next_scale_task(config, tokenizer, num_classes, steps)
+    elif stage1 is None:
+        raise InputError(f"config.task={config.task!r}: stage 2 is trained on top of a stage 1, whose architecture is wanted too")
+    else:
+        changes = {key: value for key, value in config.model.items() if key != "masked_depth"}
+        task = masked_task(config, tokenizer, dataclasses.replace(stage1, **changes), steps)
+        below = jax.eval_shape(NextScaleTransformer(stage1).init, jax.random.key(0))
     picture = jax.ShapeDtypeStruct((1, tokenizer.image_side, tokenizer.image_side, 3), jnp.float32)
     frozen = jax.eval_shape(Tokenizer(tokenizer).init, jax.random.key(0), picture)["params"]
     batch = {"label": whole, "tokens": jax.ShapeDtypeStruct((config.batch_size, tokenizer.scale_list.length), jnp.int32)}
-    steps = steps_of(config, pictures)
-    if config.task == "next_scale":
-        return Shapes(next_scale_task(config, tokenizer, num_classes, steps), (frozen,), batch)
-    if stage1 is None:
-        raise InputError(f"config.task={config.task!r}: stage 2 is trained on top of a stage 1, whose architecture is wanted too")
-    changes = {key: value for key, value in config.model.items() if key != "masked_depth"}
-    task = masked_task(config, tokenizer, dataclasses.replace(stage1, **changes), steps)
-    below = jax.eval_shape(NextScaleTransformer(stage1).init, jax.random.key(0))
-    return Shapes(task, ({"tokenizer": frozen, "transformer": below},), batch)
+    return Shapes(task, (frozen if below is None else {"tokenizer": frozen, "transformer": below},), batch)
