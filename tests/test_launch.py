@@ -503,3 +503,18 @@ def test_kubectl_fails(stage):
     stage.run("gke.sh", "run", *JOBSET, "--detach", "--", *TRAIN, status=1, FAIL_GET="1")
     stage.run("gke.sh", "run", *JOBSET, "--detach", "--", *TRAIN, status=5, FAIL_APPLY="5")
     stage.run("gke.sh", "run", *JOBSET, "--", *TRAIN, status=6, FAIL_LOGS="6")
+
+
+@pytest.mark.slow
+def test_gpus_with_hmar_itself(tmp_path):
+    """Two processes train together, on CPUs in place of GPUs; the same command again finds the run done."""
+    hmar = pathlib.Path(sys.executable).parent / "hmar"
+    command = [
+        BASH, LAUNCH / "gpus.sh", "--gpus=2", "--one_process_a_gpu", "--port=12399", f"--hmar={hmar}", "--env=JAX_PLATFORMS=cpu", f"--log={tmp_path}/log", "--",
+        "--config=configs/hmar.py:digits", f"--workdir={tmp_path}/my run", "--config.steps=4", "--config.eval_every=4", "--config.sample_every=4",
+        "--config.data.cached_copies=1", "--config.model.depth=1", "--config.model.width=64", "--config.model.heads=2"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=LAUNCH.parent, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (tmp_path / "my run/metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 4 and "this run is done" in (tmp_path / "log").read_text()
