@@ -40,7 +40,11 @@ _LOSS = "validation_loss"
 
 def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> None:
     """Raises InputError now if `save_model(directory, ...)` would refuse later. Creates the parent folders."""
-    target = _model_path(directory)
+    if not is_local(directory):
+        if (absolute(directory) / "config.json").exists() and not overwrite:
+            raise InputError(f"{directory} holds a model or a run: name another directory, or allow overwriting")
+        return
+    target = os.path.realpath(directory)
     if os.path.lexists(target) and not os.path.isdir(target):
         raise InputError(f"cannot write a model to {directory}: it is a file")
     if os.path.isdir(target) and os.listdir(target) and not overwrite:
@@ -55,33 +59,43 @@ def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> No
 def save_model(
     directory: os.PathLike | str, config: dict[str, Any], params: Any, readme: str, *, overwrite: bool = False
 ) -> None:
-    """Writes a model directory on the local file system; it appears, or replaces an old one, only when complete.
+    """Writes a model directory; it appears, or replaces an old one, only when complete.
+
+    In an object store (gs://) nothing can be renamed: there config.json, without which it is no model, is written last.
 
     Call it in one process, with parameters that this process holds whole. They may have any floating-point type;
     float16 halves the files and comes back as float32.
     """
     check_new_model(directory, overwrite)
-    target = _model_path(directory)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     params = jax.tree.map(np.asarray, params)
     _check_leaves(params, "params")
+    if not is_local(directory):
+        _write_model(absolute(directory), text, params, readme)
+        return
+    target = os.path.realpath(directory)
     temporary = _temporary_beside(target)
     try:
-        # This process alone: by default Orbax waits for all the processes of a multi-host program to save together.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(),
-            active_processes={jax.process_index()},
-            barrier_sync_key_prefix=f"model_{jax.process_index()}",
-        )
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(absolute(temporary) / "params", args=ocp.args.PyTreeSave(params))
-        write_by_rename(os.path.join(temporary, "README.md"), readme)
-        write_by_rename(os.path.join(temporary, "config.json"), text)
+        _write_model(absolute(temporary), text, params, readme)
         _replace_directory(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _write_model(directory: epath.Path, config: str, params: Any, readme: str) -> None:
+    # This process alone: by default Orbax waits for all the processes of a multi-host program to save together.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"model_{jax.process_index()}",
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        # force: over what a process left that was killed here; in a local directory there is nothing yet
+        checkpointer.save(directory / "params", args=ocp.args.PyTreeSave(params), force=True)
+    write_by_rename(directory / "README.md", readme)
+    write_by_rename(directory / "config.json", config)
 
 
 def load_model(directory: os.PathLike | str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -390,12 +404,6 @@ def _none_readable(directory: epath.Path, damaged: list[int]) -> str:
 
 
 # Renaming directories
-
-
-def _model_path(directory: os.PathLike | str) -> str:
-    if not is_local(directory):
-        raise InputError(f"cannot write a model to {directory}: name a local directory and copy it from there")
-    return os.path.realpath(directory)
 
 
 def _temporary_beside(target: str) -> str:

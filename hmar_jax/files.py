@@ -78,7 +78,12 @@ class AppendedFile:
             self._upload()
 
     def flush(self) -> None:
-        self._file.flush()
+        """For logging, after every line: nothing."""
+
+    def sync(self) -> None:
+        """Everything written so far is in the file."""
+        if isinstance(self._file, io.StringIO):
+            self._upload()
 
     def close(self) -> None:
         if isinstance(self._file, io.StringIO):

@@ -73,7 +73,7 @@ def first_moments(state):
 
 
 @functools.cache
-def one_step(name: str, mesh_sizes: tuple, changes: tuple = ()):
+def one_step(name: str, mesh_sizes: tuple, changes: tuple = (), evaluate: bool = False):
     """Metrics, gradients on the host, and the largest share of the state that a device holds."""
     devices = jax.devices() if mesh_sizes else jax.devices()[:1]
     mesh = sharding.make_mesh(**dict(mesh_sizes or (("data", 1),)), devices=devices)
@@ -86,18 +86,22 @@ def one_step(name: str, mesh_sizes: tuple, changes: tuple = ()):
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)) / sum(x.nbytes for x in jax.tree.leaves(state))
     assert jax.tree.map(lambda x: x.sharding.spec, state) == jax.tree.map(lambda x: x.sharding.spec, made.state)
     state, metrics = made.train_step(state, sharding.global_batch(mesh, batch_of(name), BATCH), key, *extra)
+    moments = [np.asarray(g) for g in first_moments(state)]
+    if not evaluate:
+        return jax.device_get(metrics), moments, held, {}
     evaluated = made.eval_step(state, sharding.global_batch(mesh, batch_of(name) | {"valid": np.ones(BATCH, bool)}, BATCH), *extra)
-    return jax.device_get(metrics), [np.asarray(g) for g in first_moments(state)], held, jax.device_get(evaluated)
+    return jax.device_get(metrics), moments, held, jax.device_get(evaluated)
 
 
 def compare(case: str) -> dict:
     name, _, options = case.partition(":")
     options = dict(pair.split("=") for pair in options.split(","))
+    evaluate = bool(options.pop("evaluate", ""))
     mesh = tuple((axis, int(options.pop(axis))) for axis in sharding.AXES if axis in options)
     changes = {key: int(value) if value.isdecimal() else value for key, value in options.items()}
     alone = {key: value for key, value in changes.items() if key == "accumulate"}  # its random numbers differ from those of one part
-    metrics, wanted, _, evaluated = one_step(name, (), tuple(alone.items()))
-    there, found, held, evaluated_there = one_step(name, mesh, tuple(changes.items()))
+    metrics, wanted, _, evaluated = one_step(name, (), tuple(alone.items()), evaluate)
+    there, found, held, evaluated_there = one_step(name, mesh, tuple(changes.items()), evaluate)
     scale = max(np.abs(g).max() for g in wanted)
     close = lambda a, b: bool(np.allclose(a, b, rtol=1e-5, atol=1e-5))
     return {

@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(hmar, elsewhere, tmp_p
     ([*TRAIN, "--nope=1"], ["unknown argument '--nope=1'"]), ([*TRAIN, "extra"], ["unknown argument 'extra'"]),
     (["info", "--model=x", "--config.steps=3"], ["unknown argument '--config.steps=3'"]),
     ([*TRAIN, "--config.steps", "3"], ["'--config.steps'", "--config.KEY=VALUE"]),
-    ([*TRAIN, "--config.nope=1"], ["'nope': unknown; there are batch_size"]),
+    ([*TRAIN, "--config.nope=1"], ["'nope': unknown; there are accumulate, batch_size"]),
     ([*TRAIN, "--config.model.nope=1"], ["'model.nope': unknown; there are depth"]),
     ([*TRAIN, "--config.model=1"], ["'model' is a group"]), ([*TRAIN, "--config.steps=many"], ["steps='many'", "type int"]),
     ([*TRAIN, "--config.task=nope"], ["task='nope'", "tokenizer, next_scale"]),

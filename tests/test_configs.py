@@ -131,7 +131,7 @@ def test_found_from_any_directory(tmp_path, monkeypatch):
     ("configs/hmar.py:nope", "'nope': known are digits, cifar10, d16_256"),
     ("configs/tokenizer.py:nope", "'nope': known are digits, photos, cifar10, vae_256"),
     ("configs/hmar.py", "config name ''"), ("configs/hmar.py:digits,seed", "'seed' after the config name"),
-    ("configs/hmar.py:digits,nope=1", "'nope': unknown; there are batch_size, "),
+    ("configs/hmar.py:digits,nope=1", "'nope': unknown; there are accumulate, batch_size, "),
     ("configs/hmar.py:digits,model.nope=1", "'model.nope': unknown; there are depth, "),
     ("configs/empty.py:digits", "has no get_config")])
 def test_wrong_names(argument, words, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def offenders(paths, forbidden, allowed=()) -> list[str]:
 
 
 def test_no_import_runs_upward():
-    at_the_bottom = [ROOT / "hmar_jax" / f"{name}.py" for name in ("scales", "errors", "files")]
+    at_the_bottom = [ROOT / "hmar_jax" / f"{name}.py" for name in ("scales", "errors", "files", "sharding", "distributed")]
     assert not offenders(at_the_bottom, ["hmar_jax"], allowed=["hmar_jax.errors"])
     above_models = [f"hmar_jax.{name}" for name in ("sampling", "training", "data", "evaluation", "cli", "configs", "checkpoints")]
     assert not offenders(modules("hmar_jax/models"), above_models)

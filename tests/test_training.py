@@ -283,9 +283,12 @@ def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):
     assert found == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.5}, {"step": 30, "loss": 0.25}]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+def test_what_is_not_finite_is_left_out_of_the_means():
     meter = loop._Meter(batch_size=4)
-    meter.add(7, {"loss": np.float32(1), "grad_norm": np.float32(1)})
-    meter.add(8, {"loss": np.float32(1), "grad_norm": np.float32(np.inf)})
-    with pytest.raises(FloatingPointError, match="grad_norm is inf at step 8"):
-        meter.check_finite()
+    meter.add(7, {"loss": np.float32(1), "skipped": 0, "skipped_in_row": 0})
+    meter.add(8, {"loss": np.float32(np.nan), "skipped": 1, "skipped_in_row": 1})
+    figures = meter.read()
+    assert figures["loss"] == 1 and figures["skipped"] == 1 and "skipped_in_row" not in figures
+    with pytest.raises(FloatingPointError, match="last 10 steps, up to step 18"):
+        for step in range(9, 30):
+            meter.add(step, {"loss": np.float32(np.nan), "skipped": 1, "skipped_in_row": step - 8})

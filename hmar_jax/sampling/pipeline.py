@@ -9,6 +9,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
@@ -291,10 +292,11 @@ def load(name: str, dtype: str = "auto", devices=None) -> Pipeline:
 
 def load_parts(name: str):
     """As load, but the spec and the parameters {"tokenizer": …, "transformer": …, "masked": …} on the host."""
-    directory = pathlib.Path(name)
-    if name in bundled_models() and not os.path.isfile(directory / "config.json"):
+    directory = pathlib.Path(name) if files.is_local(name) else epath.Path(name)
+    there = lambda: os.path.isfile(directory / "config.json") if files.is_local(directory) else (directory / "config.json").exists()
+    if name in bundled_models() and not there():
         directory = _BUNDLED / name
-    if not os.path.isfile(directory / "config.json"):  # unlike Path.is_file, False for any nonsense
+    if not there():  # os.path: unlike Path.is_file, False for any nonsense
         raise InputError(
             f"model {name!r}: neither a bundled model ({', '.join(bundled_models()) or 'none'}) nor a directory with a config.json")
     config = files.read_json(directory / "config.json", "the config of a model or a run")
@@ -309,7 +311,7 @@ def run_config(spec: ModelSpec, config: dict) -> dict:
     return {"format": _RUN_FORMAT, "config": config, "model": spec.to_json()}
 
 
-def _load_run(directory: pathlib.Path, config: dict):
+def _load_run(directory: pathlib.Path | epath.Path, config: dict):
     spec = ModelSpec.from_json(config.get("model"), str(directory / "config.json"))
     _, saved = checkpoints.load_params_of_run(directory, averaged=True)
     trained = saved["params"]

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 from typing import Any, Callable
 
 import grain
@@ -14,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from hmar_jax import configs, distributed, sharding
+from hmar_jax import configs, distributed, files, sharding
 from hmar_jax.data.pipeline import BrokenLog, Transform, make_loader
 from hmar_jax.data.sources import Source, open_source
 from hmar_jax.data.tokenize import make_token_loader, tokenize
@@ -73,7 +72,7 @@ class Experiment:
     mesh: Mesh  # what it is trained on
     extra: tuple  # further arguments of the steps: pytrees of arrays on the host
     loader: Callable[[], grain.IterDataset]  # this host's part of the batches for training; reading tokens can take a while
-    validation: Validation
+    validation: Validation | None
     picture: Callable[[Any, jax.Array, tuple], Any]  # (state, rng, extra), on the mesh -> PIL picture of samples
     broken: BrokenLog
     frozen: Frozen | None = None  # what the run must keep beside its own parameters
@@ -156,18 +155,17 @@ def _tokenizer(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experimen
         jax.eval_shape(perceptual_distance, *extra, pictures, pictures)  # are they large enough for its pools?
     broken = BrokenLog()
     source, transform, validation = _open(config, mesh, model.image_side, broken)
-    reconstruct = jax.jit(lambda state, shown: task.samples(state, shown), out_shardings=sharding.replicated(mesh))
+    reconstruct = jax.jit(task.samples, out_shardings=sharding.replicated(mesh))
 
-    @functools.cache
-    def shown():  # by the first process, through a loader, which replaces broken pictures
-        held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
-        few = make_loader(held_out, transform, batch_size=min(_SHOWN_OF_EACH, len(held_out)), seed=0, train=False, threads=0)
-        return next(iter(few))["image"]
+    held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
+    few = make_loader(  # through a loader, which replaces broken pictures; not the hosts' own parts: all show the same
+        held_out, transform, batch_size=min(_SHOWN_OF_EACH, len(held_out)), seed=0, train=False, threads=0, broken=broken)
+    shown = next(iter(few))["image"]
 
     def picture(state, rng, extra):
         del rng, extra  # the same held-out pictures every time
-        rows = np.concatenate([np.asarray(x) for x in reconstruct(state, shown())])
-        return grid.draw((rows + 1) / 2, columns=len(rows) // 2, labels=["picture", "reconstruction"])
+        rows = np.concatenate([np.asarray(x) for x in reconstruct(state, shown)])
+        return grid.draw((rows + 1) / 2, columns=len(shown), labels=["picture", "reconstruction"])
 
     loader = functools.partial(_loader, config, mesh, source, transform, broken)
     spec = ModelSpec(tokenizer=model, class_names=source.class_names, origin=f"trained on {config.data.source}")
@@ -181,7 +179,7 @@ class _Data:
     source: Source
     steps: int
     loader: Callable[[], grain.IterDataset]
-    validation: Validation
+    validation: Validation | None
     broken: BrokenLog
 
 
@@ -234,8 +232,8 @@ def _samples(config: ConfigDict, mesh: Mesh, spec: ModelSpec, params_of: Callabl
 
 def _begun(workdir: str | None, name: str) -> str | None:
     """Where a run that goes on keeps its frozen parameters."""
-    kept = pathlib.Path(workdir or "", name)
-    return str(kept) if workdir and os.path.isfile(kept / "config.json") else None
+    kept = workdir and files.absolute(workdir) / name
+    return os.fspath(kept) if workdir and (kept / "config.json").exists() else None
 
 
 def _next_scale(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:

@@ -48,7 +48,7 @@ def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
       InputError: the directory cannot be written, is no run directory, or belongs to a run with another config.
       FloatingPointError: the loss or the gradient was not finite for MAX_SKIPPED_IN_ROW steps.
     """
-    directory = _prepare_together(files.absolute(workdir), config, experiment)
+    directory = _prepare_together(workdir, config, experiment)
     with log_to_file(directory) if distributed.is_first() else contextlib.nullcontext():
         with RunCheckpoints(directory, config.keep_checkpoints, config.keep_best) as checkpoints:
             return _run(config, experiment, directory, checkpoints)
@@ -106,6 +106,8 @@ def _run(config: ConfigDict, experiment: Experiment, directory: epath.Path, chec
                 stopped = stop.asked(step)
                 if step % config.checkpoint_every == 0 or last or stopped or (loss is not None and config.keep_best):
                     meter.check()
+                    if writer is not None:
+                        writer.sync()  # what is before the checkpoint will not be written again
                     checkpoints.save(step, state, state_to_bytes(batches), validation_loss=loss)
             if stopped and not last:
                 LOGGER.info("stopped by a signal after step %d; the same command goes on from there", step)
@@ -124,37 +126,38 @@ def _peak_images_per_second(task, mesh: Mesh) -> float | None:
     return None if task.flops_per_picture is None or None in peaks else sum(peaks) / task.flops_per_picture
 
 
-def _prepare_together(directory: epath.Path, config: ConfigDict, experiment: Experiment) -> epath.Path:
+def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) -> epath.Path:
     """The first process prepares the directory; where it cannot, or another does not see it, all say so."""
-    error = None
+    directory, error = files.absolute(workdir), None
     if distributed.is_first():
         try:
-            _prepare(directory, config, experiment)
+            _prepare(workdir, config, experiment)
         except InputError as e:
             error = e
     distributed.raise_together(error)
     if not (directory / "config.json").exists():
         error = InputError(
-            f"workdir {directory} is not seen by host {jax.process_index()}: a directory that all hosts share is wanted, or gs://")
+            f"workdir {workdir} is not seen by host {jax.process_index()}: a directory that all hosts share is wanted, or gs://")
     distributed.raise_together(error)
     return directory
 
 
-def _prepare(directory: epath.Path, config: ConfigDict, experiment: Experiment) -> None:
+def _prepare(workdir: str, config: ConfigDict, experiment: Experiment) -> None:
     """Makes the run directory, or checks that it is this run's."""
+    directory = files.absolute(workdir)
     ours = run_config(experiment.spec, configs.to_dict(config))
     saved = directory / "config.json"
     if saved.exists():
         theirs = files.read_json(saved, "the config of a run")
         if not isinstance(theirs, dict) or theirs.get("format") != ours["format"]:
-            raise InputError(f"{directory} has a config.json that is not a run's: take another --workdir")
+            raise InputError(f"{workdir} has a config.json that is not a run's: take another --workdir")
         difference = configs.first_difference(theirs.get("config", {}), ours["config"])
         if difference:
-            raise InputError(f"{directory} holds a run with another config: {difference}; take another --workdir, or that config")
+            raise InputError(f"{workdir} holds a run with another config: {difference}; take another --workdir, or that config")
     elif directory.is_dir() and any(not p.name.endswith(".tmp") for p in directory.iterdir()):  # files of a kill midway
-        raise InputError(f"{directory} is neither empty nor a run directory (no config.json): take another --workdir")
+        raise InputError(f"{workdir} is neither empty nor a run directory (no config.json): take another --workdir")
     elif directory.exists() and not directory.is_dir():
-        raise InputError(f"workdir {directory} is a file: name a directory")
+        raise InputError(f"workdir {workdir} is a file: name a directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files.write_by_rename(saved, json.dumps(ours, indent=1, sort_keys=True))  # first: it makes this a run directory
@@ -165,7 +168,7 @@ def _prepare(directory: epath.Path, config: ConfigDict, experiment: Experiment) 
                 directory / frozen.folder, frozen.spec.to_json(), frozen.params,
                 "The frozen model that this run was trained on top of.\n", overwrite=True)
     except OSError as e:
-        raise InputError(f"workdir {directory} cannot be written: {e.strerror or e}") from None
+        raise InputError(f"workdir {workdir} cannot be written: {e.strerror or e}") from None
 
 
 def _report(writer: MetricsWriter | None, bar: tqdm, step: int, steps: int, figures: dict[str, float]) -> None:
@@ -197,6 +200,8 @@ def _save_picture(picture, path: epath.Path) -> None:
 def evaluate(eval_step, state, experiment: Experiment, extra: tuple) -> dict[str, float]:
     """Means over the validation pictures, names prefixed with "validation/"."""
     held_out = experiment.validation
+    if held_out is None:
+        return {}
     batches = (sharding.global_batch(experiment.mesh, batch, held_out.batch_size) for batch in held_out.loader)
     figures = average(jax.device_get(eval_step(state, batch, *extra)) for batch in batches)
     return {f"validation/{name}": value for name, value in figures.items()}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import tensorboardX
 from etils import epath
 
-from hmar_jax.files import AppendedFile, write_by_rename
+from hmar_jax.files import AppendedFile, is_local, write_by_rename
 
 LOGGER = logging.getLogger("hmar_jax")
 
@@ -40,23 +40,31 @@ def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to metrics.jsonl and the same figures to TensorBoard."""
+    """Appends one JSON object a line to metrics.jsonl and, in local directories, the same figures to TensorBoard."""
 
     def __init__(self, workdir: epath.Path, start_step: int):
         """Lines beyond start_step, left by a run that was killed after its last checkpoint, are dropped."""
         self._path = workdir / "metrics.jsonl"
         _drop_after(self._path, start_step)
         self._file = AppendedFile(self._path)
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._board = None  # its event files are appended to, which object stores cannot
+        if is_local(workdir):
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Everything written so far is in the file."""
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def _drop_after(path: epath.Path, step: int) -> None:

@@ -1,0 +1,76 @@
+"""How much of training's time saving takes: the digits model, one checkpoint each --every steps.
+
+    python benchmarks/checkpoint.py [--config=configs/hmar.py:digits] [--rounds=12]
+
+Windows of steps that begin with a save alternate with windows that do not, since the machine's speed wanders. What a save costs is the
+difference of the windows' medians: the call, which copies the arrays, and what writing in the background takes from the steps after it.
+The windows are long enough for the save to end in its own (checked, and said where not).
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import jax
+
+from hmar_jax import configs, sharding
+from hmar_jax.checkpoints import RunCheckpoints
+from hmar_jax.data.pipeline import state_to_bytes
+from hmar_jax.training import experiments, program
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/hmar.py:digits")
+    parser.add_argument("--every", type=int, default=500, help="steps between saves, to which the cost is related")
+    parser.add_argument("--window", type=int, default=30, help="steps that are timed together")
+    parser.add_argument("--rounds", type=int, default=12, help="pairs of windows")
+    args, overrides = parser.parse_known_args()
+    config = configs.load_config(args.config)
+    for text in ["--config.data.cached_copies=1", *overrides]:
+        configs.override(config, *text.removeprefix("--config.").split("=", 1))
+
+    experiment = experiments.build(config)
+    mesh = experiment.mesh
+    made = program.build(experiment.task, mesh, experiment.extra, config.ema_decay)
+    extra = sharding.place(experiment.extra, jax.tree.map(lambda x: x.sharding, made.extra))
+    key = sharding.place_key(jax.random.key(config.seed), mesh)
+    state, batches = made.init(key, *extra), iter(experiment.loader())
+
+    def window(state):
+        for _ in range(args.window):
+            batch = sharding.global_batch(mesh, next(batches), config.batch_size)
+            state, metrics = made.train_step(state, batch, key, *extra)
+            jax.block_until_ready(metrics["loss"])  # as the loop, which is never far ahead of the device
+        return state
+
+    plain, saving, calls, late = [], [], [], 0
+    with tempfile.TemporaryDirectory() as workdir, RunCheckpoints(workdir, max_to_keep=2, keep_best=1) as checkpoints:
+        state = window(state)
+        checkpoints.save(0, state, state_to_bytes(batches))  # the first save also starts threads
+        checkpoints.wait()
+        for round in range(1, args.rounds + 1):
+            for save in ((True, False) if round % 2 else (False, True)):
+                begun = time.perf_counter()
+                if save:
+                    checkpoints.save(round, state, state_to_bytes(batches), validation_loss=1.0)
+                    calls.append(time.perf_counter() - begun)
+                state = window(state)
+                (saving if save else plain).append(time.perf_counter() - begun)
+                waiting = time.perf_counter()
+                checkpoints.wait()
+                late += save and time.perf_counter() - waiting > 0.01
+
+    step = statistics.median(plain) / args.window
+    cost = statistics.median(saving) - statistics.median(plain)
+    size = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
+    print(f"{jax.devices()[0].device_kind}, {args.config}, state of {size:.1f} MiB, batch {config.batch_size}")
+    print(f"step {step * 1e3:.1f} ms; window of {args.window}: {statistics.median(plain):.3f} s, with a save {statistics.median(saving):.3f} s")
+    print(f"a save: call {statistics.median(calls) * 1e3:.0f} ms, in all {cost * 1e3:.0f} ms" + (
+        f" (in {late} of {args.rounds} windows it had not ended: take a longer --window)" if late else ""))
+    print(f"of training with one save each {args.every} steps: {cost / (args.every * step):.2%}")
+
+
+if __name__ == "__main__":
+    main()

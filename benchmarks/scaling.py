@@ -1,0 +1,276 @@
+"""Training from tokens on 1, 2, 4 … GPUs of one host: pictures a second, whether the parameters agree, and a change of GPUs midway.
+
+    python benchmarks/scaling.py --gpus 1 2 4                                   # d16_256; within ten minutes
+    python benchmarks/scaling.py --cpu --gpus 1 2 4 --pictures 4 \\
+        --config.model.depth=2 --config.model.width=64 --config.model.heads=4 --config.model.dtype=float32
+
+Every row is a run in processes of its own: "data=4" and "fsdp=4" are one process with four GPUs, "data=4,processes=4" four with one
+each. Speed: the same number of pictures a GPU everywhere. Agreement: --steps steps at the batch of the most GPUs, from the same start,
+on one GPU in as many parts (gradient accumulation); given is |difference of the parameters| / |how far they have moved|, and to
+judge it by, the same between one GPU with so many parts and with twice as many, which differ in nothing but rounding. Stochastic
+depth is off here, since its random numbers depend on the parts. Resume: a checkpoint of the most GPUs goes on with half of them; given is
+the largest difference of the next losses. Tokens are random, so the losses mean nothing; loading them is part of the time.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+_WARM_UP, _RESUMED = 4, 5  # steps
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/hmar.py:d16_256")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--pictures", type=int, default=32, help="of each GPU in a step")
+    parser.add_argument("--steps", type=int, default=20, help="that are timed, and after which parameters are compared")
+    parser.add_argument("--rows", type=int, default=20_000, help="of random tokens")
+    parser.add_argument("--cases", nargs="+", default=None, help="such as data=4 fsdp=4 data=4,processes=4 (default: all, the main ones first)")
+    parser.add_argument("--limit_s", type=float, default=570, help="no case begins or goes on after so many seconds")
+    parser.add_argument("--cpu", action="store_true", help="on devices that one CPU plays")
+    parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
+    args, overrides = parser.parse_known_args()
+    if args.worker:
+        work(args, overrides, json.loads(args.worker))
+    else:
+        drive(args)
+
+
+# The rows, and the processes of each
+
+
+def default_cases(gpus: list[int]) -> list[str]:
+    most, several = max(gpus), sorted(n for n in gpus if n > 1)
+    first = ["data=1"] * (1 in gpus) + [f"data={n}" for n in several]
+    second = [f"data={most},processes={most}", f"fsdp={most}"] * (most > 1)
+    third = [case for n in several[:-1] for case in (f"fsdp={n}", f"data={n},processes={n}")]
+    return [*first, *second, *([f"fsdp={most},processes={most}"] * (most > 1)), *third]
+
+
+def drive(args) -> None:
+    begun, most = time.monotonic(), max(args.gpus)
+    cases = args.cases or default_cases(args.gpus)
+    if args.cases is None and most > 1:
+        cases.insert(cases.index(f"data={most}") + 1, f"data={most // 2},resume=1")
+    rows = {}
+    with tempfile.TemporaryDirectory(prefix="hmar_scaling_") as folder:
+        for case in cases:
+            left = args.limit_s - (time.monotonic() - begun)
+            rows[case] = run_case(args, case, most, folder, left) if left > 20 else {"error": "not run: no time left"}
+            print(json.dumps({case: rows[case]}), flush=True)
+        show(args, rows, folder, most)
+    print(f"{time.monotonic() - begun:.0f} s in all")
+
+
+def run_case(args, case: str, most: int, folder: str, limit_s: float) -> dict:
+    """What the first of the case's processes printed last, or what went wrong."""
+    options = dict(pair.split("=") for pair in case.split(","))
+    processes, resume = int(options.pop("processes", 1)), bool(options.pop("resume", ""))
+    sizes = {axis: int(n) for axis, n in options.items()}
+    devices = math.prod(sizes.values())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    children, logs = [], []
+    for i in range(processes):
+        environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=f"{folder}/compiled")
+        if args.cpu:
+            environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
+        else:
+            environment["CUDA_VISIBLE_DEVICES"] = str(i) if processes > 1 else ",".join(map(str, range(devices)))
+        what = dict(
+            case=case, sizes=sizes, most=most, folder=folder, resume=resume, process=i, processes=processes, coordinator=coordinator)
+        log = open(f"{folder}/{case}_{i}.log", "w+")
+        logs.append(log)
+        children.append(subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], f"--worker={json.dumps(what)}"], env=environment, stdout=log, stderr=log))
+    try:
+        for child in children:
+            child.wait(max(1, limit_s))
+            limit_s = max(10, limit_s)
+    except subprocess.TimeoutExpired:
+        return {"error": "stopped: no time left"}
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    texts = []
+    for log in logs:
+        log.seek(0)
+        texts.append(log.read())
+    found = [line for line in texts[0].splitlines() if line.startswith('{"case"')]
+    if any(child.returncode for child in children) or not found:
+        bad = next((i for i, child in enumerate(children) if child.returncode), 0)
+        print(texts[bad][-3000:], file=sys.stderr)
+        return {"error": f"process {bad} ended with {children[bad].returncode}"}
+    return json.loads(found[-1])
+
+
+def show(args, rows: dict, folder: str, most: int) -> None:
+    alone = rows.get("data=1", {}).get("pictures_per_second")
+    moved = load(folder, "data=1")
+    print(f"\n{args.config}, {args.pictures} pictures a GPU, {next((r['device'] for r in rows.values() if 'device' in r), '?')}")
+    print(f"{'case':24} {'pictures/s':>10} {'efficiency':>10} {'MFU':>6} {'wait':>6} {'compile':>8} {'GiB':>6}  parameters after {args.steps} steps, to 1 GPU")
+    for case, row in rows.items():
+        if "error" in row or "resumed" in row:
+            continue
+        n = row["devices"]
+        efficiency = f"{row['pictures_per_second'] / (n * alone):.1%}" if alone else ""
+        agreement = ""
+        if moved is not None and n > 1 and (there := load(folder, case)) is not None:
+            agreement = f"{distance(there['params'], moved['params'], moved['start']):.2e}"
+        print(f"{case:24} {row['pictures_per_second']:10.1f} {efficiency:>10} {row['mfu'] or 0:6.1%} {row['wait']:6.1%} "
+              f"{row['compile_s']:7.0f}s {row['peak_gib'] or 0:6.1f}  {agreement}")
+    if moved is not None and moved["again"] is not None:
+        print(f"rounding alone (1 GPU in {most} and in {2 * most} parts): {distance(moved['again'], moved['params'], moved['start']):.2e}")
+    for case, row in rows.items():
+        if "resumed" in row:
+            known = rows.get(f"data={most}", {}).get("losses", [])[args.steps:]
+            worst = max((abs(a - b) for a, b in zip(row["resumed"], known)), default=math.nan)
+            print(f"{case}: begun on {most}, resumed at step {row['step']}: losses differ by {worst:.1e} at most over {len(known)} steps")
+        if "error" in row:
+            print(f"{case}: {row['error']}")
+
+
+def load(folder: str, case: str):
+    import numpy as np
+
+    path = pathlib.Path(folder, f"{case}.npz")
+    if not path.exists():
+        return None
+    arrays = np.load(path)
+    return {name: arrays[name] if name in arrays else None for name in ("params", "start", "again")}
+
+
+def distance(a, b, start) -> float:
+    import numpy as np
+
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b - start))
+
+
+# One process of one row
+
+
+def work(args, overrides: list[str], what: dict) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from hmar_jax import configs, distributed, sharding
+    from hmar_jax.checkpoints import RunCheckpoints
+    from hmar_jax.data.pipeline import restore_state, state_to_bytes
+    from hmar_jax.data.tokenize import TokenSource, make_token_loader
+    from hmar_jax.training import program, tasks
+    from hmar_jax.training.flops import peak_flops
+
+    if what["processes"] > 1:
+        distributed.initialize(what["coordinator"], what["processes"], what["process"])
+    mesh = sharding.make_mesh(**{"data": 1} | what["sizes"])
+    devices, most = mesh.size, what["most"]
+    config = configs.load_config(args.config)
+    for text in overrides:
+        configs.override(config, *text.removeprefix("--config.").split("=", 1))
+    config.steps, config.model.drop_path = 1000, 0.0
+
+    def setting(batch_size: int, parts: int = 1):
+        """The program for a batch, and a function that begins its batches anew."""
+        config.batch_size, config.accumulate = batch_size, parts
+        sharding.check_batch(mesh, batch_size, parts)
+        shapes = tasks.shapes(config)
+        made = program.build(shapes.task, mesh, shapes.extra)
+        rng = np.random.default_rng(0)
+        tokenizer = shapes.task.tokenizer
+        length = tokenizer.scale_list.length
+        source = TokenSource(
+            rng.integers(0, tokenizer.vocab_size, (args.rows, length), np.int32), rng.integers(0, 1000, args.rows, np.int32))
+        shard, shards = sharding.host_share(mesh, batch_size)
+        loader = make_token_loader(source, batch_size=batch_size // shards, seed=0, shard_index=shard, shard_count=shards)
+        values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) / 10, made.extra)
+        extra = sharding.place(values, jax.tree.map(lambda x: x.sharding, made.extra))
+        return made, loader, extra, shapes.task.flops_per_picture
+
+    key = sharding.place_key(jax.random.key(0), mesh)
+
+    def train(made, loader, extra, steps: int, batch_size: int, state=None, at=None):
+        """Steps from the start, or from a state and a place in the data; the losses, and what a step costs after the first ones."""
+        state = made.init(key, *extra) if state is None else state
+        batches, losses, waited = iter(loader), [], 0.0
+        if at is not None:
+            restore_state(batches, at)
+        for step in range(steps):
+            if step == _WARM_UP:
+                jax.block_until_ready(state)
+                begun, waited = time.perf_counter(), 0.0
+            before = time.perf_counter()
+            batch = sharding.global_batch(mesh, next(batches), batch_size)
+            waited += time.perf_counter() - before
+            state, metrics = made.train_step(state, batch, key, *extra)
+            losses.append(metrics["loss"])
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - begun if steps > _WARM_UP else math.nan
+        return state, batches, [float(x) for x in losses], seconds, waited
+
+    def flat(made, state) -> np.ndarray:
+        """All parameters of a state, whole on this host, one after the other."""
+        whole = jax.jit(lambda p: p, out_shardings=sharding.replicated(mesh))(state.params)
+        return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(whole)])
+
+    def say(**figures) -> None:
+        if distributed.is_first():
+            print(json.dumps(dict(case=what["case"], devices=devices, device=jax.devices()[0].device_kind, **figures)), flush=True)
+
+    whole = args.pictures * most
+    if what["resume"]:
+        made, loader, extra, _ = setting(whole, most // devices)
+        with RunCheckpoints(what["folder"]) as checkpoints:
+            restored = checkpoints.restore_latest(made.state)
+        _, _, losses, _, _ = train(made, loader, extra, _RESUMED, whole, restored.state, restored.extra["data_state"])
+        return say(step=restored.step, resumed=losses)
+
+    batch = args.pictures * devices
+    made, loader, extra, work_of_one = setting(batch)
+    begun = time.perf_counter()
+    train(made, loader, extra, 1, batch)
+    compile_s = time.perf_counter() - begun
+    _, _, _, seconds, waited = train(made, loader, extra, _WARM_UP + args.steps, batch)
+    rate = args.steps * batch / seconds
+    peak = peak_flops(jax.devices()[0])
+    memory = jax.local_devices()[0].memory_stats() or {}
+    figures = dict(
+        pictures_per_second=rate, compile_s=compile_s, wait=waited / seconds, mfu=rate * work_of_one / (peak * devices) if peak else None,
+        peak_gib=memory["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in memory else None)
+    say(**figures)
+
+    arrays = {}
+    if devices in (1, most):  # what is compared
+        again, losses = None, []
+        if devices < most:
+            made, loader, extra, _ = setting(whole, most)
+            arrays["start"] = flat(made, made.init(key, *extra))
+        state, batches, losses, _, _ = train(made, loader, extra, args.steps, whole)
+        arrays["params"] = flat(made, state)
+        if what["case"] == f"data={most}" and most > 1:
+            with RunCheckpoints(what["folder"]) as checkpoints:
+                checkpoints.save(args.steps, state, state_to_bytes(batches))
+                state, _, more, _, _ = train(made, loader, extra, _RESUMED, whole, state, state_to_bytes(batches))
+            losses += more
+        del state
+        if devices < most:
+            made, loader, extra, _ = setting(whole, 2 * most)
+            arrays["again"] = flat(made, train(made, loader, extra, args.steps, whole)[0])
+        if distributed.is_first():
+            np.savez(f"{what['folder']}/{what['case']}.npz", **arrays)
+        say(**figures, losses=losses)
+
+
+if __name__ == "__main__":
+    main()
