@@ -66,10 +66,9 @@ class Topology:
     def num_devices(self) -> int:
         return math.prod(self.sides) * self.chip.devices_a_chip
 
-    @property
-    def link_bandwidth(self) -> float:
-        """Bytes a second out of a device: between machines the network is the narrow place."""
-        return self.chip.network_bandwidth if self.chip.kind == "gpu" and self.sides[0] > 1 else self.chip.link_bandwidth
+    def bandwidth(self, reach: int) -> float:
+        """Bytes a second out of a device to others among so many neighbours: between GPU machines the network is narrow."""
+        return self.chip.network_bandwidth if self.chip.kind == "gpu" and reach > self.sides[-1] else self.chip.link_bandwidth
 
     def devices(self) -> list:
         """Of a TPU, for compilation only. Needs libtpu.

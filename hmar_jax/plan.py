@@ -132,15 +132,13 @@ def make_plan(config: ConfigDict, topology: chips.Topology, *, name: str = "", s
             traced = jax.jit(task.train_step).trace(state, batch, jax.random.key(0), *extra)
         counted = jaxpr.count(traced.jaxpr)
         found = _estimated(config, task, mesh, topology, state, extra, batch, counted)
-    memory, traffic, memory_traffic, kernels, how = found
+    memory, traffic, memory_traffic, interconnect, kernels, how = found
 
     chip, n = topology.chip, topology.num_devices
     seconds = {"compute": (counted.bfloat16 + counted.kernels + counted.float32 * chip.float32_passes) / n / chip.flops}
     if memory_traffic is not None:
         seconds["memory"] = memory_traffic / chip.memory_bandwidth
-        sent = sum(t.sent for t in traffic)
-        seconds["interconnect"] = sent / topology.link_bandwidth
-        seconds["interconnect_one_dimension"] = seconds["interconnect"] * chip.dimensions
+        seconds |= {"interconnect": interconnect, "interconnect_one_dimension": interconnect * chip.dimensions}
     return Plan(
         config=name, topology=topology.name, devices=n, mesh=dict(zip(sharding.AXES, sizes)), batch_size=config.batch_size,
         accumulate=accumulate, parameters=_count(state.params), frozen_parameters=_count(extra),
@@ -186,12 +184,14 @@ def _compiled(traced, topology: chips.Topology, arguments: float):
         if needed is None:
             raise
         how = {"memory": "the compiler refused the program, and says only how much it would have needed"}
-        return Memory(arguments, 0.0, None, *needed), (), None, (), how
+        return Memory(arguments, 0.0, None, *needed), (), None, None, (), how
     analysis = compiled.memory_analysis()
     module = hlo.Program(compiled.as_text())
     unused = max(0.0, arguments - analysis.argument_size_in_bytes)  # the compiler leaves out what the step does not use
     memory = Memory(arguments, unused, float(analysis.temp_size_in_bytes), analysis.peak_memory_in_bytes + unused, topology.chip.memory)
-    return memory, _by_kind(module.collectives()), module.memory_bytes(), tuple(k for k in _KERNELS if module.mentions(k)), how
+    collectives = module.collectives()
+    interconnect = sum(c.sent for c in collectives) / topology.chip.link_bandwidth
+    return memory, _by_kind(collectives), module.memory_bytes(), interconnect, tuple(k for k in _KERNELS if module.mentions(k)), how
 
 
 def out_of_memory(message: str) -> tuple[float, float] | None:
@@ -235,21 +235,20 @@ def _estimated(config, task, mesh, topology: chips.Topology, state, extra, batch
 
     count, tensor, fsdp, data = _count(state.params), mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"]
     whole = itemsize * count / tensor
-    collectives = []
-    if fsdp > 1:
-        collectives += [hlo.Collective("all-gather", int(whole), fsdp, 2 * turns), hlo.Collective("reduce-scatter", int(whole), fsdp, turns)]
-    if data > 1:
-        collectives.append(hlo.Collective("all-reduce", int(whole / fsdp), data, turns))
-    if tensor > 1:
-        model = task.transformer
-        activations = itemsize * config.batch_size // parts // turns * model.scale_list.length * model.width
-        collectives.append(hlo.Collective("all-reduce", activations, tensor, 4 * model.depth * turns))
+    model = task.transformer
+    activations = itemsize * config.batch_size // parts // turns * model.scale_list.length * model.width
+    collectives = [(one, reach) for one, reach in (  # and how many neighbouring devices a group reaches over
+        (hlo.Collective("all-gather", int(whole), fsdp, 2 * turns), tensor * fsdp),
+        (hlo.Collective("reduce-scatter", int(whole), fsdp, turns), tensor * fsdp),
+        (hlo.Collective("all-reduce", int(whole / fsdp), data, turns), tensor * fsdp * data),
+        (hlo.Collective("all-reduce", activations, tensor, 4 * model.depth * turns), tensor)) if one.group > 1]
+    interconnect = sum(one.sent / topology.bandwidth(reach) for one, reach in collectives)
     # Operands and results of matrix products, what is kept written and read, and AdamW's four reads and three writes.
     moved = counted.moved / topology.num_devices + 2 * kept * turns + 7 * params
     how = {
         "memory": "estimate from shapes; arguments exactly, temporaries roughly", "traffic": "estimate from shapes",
         "memory_traffic": "estimate from shapes: matrix products, what is kept for the backward pass, the optimizer; not what lies between"}
-    return memory, _by_kind(collectives), moved, (), how
+    return memory, _by_kind(one for one, _ in collectives), moved, interconnect, (), how
 
 
 def _arguments(task, mesh, state, extra, batch) -> float:
