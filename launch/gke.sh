@@ -76,10 +76,12 @@ hmar train "$@" & while :; do wait $!; status=$?; kill -0 $! 2>/dev/null || brea
 [ -z "$told" ] || [ $status != 0 ] || status=143; exit $status'
 
 jobset() {
-  local pair queue_label="" selector limits args
-  [[ ! $queue ]] || queue_label="
+  local pair more="" selector limits args
+  [[ ! $queue ]] || more="
   labels: {kueue.x-k8s.io/queue-name: $(text "$queue")}"
   if [[ $topology ]]; then
+    more+="
+  annotations: {alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}" # a slice of several hosts is a node pool
     selector="cloud.google.com/gke-tpu-accelerator: $(text "$gke_accelerator"), cloud.google.com/gke-tpu-topology: $(text "$topology")"
     limits="google.com/tpu: $chips_per_node"
   else
@@ -99,8 +101,7 @@ jobset() {
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $name$queue_label
-  annotations: {alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}
+  name: $name$more
 spec:
   failurePolicy: {maxRestarts: $restarts}
   network: {enableDNSHostnames: true, publishNotReadyAddresses: true}
@@ -141,8 +142,12 @@ YAML
 }
 
 follow() {
-  run "${kubectl[@]}" logs --follow --pod-running-timeout=24h \
-    "--selector=jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
+  local pods="" selector="--selector=jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
+  while [[ ! $DRY_RUN && ! $pods ]]; do # of none, kubectl shows the log and ends
+    pods=$("${kubectl[@]}" get pods "$selector" --output=name) || exit
+    [[ $pods ]] || sleep "${HMAR_POLL_SECONDS:-10}"
+  done
+  run "${kubectl[@]}" logs --follow --pod-running-timeout=24h "$selector"
 }
 
 case $command in

@@ -413,6 +413,9 @@ def expanded(text: str, variables: dict[str, str]) -> str:
 KUBECTL = """
 record(stdin=sys.stdin.read() if "apply" in args else None)
 if "get" in args and "--ignore-not-found" in args: print(os.environ.get("JOBSET", ""), end="")
+if "pods" in args:  # there are none yet the first time
+    if os.path.exists(stage + "/asked"): print("pod/set-workers-0-0")
+    open(stage + "/asked", "w").close()
 sys.exit(int(os.environ.get("FAIL_" + next(a for a in args if not a.startswith("-")).upper(), "0")))"""
 
 
@@ -438,9 +441,11 @@ def test_jobset_of_tpus(stage):
         "gke.sh", "run", *JOBSET, "--namespace=train", "--context=my cluster", "--service_account=writer", "--queue=q", "--spot",
         "--memory=300Gi", "--env=A=b \"c\" $(POD_NUMBER)", "--", *TRAIN)
     assert all(args[:2] == ["--context=my cluster", "--namespace=train"] for args in stage.args("kubectl"))
-    assert [args[2] for args in stage.args("kubectl")] == ["get", "apply", "logs"]
+    assert [args[2:4] for args in stage.args("kubectl")] == [
+        ["get", "jobset"], ["apply", "--filename=-"], ["get", "pods"], ["get", "pods"], ["logs", "--follow"]]
     jobset = applied(stage)
     assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]["name"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet", "set")
+    assert jobset["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["completionMode"], job["backoffLimit"]) == (4, 4, "Indexed", 0)

@@ -22,6 +22,10 @@ TINY = ("--config=configs/hmar.py:digits", "--config.model.depth=2", "--config.m
 def libtpu():
     pytest.importorskip("libtpu", reason='compiling for TPUs needs libtpu: pip install "jax[tpu]"')
     plan.prepare_environment()
+    quick = jax.config.read("jax_disable_most_optimizations")  # tests of values on CPU want it; users do not
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 # Chips and topologies
