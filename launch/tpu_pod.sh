@@ -22,7 +22,7 @@
 #                            as gcloud takes them
 #   --internal_ips           workers without public addresses
 #   --iap                    reach them through Identity-Aware Proxy
-#   --package=REQUIREMENT    what pip installs on the workers, such as hmar_jax[tpu]==0.1.0 (default: this checkout)
+#   --package=REQUIREMENT    what pip installs on the workers, such as hmar_jax[tpu,gcs]==0.1.0 (default: this checkout)
 #   --env=KEY=VALUE          for the environment of hmar train; may come several times
 #   --shared_disk            --workdir is on a disk that all workers have mounted; otherwise it must be gs://
 #   --until_done             a pod that is preempted is asked for again, until hmar train has ended well
@@ -118,7 +118,7 @@ get_pod() {
 install() {
   local requirement=$package
   if [[ ! $package ]]; then
-    requirement="./source[tpu]"
+    requirement="./source[tpu,gcs]"
     if [[ ! $DRY_RUN ]]; then
       ARCHIVE=$(mktemp "${TMPDIR:-/tmp}/hmar-XXXXXX.tar.gz")
       # What git knows or would add: no environments, no runs, no data.

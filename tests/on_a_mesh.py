@@ -36,14 +36,26 @@ TRANSFORMER = TransformerConfig(
 RECIPE = dict(transformer=TRANSFORMER, tokenizer=TOKENIZER, steps=10, batch_size=BATCH, learning_rate=1e-3)
 
 
+def drawn(shapes, seed: int):
+    """Numbers of these shapes: floats, if they are parameters, and otherwise zeros. Nothing needs to be compiled for it."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        parameters = "params" in str(path[0]) or "opt" not in str(path[0])
+        return (0.1 * rng.normal(size=leaf.shape) * (parameters and leaf.dtype == np.float32)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @functools.cache
 def tokenizer_params():
-    return jax.jit(lambda key: Tokenizer(TOKENIZER).init(key, jnp.zeros((1, 6, 6, 3)))["params"])(jax.random.key(1))
+    picture = jax.ShapeDtypeStruct((1, 6, 6, 3), jnp.float32)
+    return drawn(jax.eval_shape(Tokenizer(TOKENIZER).init, jax.random.key(0), picture)["params"], 1)
 
 
 @functools.cache
 def stage1_params():
-    return jax.jit(NextScaleTransformer(dataclasses.replace(TRANSFORMER, dropout=0.0)).init)(jax.random.key(2))
+    return drawn(jax.eval_shape(NextScaleTransformer(TRANSFORMER).init, jax.random.key(0)), 2)
 
 
 def task_of(name: str, **changes):
@@ -82,9 +94,10 @@ def one_step(name: str, mesh_sizes: tuple, changes: tuple = (), evaluate: bool =
     places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
     extra = tuple(sharding.place(x, places(y)) for x, y in zip(extra, made.extra))
     key = sharding.place_key(jax.random.key(3), mesh)
-    state = made.init(key, *extra)
+    if evaluate:
+        assert places(made.init(key, *extra)) == places(made.state)
+    state = sharding.place(drawn(made.state, 3), places(made.state))
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)) / sum(x.nbytes for x in jax.tree.leaves(state))
-    assert jax.tree.map(lambda x: x.sharding.spec, state) == jax.tree.map(lambda x: x.sharding.spec, made.state)
     state, metrics = made.train_step(state, sharding.global_batch(mesh, batch_of(name), BATCH), key, *extra)
     moments = [np.asarray(g) for g in first_moments(state)]
     if not evaluate:

@@ -328,7 +328,7 @@ def test_pod_from_nothing(pod):
         assert call["args"] == ["train", *TRAIN]
         assert call["env"] == {"JAX_PLATFORMS": "tpu,cpu", "A": "b c"} and (pathlib.Path(call["cwd"]) / "configs/hmar.py").is_file()
         assert (home / "hmar/status").read_text() == "0\n"
-    assert ["-m", "pip", "install", "--quiet", "./source[tpu]"] in pod.args("python")
+    assert ["-m", "pip", "install", "--quiet", "./source[tpu,gcs]"] in pod.args("python")
 
 
 def test_pod_again(pod):
