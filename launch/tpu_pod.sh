@@ -154,7 +154,7 @@ start() {
   on all "set -e; cd ~/hmar
 if test -f pid && test ! -f status && kill -0 \$(cat pid) 2>/dev/null; then echo \"\$(hostname): training already, as process \$(cat pid)\"; exit 0; fi
 rm -f status; test ! -e source/configs || ln -sfn source/configs configs
-nohup setsid sh -c 'trap : TERM; \"\$@\"; echo \$? >status' hmar $program </dev/null >>log.txt 2>&1 &
+nohup setsid sh -c 'trap : TERM; \"\$@\"; echo \$? >status.new; mv status.new status' hmar $program </dev/null >>log.txt 2>&1 &
 echo \$! >pid; echo \"\$(hostname): training\""
 }
 

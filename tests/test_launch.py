@@ -21,7 +21,7 @@ TRAIN = (
     "--config=configs/hmar.py:d16_256", "--workdir=gs://bucket/my run", "--config.data.source=folder:it's \"here\" $HOME `id` $(id) \\ *",
     "--config.data.transform.flip=true")
 POD = ("--name=pod", "--zone=us-east5-a", "--accelerator=v5p-16")
-TOOLS = "awk bash cat dirname env git grep gzip hostname ln mkdir mktemp nohup rm seq setsid sh sleep tail tar tee".split()
+TOOLS = "awk bash cat dirname env git grep gzip hostname ln mkdir mktemp mv nohup rm seq setsid sh sleep tail tar tee".split()
 JOBSET = ("--name=set", "--image=registry/hmar:1", "--accelerator=v5p", "--topology=2x2x4")
 
 
@@ -67,6 +67,13 @@ def record(**more):
 
     def args(self, name: str) -> list[list[str]]:
         return [call["args"] for call in self.calls(name)]
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -188,8 +195,7 @@ signal.signal(signal.SIGTERM, lambda *_: (record(stopped=True), sys.exit(0)))
 record(started=True)
 time.sleep(60)""")
     process = subprocess.Popen([BASH, LAUNCH / "gpus.sh", "--gpus=2", "--one_process_a_gpu", "--", *TRAIN], cwd=stage.folder, env=stage.env)
-    while len(stage.calls("hmar")) < 2:
-        time.sleep(0.02)
+    until(lambda: len(stage.calls("hmar")) >= 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     assert sum("stopped" in call for call in stage.calls("hmar")) == 2
@@ -253,8 +259,7 @@ signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))
 record(started=True)
 time.sleep(60)""")
     process = subprocess.Popen(command, cwd=stage.folder, env=stage.env | {"SLURM_JOB_ID": "17"})
-    while not stage.calls("hmar"):
-        time.sleep(0.02)
+    until(lambda: stage.calls("hmar"))
     os.kill(stage.calls("sbatch")[0]["pid"], number)  # which is slurm_job.sh's by now
     assert process.wait(30) == 0
     assert "saved" in stage.calls("hmar")[-1] and stage.args("scontrol") == again
@@ -303,7 +308,7 @@ def pod(stage):
     stage.stand_in("python", 'record(worker=os.environ["WORKER"])', stage.folder / "stand-ins")
     stage.stand_in(
         "hmar", 'record(worker=os.environ["WORKER"], env={k: os.environ.get(k) for k in ("JAX_PLATFORMS", "A")}, cwd=os.getcwd())\n'
-        'print("step 1", flush=True)\ntime.sleep(0.5)\nsys.exit(int(os.environ.get("FAIL", "0")))', stage.folder / "stand-ins")
+        'print("step 1", flush=True)\nsys.exit(int(os.environ.get("FAIL", "0")))', stage.folder / "stand-ins")
     return stage
 
 
@@ -334,14 +339,19 @@ def test_pod_from_nothing(pod):
 def test_pod_again(pod):
     """The same command resumes on a pod that is there, and asks for one that was preempted; a run that is going is not disturbed."""
     (pod.folder / "state").write_text("SUSPENDED")
+    pod.stand_in("hmar", 'record()\nwhile not os.path.exists(stage + "/finish"): time.sleep(0.02)', pod.folder / "stand-ins")
     pod.run("tpu_pod.sh", "run", *POD, "--package=hmar_jax[tpu]==0.1.0", "--detach", "--", *TRAIN)
     assert verbs(pod)[:4] == ["queued-resources describe", "queued-resources delete", "queued-resources describe", "queued-resources create"]
     assert "tpu-vm scp" not in verbs(pod) and ["-m", "pip", "install", "--quiet", "hmar_jax[tpu]==0.1.0"] in pod.args("python")
     installs = len(pod.args("python"))
-    done = pod.run("tpu_pod.sh", "run", *POD, "--package=hmar_jax[tpu]==0.1.0", "--", *TRAIN)
-    assert "training already" in done.stdout and len(pod.calls("hmar")) == 2 and len(pod.args("python")) == installs
+    until(lambda: len(pod.calls("hmar")) >= 2)
+    done = pod.run("tpu_pod.sh", "run", *POD, "--package=hmar_jax[tpu]==0.1.0", "--detach", "--", *TRAIN)
+    assert done.stdout.count("training already") == 2 and len(pod.calls("hmar")) == 2 and len(pod.args("python")) == installs
+    (pod.folder / "finish").touch()
+    for worker in "01":
+        until(lambda: (pod.folder / f"worker{worker}/hmar/status").exists())
     pod.run("tpu_pod.sh", "run", *POD, "--package=hmar_jax[tpu]==0.1.0", "--", *TRAIN)
-    assert len(pod.calls("hmar")) == 4  # ended meanwhile: begun again, on both workers
+    assert len(pod.calls("hmar")) == 4  # begun again, on both workers
     pod.run("tpu_pod.sh", "delete", *POD[:2])
     assert pod.args("gcloud")[-1] == ["compute", "tpus", "queued-resources", "delete", "pod", "--zone=us-east5-a", "--force", "--quiet"]
 
@@ -352,20 +362,14 @@ def test_pod_half_dead(pod):
     pod.stand_in("hmar", 'record(pid=os.getpid(), worker=os.environ["WORKER"])\ntime.sleep(0 if os.environ.get("QUICK") else 60)', pod.folder / "stand-ins")
     command = ("tpu_pod.sh", "run", *POD, "--package=x", "--detach", "--", *TRAIN)
     pod.run(*command)
-    while len(pod.calls("hmar")) < 2:
-        time.sleep(0.02)
+    until(lambda: len(pod.calls("hmar")) >= 2)
     first = {call["worker"]: call["pid"] for call in pod.calls("hmar")}
     os.kill(first["0"], signal.SIGKILL)
-    while not (pod.folder / "worker0/hmar/status").exists():
-        time.sleep(0.02)
+    until(lambda: (pod.folder / "worker0/hmar/status").exists())
     assert "some workers train and some do not" in pod.run(*command, QUICK="1").stderr
-    while len(pod.calls("hmar")) < 4:
-        time.sleep(0.02)
+    until(lambda: len(pod.calls("hmar")) >= 4)
     assert sorted(call["worker"] for call in pod.calls("hmar")) == ["0", "0", "1", "1"]
-    with pytest.raises(ProcessLookupError):
-        while True:  # until the system has taken note
-            os.kill(first["1"], 0)
-            time.sleep(0.02)
+    until(lambda: not pathlib.Path(f"/proc/{first['1']}/cmdline").exists() or not pathlib.Path(f"/proc/{first['1']}/cmdline").read_bytes())
 
 
 def test_pod_failures(pod):
@@ -385,13 +389,11 @@ def test_pod_stop(pod):
         "hmar", 'signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))\nrecord()\ntime.sleep(60)',
         pod.folder / "stand-ins")
     pod.run("tpu_pod.sh", "run", *POD, "--package=x", "--detach", "--", *TRAIN)
-    while len(pod.calls("hmar")) < 2:
-        time.sleep(0.02)
+    until(lambda: len(pod.calls("hmar")) >= 2)
     assert pod.run("tpu_pod.sh", "status", *POD[:2]).stdout.count("training") == 2
     pod.run("tpu_pod.sh", "stop", *POD[:2])
     for worker in "01":
-        while not (pod.folder / f"worker{worker}/hmar/status").exists():
-            time.sleep(0.02)
+        until(lambda: (pod.folder / f"worker{worker}/hmar/status").exists())
     assert sum("saved" in call for call in pod.calls("hmar")) == 2
     assert "not training, last status 0" in pod.run("tpu_pod.sh", "status", *POD[:2]).stdout
 
@@ -488,8 +490,7 @@ def test_a_pod_told_to_end_is_not_done(stage):
     stage.stand_in("hmar", 'signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))\nrecord()\ntime.sleep(60)')
     stage.run("gke.sh", "run", *JOBSET, "--detach", "--", *TRAIN)
     process = subprocess.Popen(pod_command(applied(stage), 0)[0], env=stage.env)
-    while not stage.calls("hmar"):
-        time.sleep(0.02)
+    until(lambda: stage.calls("hmar"))
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 143 and "saved" in stage.calls("hmar")[-1]
 
