@@ -181,7 +181,7 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int = 1)
     parts = batch_parts(mesh)
     if batch_size % (parts * accumulate):
         over = f"{parts} devices (mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']})"
-        if isinstance(mesh, Mesh):
+        if not isinstance(mesh, AbstractMesh):
             hosts = len({d.process_index for d in mesh.devices.flat})
             over += f" of {hosts} host{'s' * (hosts > 1)}"
         times = f" in {accumulate} parts (accumulate={accumulate})" if accumulate > 1 else ""
