@@ -308,7 +308,12 @@ def _train(args, overrides) -> None:
         _TERMINAL.setLevel(logging.WARNING)
     from hmar_jax.training import experiments, loop
 
-    experiment = experiments.build(config, args.workdir)
+    experiment, error = None, None
+    try:
+        experiment = experiments.build(config, args.workdir)
+    except InputError as e:
+        error = e
+    distributed.raise_together(error)  # where one cannot begin, the others should not wait for it
     step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
     if distributed.is_first():
         print(f"{args.workdir}: {task} run " + ("complete" if step == steps else f"stopped at step {step} of {steps}"))

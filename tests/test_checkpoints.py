@@ -149,6 +149,20 @@ def test_keeps_the_last_and_goes_on_after_a_restart(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
 
 
+def test_keeps_the_best_too(tmp_path):
+    def save(*rows):
+        with RunCheckpoints(tmp_path, max_to_keep=1, keep_best=1) as run:
+            for step, loss in rows:
+                assert run.save(step, make_state(step), validation_loss=loss)
+        return sorted(int(name) for name in os.listdir(tmp_path / "checkpoints"))
+
+    assert save((1, 3.0), (2, 1.0), (3, 2.0), (4, None)) == [2, 4]
+    assert save((5, float("nan")), (6, None)) == [2, 6]  # what was best is known after a restart
+    assert save((7, 0.5), (8, 0.7)) == [7, 8]
+    with RunCheckpoints(tmp_path, max_to_keep=1, keep_best=1) as run:
+        assert run.restore_latest(make_state()).step == 8
+
+
 def test_arrays_may_be_donated_and_changed_while_saving(tmp_path):
     add_one = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = {"w": jnp.zeros(500_000), "v": jnp.zeros((300, 300))}
