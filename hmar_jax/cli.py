@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         "plan", _plan, "tell whether a run fits on a TPU pod or on GPUs, and what a step costs, without them",
-        "hmar plan --config=configs/hmar.py:d30_256 --topology=v5p:4x4x4 --config.mesh.fsdp=4 --config.model.remat=matmuls\n\n"
+        "hmar plan --config=configs/hmar.py:d30_256 --topology=v5p:4x4x4 --config.mesh.data=-1 --config.mesh.fsdp=4\n\n"
         "exit status: 0 it fits, 1 it does not, 2 the input is wrong")
     sub.add_argument("--config", required=True, help="FILE:NAME[,key=value…]; single values also by --config.KEY=VALUE")
     sub.add_argument("--topology", required=True, help="CHIP:AxB[xC] of TPUs, GPU:N or GPU:MACHINESxN: v5p:4x4x4, v5e:8x8, h100:8, h100:4x8, …")
