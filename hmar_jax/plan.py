@@ -230,7 +230,7 @@ def _estimated(config, task, mesh, topology: chips.Topology, state, extra, batch
     kept = max(0.0, counted.residuals / turns - stacked) / parts
     gathered = 2 * stacked / depth / mesh.shape["tensor"] * (1 + itemsize / 4)
     logits = 3 * 4 * task.transformer.scale_list.length * task.transformer.vocab_size * config.batch_size / parts / turns
-    temporaries = params + kept + gathered + logits
+    temporaries = params + gathered + max(kept + logits, _encoding(task, batch) / parts / turns)
     memory = Memory(arguments, 0.0, temporaries, arguments + temporaries, topology.chip.memory)
 
     count, tensor, fsdp, data = _count(state.params), mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"]
@@ -249,6 +249,14 @@ def _estimated(config, task, mesh, topology: chips.Topology, state, extra, batch
         "memory": "estimate from shapes; arguments exactly, temporaries roughly", "traffic": "estimate from shapes",
         "memory_traffic": "estimate from shapes: matrix products, what is kept for the backward pass, the optimizer; not what lies between"}
     return memory, _by_kind(one for one, _ in collectives), moved, interconnect, (), how
+
+
+def _encoding(task, batch) -> float:
+    """Bytes while pictures are made into tokens, which is over before blocks begin: a residual block's widest arrays."""
+    if "image" not in batch:
+        return 0.0
+    tokenizer, (pictures, height, width, _) = task.tokenizer, batch["image"].shape
+    return 3.0 * pictures * height * width * tokenizer.channels / tokenizer.patch_size**2 * jnp.dtype(tokenizer.dtype).itemsize
 
 
 def _arguments(task, mesh, state, extra, batch) -> float:
