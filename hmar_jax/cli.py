@@ -28,8 +28,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise InputError(f"{text!r}: --config.KEY=VALUE is wanted")
         if unknown:
             raise InputError(f"unknown argument {unknown[0]!r} (see hmar {args.command} --help)")
-        args.run(args, overrides) if hasattr(args, "config") else args.run(args)
-        return 0
+        return (args.run(args, overrides) if hasattr(args, "config") else args.run(args)) or 0
     except InputError as e:
         print(f"hmar {args.command}: {e}", file=sys.stderr)
         return 2
@@ -136,6 +135,14 @@ def _parser() -> argparse.ArgumentParser:
                            help="numbers of this host's GPUs that the process takes, such as 0,1 (default: on SLURM and Open MPI the one "
                            "of its number on the host, elsewhere all)")
 
+    sub = command(
+        "plan", _plan, "tell whether a run fits on a TPU pod or on GPUs, and what a step costs, without them",
+        "hmar plan --config=configs/hmar.py:d30_256 --topology=v5p:4x4x4 --config.mesh.data=-1 --config.mesh.fsdp=4\n\n"
+        "exit status: 0 it fits, 1 it does not, 2 the input is wrong")
+    sub.add_argument("--config", required=True, help="FILE:NAME[,key=value…]; single values also by --config.KEY=VALUE")
+    sub.add_argument("--topology", required=True, help="CHIP:AxB[xC] of TPUs, GPU:N or GPU:MACHINESxN: v5p:4x4x4, v5e:8x8, h100:8, h100:4x8, …")
+    sub.add_argument("--json", nargs="?", type=_output, const="-", default=None, help="print the figures as JSON; --json=FILE writes them to a file, beside the words")
+
     sub = command("sample", _sample, "draw pictures of classes", "hmar sample --model=digits --classes=0,3,7 --n=8 --out=grid.png")
     _model(sub)
     sub.add_argument("--classes", default=None, help="ids or names, separated by commas (default: the first ten)")
@@ -202,6 +209,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--licence", default=None, help="what to write into its README")
     sub.add_argument("--out", type=_output, required=True, help="the directory to make")
     return parser
+
+
+def _plan(args, overrides) -> int:
+    from hmar_jax import chips
+
+    topology = chips.parse(args.topology)
+    from hmar_jax import configs, files, plan
+
+    if args.json not in (None, "-"):
+        files.check_writable(args.json)
+
+    plan.prepare_environment()
+    config, stage1 = configs.load_config(args.config), plan.stage1_of(args.config)
+    for text in overrides:
+        key, value = text.removeprefix("--config.").split("=", 1)
+        configs.override(config, key, value)
+    found = plan.make_plan(config, topology, name=" ".join([args.config, *overrides]), stage1=stage1)
+    if args.json == "-":
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        print(plan.report(found))
+        if args.json:
+            files.write_by_rename(args.json, json.dumps(found.to_json(), indent=1) + "\n")
+    return 0 if found.fits else 1
 
 
 def _model(sub) -> None:

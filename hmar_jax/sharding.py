@@ -43,16 +43,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
       InputError: the sizes do not make the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, tensor]
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices))
     asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise InputError(f"mesh {asked}: sizes of 1 or more are wanted, one of them may be -1 (what is left)")
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
-    if math.prod(sizes) != len(devices):
-        raise InputError(
-            f"mesh {asked}: there are {len(devices)} devices, which the product of the sizes must make; "
-            "mesh.data=-1 takes those that the others leave")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         if sizes[0] % slices:
@@ -64,16 +56,31 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return Mesh(grid, AXES)
 
 
+def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> list[int]:
+    """The sizes of the axes for so many devices, -1 filled in; raises as make_mesh does."""
+    sizes = [data, fsdp, tensor]
+    asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise InputError(f"mesh {asked}: sizes of 1 or more are wanted, one of them may be -1 (what is left)")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
+    if math.prod(sizes) != devices:
+        raise InputError(
+            f"mesh {asked}: there are {devices} devices, which the product of the sizes must make; "
+            "mesh.data=-1 takes those that the others leave")
+    return sizes
+
+
 # Arrays by name
 
 
-def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+def shardings(tree: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every array (or ShapeDtypeStruct) of a tree. Arrays that no rule names are copied."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(_name(path), leaf.shape, rules, mesh)), tree)
 
 
-def with_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+def with_shardings(tree: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """The tree's shapes and types as jax.ShapeDtypeStruct with shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings(tree, rules, mesh))
@@ -164,17 +171,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """How many parts the pictures of a batch are divided into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int = 1) -> None:
     """Raises InputError where a batch cannot be divided over the mesh, and over the hosts with it."""
     parts = batch_parts(mesh)
     if batch_size % (parts * accumulate):
-        hosts = len({d.process_index for d in mesh.devices.flat})
-        over = f"{parts} devices (mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}) of {hosts} host{'s' * (hosts > 1)}"
+        over = f"{parts} devices (mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']})"
+        if not isinstance(mesh, AbstractMesh):
+            hosts = len({d.process_index for d in mesh.devices.flat})
+            over += f" of {hosts} host{'s' * (hosts > 1)}"
         times = f" in {accumulate} parts (accumulate={accumulate})" if accumulate > 1 else ""
         raise InputError(
             f"batch_size={batch_size} cannot be divided over {over}{times}: a multiple of {parts * accumulate} is wanted")

@@ -69,7 +69,7 @@ def sample(*arguments, model=None, out="x.png"):
 def test_help(hmar):
     status, out, err = hmar("--help")
     assert status == 0 and err == ""
-    commands = ["train-tokenizer", "tokenize", "train", "sample", "edit", "evaluate", "info", "convert", "export"]
+    commands = ["train-tokenizer", "tokenize", "train", "plan", "sample", "edit", "evaluate", "info", "convert", "export"]
     found = [c for c in commands if re.search(rf"^ +{c}\b", out, re.MULTILINE)]
     assert len(found) >= 8
     for command in found:

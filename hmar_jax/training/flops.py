@@ -56,8 +56,9 @@ def next_scale_step(config: TransformerConfig) -> float:
 
 
 def masked_step(config: TransformerConfig, masked_depth: int) -> float:
-    """Of stage 2, for one picture: forward through all blocks, backward through the trained ones and the head."""
+    """Of stage 2, for one picture: forward and backward through all blocks, though those below the trained ones have no
+    gradient of their own: it passes through them to the mask embedding at the input."""
     products, attention = block_forward(config)
     words, head = ends_forward(config)
-    frozen = (config.depth - masked_depth) * (products + attention) + 2 * words  # both inputs of a position
-    return frozen + (1 + _PRODUCT) * (masked_depth * products + head) + (1 + _ATTENTION) * masked_depth * attention
+    passed = (1 + _PRODUCT / 2) * (config.depth - masked_depth) * products + 2 * words  # both inputs of a position
+    return passed + (1 + _PRODUCT) * (masked_depth * products + head) + (1 + _ATTENTION) * config.depth * attention

@@ -1,5 +1,6 @@
 """From a config to the task that it describes: architecture and recipe, without data, files or devices."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from hmar_jax import configs
 from hmar_jax.errors import InputError
 from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from hmar_jax.models.transformer import TransformerConfig
+from hmar_jax.models.transformer import NextScaleTransformer, TransformerConfig
 from hmar_jax.scales import PUBLISHED_SIDES
 from hmar_jax.training.losses import masked_weights, position_weights
 from hmar_jax.training.masked_steps import MaskedTask
@@ -63,25 +64,39 @@ def masked_task(config: ConfigDict, tokenizer: TokenizerConfig, model: Transform
         batch_size=config.batch_size, accumulate=config.accumulate)
 
 
-def shapes(config: ConfigDict, num_classes: int = _IMAGENET_CLASSES, pictures: int = _IMAGENET_PICTURES) -> Shapes:
-    """What a config trains, before there are data or a tokenizer: stage 1 from tokens of the published tokenizer, or a tokenizer.
+def shapes(
+    config: ConfigDict, num_classes: int = _IMAGENET_CLASSES, pictures: int = _IMAGENET_PICTURES, *,
+    tokenizer: TokenizerConfig | None = None, stage1: TransformerConfig | None = None,
+) -> Shapes:
+    """What a config trains, before there are data or parameters: a tokenizer, or a stage of the transformer from tokens.
+
+    Args:
+      tokenizer: None: the published one for config.image_side.
+      stage1: what a stage 2 is trained on top of.
 
     Raises:
-      InputError: the config is of stage 2, or for pictures of a side for which no scale list is published.
+      InputError: a stage 2 without a stage 1, or no tokenizer for pictures of a side for which no scale list is published.
     """
     whole = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
     if config.task == "tokenizer":
         task = tokenizer_task(config)
         side = task.tokenizer.image_side
         return Shapes(task, (), {"label": whole, "image": jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)})
-    if config.task != "next_scale":
-        raise InputError(f"config.task={config.task!r}: stage 1 (next_scale) or a tokenizer is wanted, stage 2 is made of a stage 1 that exists")
-    if config.image_side not in PUBLISHED_SIDES:
-        raise InputError(
-            f"image_side={config.image_side}: the published tokenizer has scales for {', '.join(map(str, PUBLISHED_SIDES))}")
-    tokenizer = TokenizerConfig(scales=PUBLISHED_SIDES[config.image_side])
-    task = next_scale_task(config, tokenizer, num_classes, steps_of(config, pictures))
+    if tokenizer is None:
+        if config.image_side not in PUBLISHED_SIDES:
+            raise InputError(
+                f"image_side={config.image_side}: the published tokenizer has scales for {', '.join(map(str, PUBLISHED_SIDES))}")
+        tokenizer = TokenizerConfig(scales=PUBLISHED_SIDES[config.image_side])
+    steps, below = steps_of(config, pictures), None
+    if config.task == "next_scale":
+        task = next_scale_task(config, tokenizer, num_classes, steps)
+    elif stage1 is None:
+        raise InputError(f"config.task={config.task!r}: stage 2 is trained on top of a stage 1, whose architecture is wanted too")
+    else:
+        changes = {key: value for key, value in config.model.items() if key != "masked_depth"}
+        task = masked_task(config, tokenizer, dataclasses.replace(stage1, **changes), steps)
+        below = jax.eval_shape(NextScaleTransformer(stage1).init, jax.random.key(0))
     picture = jax.ShapeDtypeStruct((1, tokenizer.image_side, tokenizer.image_side, 3), jnp.float32)
     frozen = jax.eval_shape(Tokenizer(tokenizer).init, jax.random.key(0), picture)["params"]
-    tokens = jax.ShapeDtypeStruct((config.batch_size, tokenizer.scale_list.length), jnp.int32)
-    return Shapes(task, (frozen,), {"label": whole, "tokens": tokens})
+    batch = {"label": whole, "tokens": jax.ShapeDtypeStruct((config.batch_size, tokenizer.scale_list.length), jnp.int32)}
+    return Shapes(task, (frozen if below is None else {"tokenizer": frozen, "transformer": below},), batch)
