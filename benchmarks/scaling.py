@@ -168,7 +168,7 @@ def work(args, overrides: list[str], what: dict) -> None:
     from hmar_jax import configs, distributed, sharding
     from hmar_jax.checkpoints import RunCheckpoints
     from hmar_jax.data.pipeline import restore_state, state_to_bytes
-    from hmar_jax.data.tokenize import TokenSource, make_token_loader
+    from hmar_jax.data.tokens import TokensInMemory, make_token_loader
     from hmar_jax.training import program, tasks
     from hmar_jax.training.flops import peak_flops
 
@@ -190,8 +190,9 @@ def work(args, overrides: list[str], what: dict) -> None:
         rng = np.random.default_rng(0)
         tokenizer = shapes.task.tokenizer
         length = tokenizer.scale_list.length
-        source = TokenSource(
-            rng.integers(0, tokenizer.vocab_size, (args.rows, length), np.int32), rng.integers(0, 1000, args.rows, np.int32))
+        source = TokensInMemory.of(
+            rng.integers(0, tokenizer.vocab_size, (args.rows, length), np.int32), rng.integers(0, 1000, args.rows, np.int32),
+            tokenizer.vocab_size)
         shard, shards = sharding.host_share(mesh, batch_size)
         loader = make_token_loader(source, batch_size=batch_size // shards, seed=0, shard_index=shard, shard_count=shards)
         # Of the frozen tokenizer only the quantizer takes part.

@@ -36,7 +36,7 @@ class Recorded:
 
     def __iter__(self):
         self.iterator = iter(self.loader)
-        self.get_state, self.set_state = self.iterator.get_state, self.iterator.set_state
+        self.get_state, self.set_state, self.close = self.iterator.get_state, self.iterator.set_state, self.iterator.close
         return self
 
     def __next__(self):
