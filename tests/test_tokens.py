@@ -467,7 +467,7 @@ def test_training_from_tokens_needs_no_encoder(made, tmp_path):
     # Traced, not run: whatever the programs take from the tokenizer, they find.
     state = jax.eval_shape(task.init, rng, known)
     jax.eval_shape(task.train_step, state, batch, rng, known)
-    jax.eval_shape(task.eval_step, state, next(iter(experiment.validation)), known)
+    jax.eval_shape(task.eval_step, state, next(iter(experiment.validation.loader)), known)
     decode = functools.partial(Tokenizer(experiment.spec.tokenizer).apply, method="decode")
     jax.eval_shape(decode, {"params": known}, batch["tokens"])
 
