@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Compiling for the CPU takes most of the suite's time; the programs are small, and need not be fast.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -10,6 +12,17 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    # Before the worker processes start: they all share what tiny.py makes.
+    if not hasattr(config, "workerinput"):
+        os.environ["HMAR_TINY_FOLDER"] = tempfile.mkdtemp(prefix="hmar_tiny_")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop("HMAR_TINY_FOLDER"), ignore_errors=True)
 
 
 def _folder(variable: str, name: str) -> pathlib.Path:

@@ -1,10 +1,11 @@
-"""Tiny pictures and the three runs on them that many tests share, made once a process through the real command line.
+"""Tiny pictures and the three runs on them that many tests share, made once a test run through the real command line.
 
 Nearly all their time is compilation, so every run here uses one compilation cache, which processes that the tests start
 share too: `cached` for this process, ENVIRONMENT for others.
 """
 
 import contextlib
+import fcntl
 import functools
 import logging
 import os
@@ -22,8 +23,8 @@ from hmar_jax import cli, configs
 CLASSES = ("circle", "cross", "stripes")
 SIDE, LENGTH, VOCAB = 8, 5, 16  # scales 1, 2 at 4 pixels a token
 
-_KEPT = tempfile.TemporaryDirectory(prefix="hmar_tiny_")
-FOLDER = pathlib.Path(_KEPT.name)
+# conftest.py makes one for all processes of a test run, and removes it.
+FOLDER = pathlib.Path(os.environ.get("HMAR_TINY_FOLDER") or tempfile.mkdtemp(prefix="hmar_tiny_"))
 CACHE = FOLDER / "compiled"
 ENVIRONMENT = dict(
     os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(CACHE), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
@@ -42,6 +43,23 @@ TRANSFORMER = _STEPS | {
 
 MASKED = _STEPS | {
     "data.transform.kind": "random_crop", "image_side": 0, "data.cached_copies": 0, "model.masked_depth": 1, "sampling.guidance": 1.0}
+
+
+def made_once(make):
+    """A function of no arguments that makes FOLDER / its name: in the first process that calls it, while others wait."""
+    name = make.__name__
+
+    @functools.cache
+    def found():
+        with open(FOLDER / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = FOLDER / f"{name}.made"
+            if not done.exists():
+                make(FOLDER / name)
+                done.touch()
+        return FOLDER / name
+
+    return functools.update_wrapper(found, make)
 
 
 @contextlib.contextmanager
@@ -72,16 +90,15 @@ def picture(label: int, rng: np.random.Generator, side: int = 10) -> np.ndarray:
     return (200 * shape[..., None] + rng.uniform(0, 55, (side, side, 3))).astype(np.uint8)
 
 
-@functools.cache
-def pictures() -> pathlib.Path:
+@made_once
+def pictures(root: pathlib.Path) -> None:
     """A folder for --config.data.source=folder:… with three classes, 12 pictures each to train and 3 to validate."""
-    root, rng = FOLDER / "pictures", np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("validate", 3)):
         for label, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(picture(label, rng)).save(root / split / name / f"{i}.png")
-    return root
 
 
 def overrides(values: dict) -> list[str]:
@@ -121,27 +138,24 @@ def _dotted(changes):
     return {key.replace("__", "."): value for key, value in changes.items()}
 
 
-@functools.cache
-def tokenizer_run() -> pathlib.Path:
+@made_once
+def tokenizer_run(workdir: pathlib.Path) -> None:
     """A finished run of train-tokenizer. Do not change it: copy it first."""
     with cached():
-        assert cli.main(train_tokenizer(FOLDER / "tokenizer")) == 0
-    return FOLDER / "tokenizer"
+        assert cli.main(train_tokenizer(workdir)) == 0
 
 
-@functools.cache
-def model_run() -> pathlib.Path:
+@made_once
+def model_run(workdir: pathlib.Path) -> None:
     """A finished run of train on it. Do not change it: copy it first."""
-    arguments = train(FOLDER / "model")
+    arguments = train(workdir)
     with cached():
         assert cli.main(arguments) == 0
-    return FOLDER / "model"
 
 
-@functools.cache
-def masked_run() -> pathlib.Path:
+@made_once
+def masked_run(workdir: pathlib.Path) -> None:
     """A finished run of stage 2 on that. Do not change it: copy it first."""
-    arguments = train_masked(FOLDER / "masked")
+    arguments = train_masked(workdir)
     with cached():
         assert cli.main(arguments) == 0
-    return FOLDER / "masked"
