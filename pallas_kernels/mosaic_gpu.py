@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import mosaic_gpu_kernels, mosaic_gpu_plan, mosaic_gpu_program, triton, triton_plan
+from pallas_kernels import calls, mosaic_gpu_kernels, mosaic_gpu_plan, mosaic_gpu_program, triton_plan
 from pallas_kernels.mosaic_gpu_plan import ROWS
 from pallas_kernels.mosaic_gpu_program import Layout, Stream
+from pallas_kernels.platform import why_not_nvidia
 
 _OLDEST_JAX = (0, 11)  # Pallas' interface to Mosaic GPU still changes
 _DTYPES = ("float16", "bfloat16")
@@ -58,7 +59,7 @@ def tuning_for(gpu, length, dim, pattern):
 
 def why_not(q):
     """None if the kernels can run here on arrays like q, otherwise the reason in words."""
-    reason = triton.why_not_nvidia()
+    reason = why_not_nvidia()
     if reason is not None:
         return reason
     if jax.__version_info__ < _OLDEST_JAX:
@@ -103,29 +104,11 @@ class Call:
         return make(self.block_sizes, self.pattern, batch, heads, step.columns, together, self.multiprocessors)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend(q, k, v, call):
-    """`attention`, with tile sizes and GPU given."""
-    return run_forward(call)(q, k, v)[0]
-
-
-def _forward(q, k, v, call):
-    out, lse = run_forward(call)(q, k, v)
-    return out, (q, k, v, out, lse)
-
-
-def _backward(call, residuals, d_out):
-    return run_backward(call)(*residuals, d_out)
-
-
-attend.defvjp(_forward, _backward)
-
-
 @functools.lru_cache(maxsize=256)
 def run_forward(call):
     """(q, k, v), each (B, L, H, D) -> out (B, L, H, D), and lse (B, H, L) float32 in base 2."""
 
-    @triton.batched
+    @calls.batched
     def run(q, k, v):
         step = call.tuning.forward
         plan = call.plan(mosaic_gpu_plan.query_plan, q, step, call.tuning.forward_together)
@@ -138,7 +121,7 @@ def run_forward(call):
             dict(q=q, k=k, v=v, own=("q",), streams=(("k",), ("v",))),
             dict(out=_like(q), lse=_row_results(q, plan)),
         )
-        return tuple(triton.varying_like(q, x) for x in (results["out"], _from_tiles(results["lse"], plan)))
+        return tuple(calls.varying_like(q, x) for x in (results["out"], _from_tiles(results["lse"], plan)))
 
     return run
 
@@ -147,7 +130,7 @@ def run_forward(call):
 def run_backward(call):
     """(q, k, v, out, lse, d_out) -> (dq, dk, dv), each (B, L, H, D)."""
 
-    @triton.batched
+    @calls.batched
     def run(q, k, v, out, lse, d_out):
         ranged = q.dtype == jnp.float16
         step = call.tuning.queries
@@ -182,9 +165,13 @@ def run_backward(call):
             dict(**operands, own=("k", "v"), streams=(("q", "d_out", "lse", "delta"),)),
             dict(d_k=_like(q), d_v=_like(q)),
         )
-        return tuple(triton.varying_like(q, x) for x in (d_q, results["d_k"], results["d_v"]))
+        return tuple(calls.varying_like(q, x) for x in (d_q, results["d_k"], results["d_v"]))
 
     return run
+
+
+# (q, k, v, call) -> out: `attention`, with tile sizes and GPU given.
+attend = calls.differentiable(run_forward, run_backward)
 
 
 def _like(q):

@@ -12,8 +12,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tiles, triton_plan
-from pallas_kernels.platform import platform
+from pallas_kernels import calls, tiles, triton_plan
+from pallas_kernels.platform import why_not_nvidia
 
 _DTYPES = ("float16", "bfloat16", "float32")
 _LARGEST_DIM = 128
@@ -34,15 +34,6 @@ def why_not(q):
     return None
 
 
-def why_not_nvidia():
-    """None if this process runs on an NVIDIA GPU, otherwise the reason in words."""
-    if platform() != "gpu":
-        return f"it needs an NVIDIA GPU, this process runs on {platform()}"
-    if "cuda" not in jax.devices()[0].client.platform_version.lower():
-        return "it needs an NVIDIA GPU, this process runs on another kind"
-    return None
-
-
 def attention(q, k, v, block_sizes, pattern, scale):
     """Block attention; arguments are checked and explained in `pallas_kernels.api.block_attention`."""
     gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
@@ -58,46 +49,11 @@ class Call:
     compute_capability: int | None = None  # None: that of the first GPU; 90 compiles for H100 where there is no GPU
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend(q, k, v, call):
-    """`attention`, with tile sizes and GPU given."""
-    return run_forward(call)(q, k, v)[0]
-
-
-def _forward(q, k, v, call):
-    out, lse = run_forward(call)(q, k, v)
-    return out, (q, k, v, out, lse)
-
-
-def _backward(call, residuals, d_out):
-    return run_backward(call)(*residuals, d_out)
-
-
-attend.defvjp(_forward, _backward)
-
-
-def batched(function):
-    """`function` of (B, ...) arrays, so that `jax.vmap` folds its axis into B: Triton calls have no batching rule."""
-    batched = jax.custom_batching.custom_vmap(function)
-
-    @batched.def_vmap
-    def fold(axis_size, in_batched, *arrays):
-        arrays = [
-            x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-            for x, is_batched in zip(arrays, in_batched, strict=True)
-        ]
-        results = batched(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
-        results = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
-        return results, (True,) * len(results)
-
-    return batched
-
-
 @functools.lru_cache(maxsize=256)
 def run_forward(call):
     """(q, k, v), each (B, L, H, D) -> out (B, L, H, D), and lse (B, H, L) float32 in base 2."""
 
-    @batched
+    @calls.batched
     def run(q, k, v):
         batch, length, heads, _ = q.shape
         bounds = _bounds(call, tiles.query_bounds)
@@ -107,7 +63,7 @@ def run_forward(call):
         )
         for launch in triton_plan.forward_launches(call.problem, q.shape, q.dtype.name):
             results = _launch(call, launch, (q, k, v, bounds), results)
-        return tuple(varying_like(q, x) for x in results)
+        return tuple(calls.varying_like(q, x) for x in results)
 
     return run
 
@@ -116,7 +72,7 @@ def run_forward(call):
 def run_backward(call):
     """(q, k, v, out, lse, d_out) -> (dq, dk, dv), each (B, L, H, D)."""
 
-    @batched
+    @calls.batched
     def run(q, k, v, out, lse, d_out):
         batch, length, heads, _ = q.shape
         query_bounds, key_bounds = _bounds(call, tiles.query_bounds), _bounds(call, tiles.key_bounds)
@@ -137,7 +93,7 @@ def run_backward(call):
             else:
                 inputs = (q, k, v, d_out, lse, delta, top_d_out, key_bounds)
                 d_k, d_v = _launch(call, launch, inputs, (d_k, d_v))
-        return tuple(varying_like(q, x) for x in (d_q, d_k, d_v))
+        return tuple(calls.varying_like(q, x) for x in (d_q, d_k, d_v))
 
     return run
 
@@ -183,8 +139,5 @@ def _launch(call, launch, inputs, results, continued=None):
     return tuple(made)
 
 
-def varying_like(q, x):
-    """x, marked under `shard_map` as different on each device along the mesh axes where q is."""
-    q_axes, x_axes = (jax.typeof(y).manual_axis_type.varying for y in (q, x))
-    axes = tuple(q_axes - x_axes)
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
+# (q, k, v, call) -> out: `attention`, with tile sizes and GPU given.
+attend = calls.differentiable(run_forward, run_backward)
