@@ -1,5 +1,7 @@
 """The next-scale transformer against the published code's recorded numbers, and its properties."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,7 +121,6 @@ def test_weights_of_published_lists(load_golden, size, kind):
 
 
 def causal(golden_state):
-    import dataclasses
     config, params = convert.transformer_from_state(golden_state("next_scale", "transformer"), SIDES)
     return NextScaleTransformer(dataclasses.replace(config, pattern="causal")), params
 
@@ -153,7 +154,6 @@ def test_diagonal_scales_do_not_see_each_other():
 
 def test_initial_deviations():
     """Spec: linear and embedding std sqrt(1/(3C)); branches' ends over sqrt(2N); AdaLN rows and head scaled down."""
-    import dataclasses
     config = dataclasses.replace(TINY, width=256, heads=4, vocab_size=512)
     params = jax.jit(NextScaleTransformer(config).init)(jax.random.key(0))
     std, block = (1 / 768) ** 0.5, params["blocks"]["block"]
@@ -169,7 +169,6 @@ def test_initial_deviations():
 
 
 def test_dropout_and_stochastic_depth_need_a_key():
-    import dataclasses
     model = NextScaleTransformer(dataclasses.replace(TINY, dropout=0.5, drop_path=0.5, init_adaln_gamma=1.0))
     params, codes, ids = jax.jit(model.init)(jax.random.key(0)), jnp.ones((2, 13, 4)), jnp.array([0, 1])
     logits = jax.jit(model.logits)
@@ -178,3 +177,31 @@ def test_dropout_and_stochastic_depth_need_a_key():
     a, b = (logits(params, ids, codes, jax.random.key(i)) for i in (1, 2))
     assert not np.allclose(a, b) and np.array_equal(a, logits(params, ids, codes, jax.random.key(1)))
     assert not np.allclose(a, still)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("sides", [PUBLISHED_SIDES[256], PUBLISHED_SIDES[512]], ids=len)
+@pytest.mark.parametrize("pattern", ["diagonal", "causal"])
+def test_gradients_through_the_gpus_kernels(pattern, sides):
+    """As a training step has them: the kernels in blocks that are scanned and rematerialised, against XLA's attention."""
+    config = TransformerConfig(
+        scales=sides, vocab_size=64, z_channels=8, num_classes=5, depth=2, width=256, heads=4, pattern=pattern, dtype="bfloat16",
+        init_adaln_gamma=1.0, init_head=1.0)
+    params = jax.jit(NextScaleTransformer(config).init)(jax.random.key(0))
+    length = config.scale_list.length
+    codes = jax.random.normal(jax.random.key(1), (2, length - 1, 8))
+    targets = jax.random.randint(jax.random.key(2), (2, length), 0, 64)
+
+    def gradients(**changes):
+        model = NextScaleTransformer(dataclasses.replace(config, **changes))
+
+        def loss(params):
+            return -jnp.take_along_axis(jax.nn.log_softmax(model.logits(params, jnp.arange(2), codes)), targets[..., None], 2).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (loss, grads), (expected, wanted) = gradients(remat="matmuls"), gradients(attention="xla")
+    assert abs(loss - expected) < 1e-3
+    flat, like = (jnp.concatenate([g.ravel() for g in jax.tree.leaves(tree)]) for tree in (grads, wanted))
+    assert relative(flat, like) < 2e-2
