@@ -57,7 +57,9 @@ def count(jaxpr: Any) -> Counted:
         elif name == "scan":
             inner = count(params["jaxpr"])
             total.add(inner, params["length"])
-            total.residuals += _bytes(*eqn.outvars[params["num_carry"]:])
+            # What it carries has the same shape inside and outside; what it stacks has an axis more outside.
+            pairs = zip(eqn.outvars, getattr(params["jaxpr"], "jaxpr", params["jaxpr"]).outvars, strict=True)
+            total.residuals += _bytes(*(outer for outer, inner in pairs if outer.aval.shape != inner.aval.shape))
         elif name == "cond":
             total.add(max((count(branch) for branch in params["branches"]), key=lambda c: c.total))
         else:

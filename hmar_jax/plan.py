@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from hmar_jax import chips, configs, hlo, jaxpr, sharding
@@ -114,7 +114,7 @@ def make_plan(config: ConfigDict, topology: chips.Topology, *, name: str = "", s
             raise InputError(f"config.{key}={config[key]}: 1 or more is wanted")
     sizes = sharding.mesh_sizes(**config.mesh, devices=topology.num_devices)
     devices = topology.devices() if topology.chip.kind == "tpu" else None
-    mesh = AbstractMesh(tuple(sizes), sharding.AXES)
+    mesh = AbstractMesh(tuple(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
     accumulate = config.get("accumulate", 1)
     sharding.check_batch(mesh, config.batch_size, accumulate)
     if config.task == "tokenizer" and topology.chip.kind == "gpu":
@@ -128,8 +128,9 @@ def make_plan(config: ConfigDict, topology: chips.Topology, *, name: str = "", s
         counted = jaxpr.count(traced.jaxpr)
         found = _compiled(traced, topology, _arguments(task, mesh, state, extra, batch))
     else:
+        rng = jax.random.key(0)  # made here: nothing can be computed on a mesh without devices
         with jax.sharding.use_abstract_mesh(mesh):
-            traced = jax.jit(task.train_step).trace(state, batch, jax.random.key(0), *extra)
+            traced = jax.jit(task.train_step).trace(state, batch, rng, *extra)
         counted = jaxpr.count(traced.jaxpr)
         found = _estimated(config, task, mesh, topology, state, extra, batch, counted)
     memory, traffic, memory_traffic, interconnect, kernels, how = found
