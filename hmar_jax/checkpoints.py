@@ -9,6 +9,7 @@ right length are not all found: Orbax writes no checksums of the array data.
 """
 
 import base64
+import contextlib
 import json
 import logging
 import math
@@ -175,15 +176,31 @@ class RunCheckpoints:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra))
         # force: Orbax would skip, without a word, a step below the newest on disk.
         metrics = {} if validation_loss is None else {_LOSS: float(validation_loss)}
-        return self._manager.save(step, args=args, metrics=metrics, force=True)
+        with self._no_room_is_an_input_error():
+            return self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises if it failed."""
-        self._manager.wait_until_finished()
+        with self._no_room_is_an_input_error():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save in flight and ends the threads."""
-        self._manager.close()
+        with self._no_room_is_an_input_error():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _no_room_is_an_input_error(self):
+        """Of a full disk Orbax tells in many lines, and TensorStore as a ValueError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            text = _one_line(error)
+            if not any(sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")):
+                raise
+            raise InputError(
+                f"a checkpoint cannot be written to {self.directory}: {text}; the ones before it are kept, and where there is "
+                "room the same command goes on") from error
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending, the one in flight included."""

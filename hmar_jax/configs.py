@@ -128,10 +128,13 @@ def build(cls, values: ConfigDict, **more):
     return cls(**values.to_dict(), **more)
 
 
+_MISSING = object()  # unlike every value
+
+
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
     """Names the first key, other than the harmless ones, in which two configs differ, with both values."""
     for key in sorted(set(old) | set(new)):
-        name, a, b = f"{prefix}{key}", old.get(key, "(none)"), new.get(key, "(none)")
+        name, a, b = f"{prefix}{key}", old.get(key, _MISSING), new.get(key, _MISSING)
         if isinstance(b, Mapping) and key not in old:  # a run of a version without this group
             a = {}
         if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -139,5 +142,6 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
             if found:
                 return found
         elif a != b and name not in HARMLESS:
-            return f"{name} is {a!r} there and {b!r} here"
+            told = [f"{c.get(key)!r}" if key in c else "missing (another version)" for c in (old, new)]
+            return f"{name} is {told[0]} there and {told[1]} here"
     return None

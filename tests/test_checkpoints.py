@@ -284,6 +284,21 @@ def test_falls_back_over_a_damaged_checkpoint(tmp_path, caplog, noise, damage):
     assert not noise()
 
 
+@pytest.mark.parametrize("said, expected", [
+    ('RESOURCE_EXHAUSTED: Error writing "w/0": Failed to write 886972 bytes: No space left on device', InputError),
+    ("something else", ValueError)])
+def test_a_full_disk(tmp_path, monkeypatch, said, expected):
+    with RunCheckpoints(tmp_path) as run:
+        def fail(*_, **__):
+            raise ValueError(said)
+
+        monkeypatch.setattr(run._manager, "save", fail)
+        with pytest.raises(expected, match="cannot be written to .*No space left.*the same command goes on" if expected is InputError else said):
+            run.save(1, make_state())
+        monkeypatch.undo()
+        assert run.save(1, make_state())
+
+
 def test_falls_back_over_wrong_contents_of_the_right_length(tmp_path):
     """In a process of its own, because Orbax reports this in its own way too, on stderr and some time later."""
     save_steps(tmp_path, 10, 20)

@@ -195,7 +195,7 @@ def test_first_difference(config):
     other["group"]["steps"] = 9
     assert difference() == "group.steps is 7 there and 9 here"
     del other["flag"]
-    assert difference() == "flag is False there and '(none)' here"
+    assert difference() == "flag is False there and missing (another version) here"
 
 
 # Who imports whom

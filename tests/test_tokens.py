@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -276,6 +277,18 @@ def test_damage_is_found_and_mended(tmp_path, damage):
             open_tokens(tmp_path / "set")
     write(tmp_path / "set", verify=damage == "flip")
     assert files_of(tmp_path / "set") == before
+
+
+def test_files_that_cannot_grow_as_on_a_full_disk(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))
+    try:
+        with pytest.raises(InputError, match="cannot be written: .*; the same command goes on"):
+            write(tmp_path / "set", n=2000, changes={"shard_size": 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "set").glob(".*.tmp"))
+    assert write(tmp_path / "set", n=2000, changes={"shard_size": 1000}).complete
 
 
 def test_broken_pictures_are_left_out_and_named(tmp_path):

@@ -6,6 +6,7 @@ depends on the seed, the picture's index and the crop's alone, so neither interr
 share the work change a bit of it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -378,7 +379,8 @@ class _ShardWriter:
         self._records, self._contents, self._broken = 0, hashlib.sha256(), []
 
     def add(self, record: bytes) -> None:
-        self._writer.write(record)
+        with _as_os_errors():
+            self._writer.write(record)
         self._contents.update(record)
         self._records += 1
 
@@ -387,7 +389,8 @@ class _ShardWriter:
         self.add(b"")
 
     def commit(self) -> None:
-        self._writer.close()
+        with _as_os_errors():
+            self._writer.close()
         self._writer = None
         self._read_back()
         with open(self._temporary, "rb") as file:
@@ -414,6 +417,16 @@ class _ShardWriter:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(RuntimeError):  # that it could not be written has been said
+                self._writer.close()
         if os.path.exists(self._temporary):
             os.unlink(self._temporary)
+
+
+@contextlib.contextmanager
+def _as_os_errors():
+    """ArrayRecord raises RuntimeError where a file cannot be written, as on a full disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(" ".join(str(error).split())[:300]) from error

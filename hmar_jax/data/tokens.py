@@ -32,6 +32,7 @@ INFO_FILE, PROGRESS_FOLDER = "tokens.json", "progress"
 _ORDER = 3  # which random numbers of a seed; pipeline.py and tokenize.py have the others
 _LABEL_BYTES = 4
 _ENDLESS = 2**40  # batches
+_READ_ERRORS = (RuntimeError, OSError, IndexError)  # what ArrayRecord and Riegeli raise on files that changed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,9 +223,8 @@ class TokenSet:
             # As ranges of one: for a list of places, ArrayRecord goes through all records of the file, each time.
             records = [
                 self._reader(shard).read(place, place + 1)[0] for shard, place in zip((shards + crops * per_crop).tolist(), places.tolist())]
-        except (RuntimeError, OSError, IndexError) as error:  # what ArrayRecord and Riegeli raise on files that changed
-            raise InputError(
-                f"{self._directory} is damaged: {' '.join(str(error).split())}; hmar tokenize with --verify makes it whole") from error
+        except _READ_ERRORS as error:
+            raise self._damaged(error) from error
         size = record_bytes(self.info.length, self.info.vocab_size)
         packed = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
         tokens, labels = unpack(packed, self.info.length, self.info.vocab_size)
@@ -239,11 +239,17 @@ class TokenSet:
         per_crop = len(self._paths) // self.crops
         for number, path in enumerate(self._paths):
             crop, start = number // per_crop, number % per_crop * self.info.shard_size
-            reader = array_record_module.ArrayRecordReader(path)
-            records = [r or bytes(size) for r in reader.read_all()]
-            reader.close()
+            try:
+                reader = array_record_module.ArrayRecordReader(path)
+                records = [r or bytes(size) for r in reader.read_all()]
+                reader.close()
+            except _READ_ERRORS as error:
+                raise self._damaged(error) from error
             packed[crop, start : start + len(records)] = np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
         return TokensInMemory(packed[:, ~broken] if broken.any() else packed, self.info.length, self.info.vocab_size)
+
+    def _damaged(self, error: Exception) -> InputError:
+        return InputError(f"{self._directory} is damaged: {' '.join(str(error).split())}; hmar tokenize with --verify makes it whole")
 
     def _reader(self, shard: int):
         if self._readers[shard] is None:
