@@ -91,6 +91,20 @@ def forward(log2_scale, dtype, columns, program, refs, work, rows, buffer, steps
     program.write(work, rows, [out], [refs["out"]], [lse], [refs["lse"]])
 
 
+def _two_products(program, columns, first, second):
+    """own other^T of two pairs (own (ROWS, D), other (columns, D)), and the turn passed on meanwhile: (ROWS, columns) each."""
+    plgpu = program.plgpu
+
+    def products(*refs):
+        for ref, (own, other) in zip(refs, (first, second), strict=True):
+            plgpu.wgmma(ref, own, other.transpose((1, 0)))
+        program.pass_turn()
+        return tuple(ref[...] for ref in refs)
+
+    matrix = plgpu.ACC((ROWS, columns), jnp.float32)
+    return pl.run_scoped(products, matrix, matrix)
+
+
 def backward_queries(scale, dtype, columns, held, program, refs, work, rows, buffer, steps_before):
     """d_q of a tile of queries, delta = rowsum(out * d_out), and the largest |d_out| of each row.
 
@@ -121,14 +135,7 @@ def backward_queries(scale, dtype, columns, held, program, refs, work, rows, buf
         stage = program.stage(steps_before + j)
         plgpu.barrier_wait(program.ready[0].at[stage])
 
-        def products(scores_ref, d_weights_ref):
-            plgpu.wgmma(scores_ref, q, k.at[stage].transpose((1, 0)))
-            plgpu.wgmma(d_weights_ref, d_out, v.at[stage].transpose((1, 0)))
-            program.pass_turn()
-            return scores_ref[...], d_weights_ref[...]
-
-        matrix = plgpu.ACC((ROWS, columns), jnp.float32)
-        scores, d_weights = pl.run_scoped(products, matrix, matrix)
+        scores, d_weights = _two_products(program, columns, (q, k.at[stage]), (d_out, v.at[stage]))
         weights = jnp.exp2(scores * log2_scale - along_rows(lse, columns))
         if masked:
             seen = program.seen(lo, hi, work["other"] + j * columns, columns)
@@ -178,14 +185,7 @@ def backward_keys(scale, dtype, columns, held, program, refs, work, rows, buffer
         stage = program.stage(steps_before + j)
         plgpu.barrier_wait(program.ready[0].at[stage])
 
-        def products(scores_ref, d_weights_ref):
-            plgpu.wgmma(scores_ref, k, q.at[stage].transpose((1, 0)))
-            plgpu.wgmma(d_weights_ref, v, d_out.at[stage].transpose((1, 0)))
-            program.pass_turn()
-            return scores_ref[...], d_weights_ref[...]
-
-        matrix = plgpu.ACC((ROWS, columns), jnp.float32)
-        scores, d_weights = pl.run_scoped(products, matrix, matrix)
+        scores, d_weights = _two_products(program, columns, (k, q.at[stage]), (v, d_out.at[stage]))
         lse = plgpu.load(lse_smem.at[stage], layout=program.per_column)
         weights = jnp.exp2(scores * log2_scale - along_columns(lse))
         if masked:

@@ -71,35 +71,24 @@ def key_plan(block_sizes, pattern, batch, heads, columns, together, programs) ->
     """
     own = _Own(tiles.key_bounds(block_sizes, pattern), 0)
     items, other_rows = [], []
-    for first, sizes in _parts(block_sizes, pattern):
+    for first, sizes in tiles.independent_parts(block_sizes, pattern, ROWS * WARPGROUPS):
         end = first + sum(sizes)
         steps = -(-(end - first) // columns)
         begin = end - steps * columns
         rows = np.arange(begin, end)
         other_rows.append(np.where(rows >= first, rows, -1).reshape(steps, columns))
         tile = sum(map(len, other_rows[:-1]))
-        for start, stop, first_query, _, _, _ in tiles.key_tiles(sizes, pattern, ROWS * WARPGROUPS, columns, first):
+        for start, stop, first_query, middle, _, _ in tiles.key_tiles(sizes, pattern, ROWS * WARPGROUPS, columns, first):
             step = (first_query - begin) // columns
-            # From here on every query sees every key of the tile.
-            stops = first + np.cumsum(sizes)
-            last = int(np.searchsorted(stops, stop - 1, side="right"))
-            common = int(stops[last]) - sizes[last]
-            if pattern == "diagonal":
-                common = first if len(sizes) == 1 else end
-            split = max(0, -(-(common - begin) // columns) - step)
-            if common == first:
-                split = 0
+            if len(sizes) == 1:
+                split = 0  # every query of the part sees every key
+            elif pattern == "diagonal":
+                split = steps - step  # the steps go on to the end of the part, which no query of another block may see
+            else:
+                split = (middle - begin) // columns - step
             items.append((start, stop - start, own.add(start, stop), begin + step * columns, tile + step, steps - step, split))
     table, counts = _share(items, batch, heads, columns, together, programs)
     return Plan(table, counts, *own.arrays(), np.concatenate(other_rows).astype(np.int32))
-
-
-def _parts(block_sizes, pattern):
-    """(first row, block sizes) of consecutive parts of the sequence that see nothing of each other."""
-    if pattern == "causal":
-        return [(0, block_sizes)]
-    groups = tiles.pack_blocks(block_sizes, pattern, ROWS * WARPGROUPS)
-    return [(group.start, group.block_sizes) for group in groups]
 
 
 class _Own:

@@ -106,20 +106,20 @@ def tile_pairs(block_sizes: tuple[int, ...], pattern: str, q_rows: int, k_rows: 
     return visited, full & q_whole[:, None] & k_whole[None, :]
 
 
-def pack_blocks(block_sizes: tuple[int, ...], pattern: str, rows: int) -> tuple[Group, ...]:
-    """Splits the blocks into consecutive groups: as many blocks as fit in `rows`, and longer blocks alone."""
+def independent_parts(block_sizes: tuple[int, ...], pattern: str, rows: int) -> list[tuple[int, tuple[int, ...]]]:
+    """(first row, block sizes) of consecutive parts of the sequence that see nothing of each other.
+
+    Of the diagonal pattern as many blocks together as fit in `rows`, and longer blocks alone; else there is one part.
+    """
+    if pattern == "causal":
+        return [(0, block_sizes)]
     edges = np.cumsum((0, *block_sizes)).tolist()
     cuts = [0]
     for block in range(1, len(block_sizes)):
         if edges[block + 1] - edges[cuts[-1]] > rows:
             cuts.append(block)
     cuts.append(len(block_sizes))
-    return tuple(
-        Group(
-            edges[first], edges[last], edges[first] if pattern == "diagonal" else 0, tuple(block_sizes[first:last])
-        )
-        for first, last in zip(cuts, cuts[1:])
-    )
+    return [(edges[first], block_sizes[first:last]) for first, last in zip(cuts, cuts[1:])]
 
 
 def cut_rows(block_sizes: tuple[int, ...], row_options: tuple[int, ...], cost) -> list[tuple[int, int, int]]:

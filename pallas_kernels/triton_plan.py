@@ -181,7 +181,7 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     classes = [[] for _ in short]
     masked = [False] * len(short)
     query_rows, key_rows = [], []
-    for start, block_sizes in _parts(problem, short[0].rows if short else None):
+    for start, block_sizes in tiles.independent_parts(problem.block_sizes, problem.pattern, whole[0].rows):
         length = sum(block_sizes)
         index = next((index for index, tile in enumerate(short) if length <= tile.rows), None)
         if index is not None:
@@ -214,14 +214,6 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
         constants["SPREAD"] = keys.spread
         launches.append(_launch("backward_keys", key_rows, shape, problem, keys, constants, pieces))
     return launches
-
-
-def _parts(problem, rows):
-    """(first row, block sizes) of consecutive parts of the sequence that see nothing of each other: for the diagonal
-    pattern as many blocks as fit in `rows`, and longer blocks alone."""
-    if problem.pattern == "causal":
-        return [(0, problem.block_sizes)]
-    return [(group.start, group.block_sizes) for group in tiles.pack_blocks(problem.block_sizes, "diagonal", rows)]
 
 
 def _constants(problem, shape, dtype, *names):
