@@ -20,6 +20,7 @@ import numpy as np
 
 from hmar_jax.errors import InputError
 from hmar_jax.scales import ScaleList
+from hmar_jax.sharding import by_picture
 
 # The quantizer picks tokens by small differences of distances: never in TF32 or bfloat16.
 _EXACT = jax.lax.Precision.HIGHEST
@@ -137,7 +138,9 @@ def conv3x3(channels, name, dtype, strides=1, padding=((1, 1), (1, 1))):
 
 def group_norm(groups, name, dtype):
     # Not the fast variance E[x^2] - E[x]^2: it cancels in float32.
-    return nn.GroupNorm(groups, epsilon=1e-6, name=name, dtype=dtype, use_fast_variance=False)
+    norm = nn.GroupNorm(groups, epsilon=1e-6, name=name, dtype=dtype, use_fast_variance=False)
+    # Its groups are not cut by the channels that a divided kernel is cut by.
+    return lambda x: norm(by_picture(x))
 
 
 def fold(x, patch: int):
