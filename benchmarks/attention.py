@@ -5,11 +5,12 @@
     compute-sanitizer --tool=memcheck|racecheck python benchmarks/attention.py --check --small
     python benchmarks/tune_attention.py                    another command: finds the tile sizes in the code
 
-Two times of the Triton kernels: `kernels`, launched on PyTorch tensors from a CUDA graph and timed with CUDA events, the
-L2 cache flushed before each run (only with PyTorch), and `in jit`, what one more call costs in a chain of calls in one
-jitted function. `mosaic`: those of mosaic_gpu.py, in jit, where they can run. TFLOP/s count the scores that the mask keeps: 4 D operations forward, 10 D backward (2.5 times as many,
-as is usual). The floor is the larger of operations at 785 TFLOP/s and bytes at 3.02 TB/s, both measured on an H100;
-bytes are those of each input and output once. Milliseconds, medians.
+Two times of the Triton kernels: `launched`, on PyTorch tensors from a CUDA graph and timed with CUDA events, the L2 cache
+flushed before each run (only with PyTorch), and `triton`, what one more call costs in a chain of calls in one jitted
+function. `mosaic`: the same of mosaic_gpu.py, where it can run. The one that `block_attention` takes by itself is marked *,
+and its are TFLOP/s, GB/s and the fraction of the floor. TFLOP/s count the scores that the mask keeps: 4 D operations
+forward, 10 D backward (2.5 times as many, as is usual). The floor is the larger of operations at 785 TFLOP/s and bytes at
+3.02 TB/s, both measured on an H100; bytes are those of each input and output once. Milliseconds, medians.
 """
 
 import argparse
@@ -214,7 +215,7 @@ def in_jit_times(row, dtype):
     """{name: (forward, backward)}: what a call costs in a chain of calls, each of which needs the one before."""
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(key, row.shape, dtype) for key in keys]
-    times = {"in jit": chain_times(jax_kernels, jax_kernels.Call(problem_of(row)), *arrays)}
+    times = {"triton": chain_times(jax_kernels, jax_kernels.Call(problem_of(row)), *arrays)}
     if mosaic_gpu.why_not(arrays[0]) is None:
         times["mosaic"] = chain_times(mosaic_gpu, mosaic_call(row), *arrays)
     return times
@@ -260,7 +261,7 @@ def measure(row, dtype, beside):
     """A JSON-ready dict of all times of one row: name -> [forward, backward] in ms, None where there is none."""
     times = {}
     if torch is not None:
-        times["kernels"] = kernel_times(row, problem_of(row), dtype)
+        times["launched"] = kernel_times(row, problem_of(row), dtype)
         for name in beside:
             try:
                 times[name] = BESIDE[name](row, dtype)
@@ -274,15 +275,23 @@ def pair(x, digits=3):
     return f"{x[0]:.{digits}f}/{x[1]:.{digits}f}" if x else "-"
 
 
-def print_row(row, times, beside):
-    ours = times.get("kernels") or times["in jit"]
+def taken(row, dtype):
+    """The name of the kernels that `block_attention` takes by itself."""
+    q = jax.ShapeDtypeStruct(row.shape, dtype)
+    return "mosaic" if mosaic_gpu.why_not(q) is None and mosaic_gpu.is_faster(q, row.pattern) else "triton"
+
+
+def print_row(row, times, beside, ours):
+    def mark(name):
+        return f"{pair(times.get(name))}{'*' * (name == ours)}"
+
     work = [row.work(backward) for backward in (False, True)]
-    seconds = [1e-3 * x for x in ours]
+    seconds = [1e-3 * x for x in times[ours]]
     columns = [
         f"{row!s:22}",
-        f"{pair(times.get('kernels')):12}",
-        f"{pair(times['in jit']):12}",
-        f"{pair(times.get('mosaic')):12}",
+        f"{pair(times.get('launched')):12}",
+        f"{mark('triton'):13}",
+        f"{mark('mosaic'):13}",
         f"{pair([w[0] / s / 1e12 for w, s in zip(work, seconds)], 0):8}",
         f"{pair([w[1] / s / 1e9 for w, s in zip(work, seconds)], 0):10}",
         f"{pair([row.floor(b) / s for b, s in zip((False, True), seconds)], 2):10}",
@@ -294,8 +303,8 @@ def print_row(row, times, beside):
 
 
 def print_header(beside):
-    names = ["row", "kernels", "in jit", "mosaic", "TFLOP/s", "GB/s", "of floor", *beside, "must", "goal"]
-    widths = [22, 12, 12, 12, 8, 10, 10, *(12 for _ in beside), 10, 10]
+    names = ["row", "launched", "triton", "mosaic", "TFLOP/s", "GB/s", "of floor", *beside, "must", "goal"]
+    widths = [22, 12, 13, 13, 8, 10, 10, *(12 for _ in beside), 10, 10]
     print(" ".join(f"{name:{width}}" for name, width in zip(names, widths, strict=True)), flush=True)
 
 
@@ -379,8 +388,9 @@ def main():
         if args.rows not in str(row):
             continue
         times = measure(row, args.dtype, beside)
-        print_row(row, times, beside)
-        found.append({"row": str(row), "dtype": args.dtype, "tuning": repr(problem_of(row).tuning), **times})
+        ours = taken(row, args.dtype)
+        print_row(row, times, beside, ours)
+        found.append({"row": str(row), "dtype": args.dtype, "taken": ours, "tuning": repr(problem_of(row).tuning), **times})
         if args.json:
             with open(args.json, "w") as file:
                 json.dump(found, file, indent=1)

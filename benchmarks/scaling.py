@@ -82,7 +82,8 @@ def run_case(args, case: str, most: int, folder: str, limit_s: float) -> dict:
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     children, logs = [], []
     for i in range(processes):
-        environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=f"{folder}/compiled")
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = dict(os.environ, PYTHONPATH=path, JAX_COMPILATION_CACHE_DIR=f"{folder}/compiled")
         if args.cpu:
             environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
         else:

@@ -7,6 +7,7 @@ timed on PyTorch tensors, the Mosaic kernels as jitted calls, one queued after t
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import statistics
 import time
@@ -93,11 +94,9 @@ def tune_triton(row, dtype):
 
 # Steps of the Mosaic kernels that fit in shared memory.
 MOSAIC = dict(
-    forward=(Step(256, 2), Step(128, 4), Step(192, 2), Step(64, 6)),
-    queries=(Step(128, 2), Step(64, 4), Step(96, 3), Step(64, 4, True), Step(96, 3, True), Step(128, 2, True)),
-    keys=(Step(64, 3), Step(96, 2), Step(128, 2), Step(64, 3, True), Step(96, 2, True), Step(48, 4, True)),
-    forward_together=(1, 4, 8, 16),
-    backward_together=(1, 4, 8, 16),
+    forward=(Step(128, 4, 64), Step(128, 4), Step(256, 2), Step(256, 2, 128)),
+    queries=(Step(128, 2), Step(128, 3), Step(64, 4)),
+    keys=(Step(128, 2), Step(128, 3), Step(64, 3)),
 )
 
 
@@ -108,39 +107,50 @@ def tune_mosaic(row, dtype):
     best = mosaic_gpu.Tuning()
     tried = {}
 
-    def milliseconds(tuning, backward):
+    def compiled(tuning, backward):
+        """The function with its arguments, or why there is none."""
         call = mosaic_call(row, tuning)
-        forward = jax.jit(mosaic_gpu.run_forward(call))
-        if not backward:
-            return queued_median(forward, q, k, v)
-        out, lse = forward(q, k, v)
-        return queued_median(jax.jit(mosaic_gpu.run_backward(call)), q, k, v, out, lse, d_out)
+        try:
+            arrays = q, k, v
+            function = jax.jit(mosaic_gpu.run_forward(call)).lower(*arrays).compile()
+            if backward:
+                out, lse = function(*arrays)
+                arrays = q, k, v, out, lse, d_out
+                function = jax.jit(mosaic_gpu.run_backward(call)).lower(*arrays).compile()
+            jax.block_until_ready(function(*arrays))
+            return function, arrays
+        except Exception as error:  # too much memory for this GPU, or code that its compiler refuses
+            return error
 
     for field, candidates in MOSAIC.items():
-        tried[field] = []
-        for candidate in candidates:
-            try:
-                time = milliseconds(dataclasses.replace(best, **{field: candidate}), not field.startswith("forward"))
-            except Exception as error:  # too much memory for this GPU, or code that its compiler refuses
-                print(f"{row}: {field} {candidate}: {str(error)[:200]}", flush=True)
-                time = float("inf")
-            tried[field].append((time, candidate))
+        tunings = [dataclasses.replace(best, **{field: candidate}) for candidate in candidates]
+        # Compiled side by side, then timed one after the other.
+        with concurrent.futures.ThreadPoolExecutor(len(tunings)) as threads:
+            found = list(threads.map(lambda tuning: compiled(tuning, field != "forward"), tunings))
+        for candidate, result in zip(candidates, found, strict=True):
+            if isinstance(result, Exception):
+                print(f"{row}: {field} {candidate}: {str(result)[:200]}", flush=True)
+        fit = {c: result for c, result in zip(candidates, found, strict=True) if not isinstance(result, Exception)}
+        tried[field] = list(zip(queued_medians(fit.values()), fit, strict=True))
         best = dataclasses.replace(best, **{field: min(tried[field], key=lambda result: result[0])[1]})
     return best, tried
 
 
-def queued_median(function, *arrays, few=2, many=12, repeats=9):
-    """Milliseconds of one more call among calls that are queued without waiting."""
-    jax.block_until_ready(function(*arrays))
-    seconds = {few: [], many: []}
+def queued_medians(calls, few=2, many=12, repeats=15):
+    """For each (function, arrays): milliseconds of one more call among calls that are queued without waiting.
+
+    In turns, for a GPU slows down as it warms up.
+    """
+    seconds = [{few: [], many: []} for _ in calls]
     for _ in range(repeats):
-        for calls, times in seconds.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                result = function(*arrays)
-            jax.block_until_ready(result)
-            times.append(time.perf_counter() - start)
-    return 1e3 * (statistics.median(seconds[many]) - statistics.median(seconds[few])) / (many - few)
+        for (function, arrays), times in zip(calls, seconds, strict=True):
+            for count in (few, many):
+                start = time.perf_counter()
+                for _ in range(count):
+                    result = function(*arrays)
+                jax.block_until_ready(result)
+                times[count].append(time.perf_counter() - start)
+    return [1e3 * (statistics.median(x[many]) - statistics.median(x[few])) / (many - few) for x in seconds]
 
 
 def print_tuning(row, tuning, tried, kind):
@@ -162,13 +172,13 @@ def _source(value):
         spread = f", spread={value.spread}" if value.spread != 1 else ""
         return f"Tile({value.rows}, {value.columns}, {value.warps}, {value.stages}{spread})"
     if isinstance(value, Step):
-        return f"Step({value.columns}, {value.stages}{', held=True' if value.held else ''})"
+        return f"Step({value.columns}, {value.stages}{f', {value.grain}' if value.grain else ''})"
     return str(value)
 
 
 def _short(candidate):
     if isinstance(candidate, Step):
-        return f"{candidate.columns}s{candidate.stages}{'h' if candidate.held else ''}"
+        return f"{candidate.columns}s{candidate.stages}{f'g{candidate.grain}' if candidate.grain else ''}"
     if isinstance(candidate, Tile):
         return f"{candidate.rows}x{candidate.columns}w{candidate.warps}s{candidate.stages}p{candidate.spread}"
     return "+".join(map(_short, candidate)) if isinstance(candidate, tuple) else str(candidate)

@@ -20,32 +20,40 @@ from pallas_kernels.platform import why_not_nvidia
 _OLDEST_JAX = (0, 11)  # Pallas' interface to Mosaic GPU still changes
 _DTYPES = ("float16", "bfloat16")
 _DIM = 64
+_TOGETHER = 8  # heads that go through the tiles side by side, at most; 1, 4 and 16 are as fast
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
     """How a kernel takes the other side."""
 
-    columns: int  # rows at a time, a multiple of 8, at most 256
+    columns: int  # rows at a time, a multiple of 64, at most 256
     stages: int  # of them in shared memory
-    held: bool = False  # backward: own rows stay in registers, and products read less shared memory
+    grain: int | None = None  # forward: the last step has a multiple of so many columns; None: all of them
+
+    @property
+    def narrower(self):
+        """The columns that a last step may have, if it has fewer than the others."""
+        return tuple(range(self.grain, self.columns, self.grain)) if self.grain else ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
     """How the kernels cut their work."""
 
-    forward: Step = Step(256, 2)
+    forward: Step = Step(128, 4, 64)
     queries: Step = Step(128, 2)
-    keys: Step = Step(64, 3)
-    forward_together: int = 8  # heads that go through the tiles side by side, at most
-    backward_together: int = 8
+    keys: Step = Step(128, 2)
 
 
-# (GPU, L, D, pattern), of half precision: cases in which these kernels were checked, and measured to be faster than
-# Triton's by `benchmarks/attention.py`, with steps found by `benchmarks/tune_attention.py`. None yet: at 2,240 and 9,451
-# tokens the forward kernel is faster, but the backward kernels have been compared with float64 on shorter lists only.
-TUNED: dict[tuple[str, int, int, str], Tuning] = {}
+# (GPU, L, D, pattern), of half precision: cases in which these kernels were measured to be faster than Triton's by
+# `benchmarks/attention.py`, with steps found by `benchmarks/tune_attention.py`.
+TUNED: dict[tuple[str, int, int, str], Tuning] = {
+    ("H100", 2240, 64, "diagonal"): Tuning(),
+    ("H100", 2240, 64, "causal"): Tuning(),
+    ("H100", 9451, 64, "diagonal"): Tuning(forward=Step(256, 2)),
+    ("H100", 9451, 64, "causal"): Tuning(forward=Step(256, 2)),
+}
 
 
 def tuning_for(gpu, length, dim, pattern):
@@ -94,10 +102,10 @@ class Call:
     tuning: Tuning = Tuning()
     multiprocessors: int = 132
 
-    def plan(self, make, q, step, together):
-        """make: `mosaic_gpu_plan.query_plan` or `key_plan`."""
+    def work(self, q, step):
+        """Arguments of `mosaic_gpu_plan.query_plan` and `key_plan`."""
         batch, _, heads, _ = q.shape
-        return make(self.block_sizes, self.pattern, batch, heads, step.columns, together, self.multiprocessors)
+        return self.block_sizes, self.pattern, batch, heads, step.columns, _TOGETHER, self.multiprocessors
 
 
 @functools.lru_cache(maxsize=256)
@@ -107,11 +115,11 @@ def run_forward(call):
     @calls.batched
     def run(q, k, v):
         step = call.tuning.forward
-        plan = call.plan(mosaic_gpu_plan.query_plan, q, step, call.tuning.forward_together)
+        plan = mosaic_gpu_plan.query_plan(*call.work(q, step), step.grain)
         log2_scale = call.scale * math.log2(math.e)
         results = mosaic_gpu_program.call(
-            Layout(q.dtype, q.shape[3], step.columns, step.stages, 1, (Stream(1), Stream(1)), 1, 1),
-            functools.partial(mosaic_gpu_kernels.forward, log2_scale, q.dtype, step.columns),
+            Layout(q.dtype, q.shape[3], step.columns, step.stages, 1, (Stream(1), Stream(1)), 1, 1, step.narrower),
+            functools.partial(mosaic_gpu_kernels.forward, log2_scale, q.dtype, step.columns, step.narrower),
             plan,
             call.multiprocessors,
             dict(q=q, k=k, v=v, own=("q",), streams=(("k",), ("v",))),
@@ -130,14 +138,14 @@ def run_backward(call):
     def run(q, k, v, out, lse, d_out):
         ranged = q.dtype == jnp.float16
         step = call.tuning.queries
-        plan = call.plan(mosaic_gpu_plan.query_plan, q, step, call.tuning.backward_together)
+        plan = mosaic_gpu_plan.query_plan(*call.work(q, step))
         operands = dict(q=q, d_out=d_out, out=out, k=k, v=v, lse=_at(lse, plan.own_rows, jnp.inf))
         if ranged:
             top_v = jnp.abs(v).max(axis=(1, 3)).astype(jnp.float32)
             operands["top_v"] = top_v
         results = mosaic_gpu_program.call(
             Layout(q.dtype, q.shape[3], step.columns, step.stages, 3, (Stream(2),), 1, 2),
-            functools.partial(mosaic_gpu_kernels.backward_queries, call.scale, q.dtype, step.columns, step.held),
+            functools.partial(mosaic_gpu_kernels.backward_queries, call.scale, q.dtype, step.columns),
             plan,
             call.multiprocessors,
             dict(**operands, own=("q", "d_out", "out"), streams=(("k", "v"),)),
@@ -145,7 +153,7 @@ def run_backward(call):
         )
         delta = _from_tiles(results["delta"], plan)
         step = call.tuning.keys
-        plan = call.plan(mosaic_gpu_plan.key_plan, q, step, call.tuning.backward_together)
+        plan = mosaic_gpu_plan.key_plan(*call.work(q, step))
         operands = dict(q=q, d_out=d_out, k=k, v=v)
         if ranged:
             largest = q.shape[3] * jnp.maximum(results["top_d_out"].max(axis=(2, 3)) * top_v, 1e-30)
@@ -155,7 +163,7 @@ def run_backward(call):
         d_q = results["d_q"]
         results = mosaic_gpu_program.call(
             Layout(q.dtype, q.shape[3], step.columns, step.stages, 2, (Stream(2, 2),), 2, 0),
-            functools.partial(mosaic_gpu_kernels.backward_keys, call.scale, q.dtype, step.columns, step.held),
+            functools.partial(mosaic_gpu_kernels.backward_keys, call.scale, q.dtype, step.columns),
             plan,
             call.multiprocessors,
             dict(**operands, own=("k", "v"), streams=(("q", "d_out", "lse", "delta"),)),

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic_gpu_plan import NO_BOUND, ROWS
-from pallas_kernels.mosaic_gpu_program import along_columns, along_rows
+from pallas_kernels.mosaic_gpu_program import along_columns, along_rows, whole_steps
 
 # A maximum over no keys yet. Finite, so that its difference with itself is no NaN.
 _NO_SCORE = -3e38
@@ -25,13 +25,13 @@ HALF_RANGE = 16384.0
 
 
 def _loop(step, phases, carry):
-    """step(masked, j, carry) for the steps of (masked, begin, end), one phase after the other."""
-    for masked, begin, end in phases:
-        carry = lax.fori_loop(begin, end, functools.partial(step, masked), carry)
+    """step(masked, columns, j, carry) for the steps of (masked, columns, begin, end), one phase after the other."""
+    for masked, columns, begin, end in phases:
+        carry = lax.fori_loop(begin, end, functools.partial(step, masked, columns), carry)
     return carry
 
 
-def forward(log2_scale, dtype, columns, program, refs, work, rows, buffer, steps_before):
+def forward(log2_scale, dtype, all_columns, narrower, program, refs, work, rows, buffer, steps_before):
     """out and lse of a tile of queries.
 
     Own: q. Streams: (k,), (v,). Outputs: out; a number a row: lse.
@@ -42,20 +42,20 @@ def forward(log2_scale, dtype, columns, program, refs, work, rows, buffer, steps
     tile = work["tile"] + program.warpgroup
     lo, hi = (program.load_rows(refs["bounds"].at[tile, side]) for side in (0, 1))
 
-    def step(masked, j, carry):
+    def step(masked, columns, j, carry):
         acc, top, total = carry
         stage = program.stage(steps_before + j)
         plgpu.barrier_wait(program.ready[0].at[stage])
 
         def score(ref):
-            plgpu.wgmma(ref, q, k.at[stage].transpose((1, 0)))
+            plgpu.wgmma(ref, q, k.at[stage, pl.ds(0, columns)].transpose((1, 0)))
             program.pass_turn()
             return ref[...]
 
         scores = pl.run_scoped(score, plgpu.ACC((ROWS, columns), jnp.float32))
         plgpu.barrier_arrive(program.free[0].at[stage])
         if masked:
-            seen = program.seen(lo, hi, work["other"] + j * columns, columns)
+            seen = program.seen(lo, hi, work["other"] + j * all_columns, columns)
             scores = jnp.where(seen, scores * log2_scale, -jnp.inf)
             new_top = jnp.maximum(top, scores.max(axis=1))
             weights = jnp.exp2(scores - along_rows(new_top, columns))
@@ -75,14 +75,16 @@ def forward(log2_scale, dtype, columns, program, refs, work, rows, buffer, steps
         program.wait_turn()
 
         def weigh(ref):
-            plgpu.wgmma(ref, half, v.at[stage])
+            plgpu.wgmma(ref, half, v.at[stage, pl.ds(0, columns)])
 
         acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(program.free[1].at[stage])
         return acc, new_top, total
 
     no_score = plgpu.layout_cast(jnp.full((ROWS,), _NO_SCORE, jnp.float32), program.per_row)
-    phases = ((False, 0, work["split"]), (True, work["split"], work["steps"]))
+    split, steps, last = work["split"], work["steps"], work["last"]
+    ends = [(True, fewer, steps - jnp.where(last == fewer, 1, 0), steps) for fewer in narrower]
+    phases = [(False, all_columns, 0, split), (True, all_columns, split, whole_steps(work)), *ends]
     acc, top, total = _loop(step, phases, (program.zeros(ROWS, dim), no_score, program.zeros(ROWS)))
     plgpu.barrier_arrive(program.own_free.at[buffer])
     out = (acc * along_rows(1.0 / total, dim)).astype(dtype)
@@ -105,7 +107,7 @@ def _two_products(program, columns, first, second):
     return pl.run_scoped(products, matrix, matrix)
 
 
-def backward_queries(scale, dtype, columns, held, program, refs, work, rows, buffer, steps_before):
+def backward_queries(scale, dtype, columns, program, refs, work, rows, buffer, steps_before):
     """d_q of a tile of queries, delta = rowsum(out * d_out), and the largest |d_out| of each row.
 
     Own: q, d_out, out. One stream: (k, v). Also reads lse (B, H, tiles, ROWS) and, for float16, top_v (B, H), the
@@ -128,10 +130,8 @@ def backward_queries(scale, dtype, columns, held, program, refs, work, rows, buf
         top_v = refs["top_v"][work["batch"], work["head"]]
         factor = HALF_RANGE / (dim * jnp.maximum(top_d_out * top_v, 1e-30))
     scaled_delta = delta if factor is None else delta * factor
-    if held:
-        q, d_out = q[...], d_out[...]
 
-    def step(masked, j, d_q):
+    def step(masked, columns, j, d_q):
         stage = program.stage(steps_before + j)
         plgpu.barrier_wait(program.ready[0].at[stage])
 
@@ -153,7 +153,7 @@ def backward_queries(scale, dtype, columns, held, program, refs, work, rows, buf
         plgpu.barrier_arrive(program.free[0].at[stage])
         return d_q
 
-    phases = ((False, 0, work["split"]), (True, work["split"], work["steps"]))
+    phases = ((False, columns, 0, work["split"]), (True, columns, work["split"], work["steps"]))
     d_q = _loop(step, phases, program.zeros(ROWS, dim))
     plgpu.barrier_arrive(program.own_free.at[buffer])
     d_q = d_q * scale if factor is None else d_q * along_rows(scale / factor, dim)
@@ -164,7 +164,7 @@ def backward_queries(scale, dtype, columns, held, program, refs, work, rows, buf
     program.write(work, rows, [d_q.astype(dtype)], [refs["d_q"]], row_results, [refs["delta"], refs["top_d_out"]])
 
 
-def backward_keys(scale, dtype, columns, held, program, refs, work, rows, buffer, steps_before):
+def backward_keys(scale, dtype, columns, program, refs, work, rows, buffer, steps_before):
     """d_k and d_v of a tile of keys.
 
     Own: k, v. One stream: (q, d_out, lse, delta), lse and delta (B, H, steps, columns), an lse of inf where there is no
@@ -177,10 +177,8 @@ def backward_keys(scale, dtype, columns, held, program, refs, work, rows, buffer
     tile = work["tile"] + program.warpgroup
     lo, hi = (program.load_rows(refs["bounds"].at[tile, side]) for side in (0, 1))
     factor = refs["factor"][work["batch"], work["head"]] if dtype == jnp.float16 else None
-    if held:
-        k, v = k[...], v[...]
 
-    def step(masked, j, carry):
+    def step(masked, columns, j, carry):
         d_k, d_v = carry
         stage = program.stage(steps_before + j)
         plgpu.barrier_wait(program.ready[0].at[stage])
@@ -208,7 +206,7 @@ def backward_keys(scale, dtype, columns, held, program, refs, work, rows, buffer
         plgpu.barrier_arrive(program.free[0].at[stage])
         return d_k, d_v
 
-    phases = ((True, 0, work["split"]), (False, work["split"], work["steps"]))
+    phases = ((True, columns, 0, work["split"]), (False, columns, work["split"], work["steps"]))
     d_k, d_v = _loop(step, phases, (program.zeros(ROWS, dim), program.zeros(ROWS, dim)))
     plgpu.barrier_arrive(program.own_free.at[buffer])
     d_k = d_k * (scale if factor is None else scale / factor)

@@ -21,9 +21,10 @@ WARPGROUPS = 2  # that compute: while one has the matrix units, the other does a
 NO_BOUND = 1 << 30  # the upper bound of rows that are no query
 
 # Of an item, in table columns: its own rows from `start` on, `rows` of them, the first of its tiles of ROWS, the first
-# row of the other side, the first step's number among all steps, how many there are, and the step that parts those that
-# need a mask from those that need none (masked ones come last for queries, first for keys).
-ITEM = ("start", "rows", "tile", "other", "other_tile", "steps", "split", "batch", "head")
+# row of the other side, the first step's number among all steps, how many there are, the step that parts those that
+# need a mask from those that need none (masked ones come last for queries, first for keys), and the columns of the last
+# step, if it has fewer than the others, otherwise 0.
+ITEM = ("start", "rows", "tile", "other", "other_tile", "steps", "split", "last", "batch", "head")
 
 # What an item costs beside its steps, in columns: its ends are not overlapped.
 _COLUMNS_PER_ITEM = 256
@@ -33,7 +34,7 @@ _COLUMNS_PER_ITEM = 256
 class Plan:
     """All that a kernel reads beside its operands."""
 
-    items: np.ndarray  # (programs, most items of one, 9) int32, columns as in ITEM
+    items: np.ndarray  # (programs, most items of one, 10) int32, columns as in ITEM
     counts: np.ndarray  # (programs,) int32: items of each
     bounds: np.ndarray  # (tiles, 2, ROWS) int32: the first other row that each own row meets, and one past the last
     own_rows: np.ndarray  # (tiles, ROWS) int32: which row each is, -1 for none
@@ -41,7 +42,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=64)
-def query_plan(block_sizes, pattern, batch, heads, columns, together, programs) -> Plan:
+def query_plan(block_sizes, pattern, batch, heads, columns, together, programs, grain=None) -> Plan:
     """Items of queries, which keys pass by.
 
     Args:
@@ -50,14 +51,16 @@ def query_plan(block_sizes, pattern, batch, heads, columns, together, programs) 
       columns: keys of a step.
       together: heads that go through the tiles side by side, at most, so that their keys stay in the L2 cache.
       programs: how many run at once.
+      grain: the last step of an item has a multiple of so many columns; None: all of them.
     """
-    (found,) = tiles.query_tiles(block_sizes, pattern, ((ROWS * WARPGROUPS, columns),))
+    grain = grain or columns
+    (found,) = tiles.query_tiles(block_sizes, pattern, ((ROWS * WARPGROUPS, grain),))
     own = _Own(tiles.query_bounds(block_sizes, pattern), NO_BOUND)
     items = []
     for start, stop, first_key, middle, _, end in found:
+        keys = -(-(end - first_key) // grain) * grain
         full = (middle - first_key) // columns
-        steps = full + -(-(end - middle) // columns)
-        items.append((start, stop - start, own.add(start, stop), first_key, 0, steps, full))
+        items.append((start, stop - start, own.add(start, stop), first_key, 0, -(-keys // columns), full, keys % columns))
     table, counts = _share(items, batch, heads, columns, together, programs)
     return Plan(table, counts, *own.arrays(), np.zeros((0, columns), np.int32))
 
@@ -86,7 +89,7 @@ def key_plan(block_sizes, pattern, batch, heads, columns, together, programs) ->
                 split = steps - step  # the steps go on to the end of the part, which no query of another block may see
             else:
                 split = (middle - begin) // columns - step
-            items.append((start, stop - start, own.add(start, stop), begin + step * columns, tile + step, steps - step, split))
+            items.append((start, stop - start, own.add(start, stop), begin + step * columns, tile + step, steps - step, split, 0))
     table, counts = _share(items, batch, heads, columns, together, programs)
     return Plan(table, counts, *own.arrays(), np.concatenate(other_rows).astype(np.int32))
 
@@ -115,7 +118,12 @@ class _Own:
 
 def _share(items, batch, heads, columns, together, programs):
     """(items, counts) of a Plan: every item of every picture and head, given to the program that has least to do."""
-    items = sorted(items, key=lambda item: -item[5])
+    steps, last = ITEM.index("steps"), ITEM.index("last")
+
+    def cost(item):
+        return item[steps] * columns - (columns - item[last] if item[last] else 0) + _COLUMNS_PER_ITEM
+
+    items = sorted(items, key=cost, reverse=True)
     side_by_side = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= together)
     pairs = [(b, h) for b in range(batch) for h in range(heads)]
     lists = [[] for _ in range(programs)]
@@ -125,7 +133,7 @@ def _share(items, batch, heads, columns, together, programs):
             for pair in pairs[first : first + side_by_side]:
                 work, program = heapq.heappop(idle)
                 lists[program].append((*item, *pair))
-                heapq.heappush(idle, (work + item[5] * columns + _COLUMNS_PER_ITEM, program))
+                heapq.heappush(idle, (work + cost(item), program))
     table = np.zeros((programs, max(map(len, lists)), len(ITEM)), np.int32)
     for program, own in enumerate(lists):
         if own:

@@ -41,6 +41,7 @@ class Layout:
     streams: tuple[Stream, ...]  # one or two; a step's first stream may be freed before the second is needed
     outputs: int  # results (B, L, H, D) of own rows
     row_outputs: int  # results (B, H, tiles, ROWS) float32
+    narrower: tuple[int, ...] = ()  # columns that an item's last step may have, in place of `columns`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,11 @@ def along_columns(x):
     return lax.broadcast_in_dim(x, (ROWS, *x.shape), [1])
 
 
+def whole_steps(work):
+    """How many steps of an item have all columns."""
+    return work["steps"] - jnp.where(work["last"] > 0, 1, 0)
+
+
 def call(layout: Layout, compute: Callable, plan, programs: int, operands: dict, out_types):
     """Runs a kernel.
 
@@ -209,21 +215,24 @@ def call(layout: Layout, compute: Callable, plan, programs: int, operands: dict,
                         source = refs[name].at[work["batch"], rows, work["head"]]
                         plgpu.copy_gmem_to_smem(source, views[flat].at[buffer, index], own_ready.at[buffer])
 
-                @pl.loop(0, work["steps"])
-                def _(j):
+                def copy_step(columns, j):
                     stage = program.stage(steps_before + j)
-                    rows = pl.ds(work["other"] + j * layout.columns, layout.columns)
+                    rows, target = pl.ds(work["other"] + j * layout.columns, columns), pl.ds(0, columns)
                     for stream, (matrices, vectors) in enumerate(streams):
                         used = steps_before + j >= layout.stages
                         pl.when(used)(lambda stream=stream: plgpu.barrier_wait(free[stream].at[stage]))
                         sources = [refs[name] for name in stream_names[stream]]
                         for views, source in zip(matrices, sources[: len(matrices)], strict=True):
                             source = source.at[work["batch"], rows, work["head"]]
-                            plgpu.copy_gmem_to_smem(source, views[flat].at[stage], ready[stream].at[stage])
+                            plgpu.copy_gmem_to_smem(source, views[flat].at[stage, target], ready[stream].at[stage])
                         for ref, source in zip(vectors, sources[len(matrices) :], strict=True):
                             source = source.at[work["batch"], work["head"], work["other_tile"] + j]
                             plgpu.copy_gmem_to_smem(source, ref.at[stage], ready[stream].at[stage])
 
+                whole = whole_steps(work)
+                pl.loop(0, whole)(functools.partial(copy_step, layout.columns))
+                for columns in layout.narrower:
+                    pl.when(work["last"] == columns)(functools.partial(copy_step, columns, whole))
                 return steps_before + work["steps"]
 
     kernel = plgpu.kernel(
