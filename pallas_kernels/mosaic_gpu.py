@@ -49,6 +49,7 @@ class Tuning:
 # (GPU, L, D, pattern), of half precision: cases in which these kernels were measured to be faster than Triton's by
 # `benchmarks/attention.py`, with steps found by `benchmarks/tune_attention.py`.
 TUNED: dict[tuple[str, int, int, str], Tuning] = {
+    ("H100", 680, 64, "diagonal"): Tuning(),
     ("H100", 2240, 64, "diagonal"): Tuning(),
     ("H100", 2240, 64, "causal"): Tuning(),
     ("H100", 9451, 64, "diagonal"): Tuning(forward=Step(256, 2)),
