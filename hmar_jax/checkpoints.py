@@ -266,10 +266,13 @@ class RunCheckpoints:
             multihost_utils.sync_global_devices(f"hmar_jax checkpoint {step} moved aside")
 
 
-def load_params_of_run(workdir: os.PathLike | str, *more: str, averaged: bool = False) -> tuple[int, dict[str, Any]]:
-    """The step and {"params": ..., and each key named} of the latest good checkpoint, as numpy arrays on the host.
+def load_params_of_run(
+    workdir: os.PathLike | str, *more: str, averaged: bool = False, checkpoint: int | str = "latest"
+) -> tuple[int, dict[str, Any]]:
+    """The step and {"params": ..., and each key named} of a checkpoint, as numpy arrays on the host.
 
-    With `averaged`, "params" is the moving average of the parameters, where the run keeps one.
+    `checkpoint` is "latest" (the latest good one), "best" (of least validation loss among those kept) or a step. With
+    `averaged`, "params" is the moving average of the parameters, where the run keeps one.
 
     Only these parts of the state are read: no optimizer state in memory, and no need to know the optimizer. Nothing
     in the run directory is changed, so the run may be training meanwhile.
@@ -278,7 +281,7 @@ def load_params_of_run(workdir: os.PathLike | str, *more: str, averaged: bool = 
     if not absolute(workdir).is_dir():
         raise InputError(f"there is no run directory {workdir}")
     damaged = []
-    for step in _steps_from_newest(directory):
+    for step in _steps_from_newest(directory) if checkpoint == "latest" else [_step_of(directory, checkpoint)]:
         folder = directory / str(step) / _STATE
         try:
             metadata = _metadata(folder, "params", *more, *([_AVERAGE] if averaged else []))
@@ -300,7 +303,29 @@ def load_params_of_run(workdir: os.PathLike | str, *more: str, averaged: bool = 
             damaged.append(step)
     if damaged:
         raise InputError(_none_readable(directory, damaged))
-    raise InputError(f"{workdir} has no checkpoints")
+    raise InputError(f"{workdir} has no checkpoints" if checkpoint == "latest" else f"checkpoint {checkpoint} of {workdir} is gone")
+
+
+def _step_of(directory: epath.Path, checkpoint: int | str) -> int:
+    """The step of the checkpoint "best", or of that number."""
+    steps = sorted(_steps_from_newest(directory))
+    there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there are none"
+    if checkpoint == "best":
+        losses = {step: _saved_loss(directory / str(step)) for step in steps}
+        best = min(losses, key=losses.get, default=None)
+        if best is None or losses[best] == math.inf:
+            raise InputError(f"no checkpoint in {directory} was saved with a validation loss; {there}")
+        return best
+    if checkpoint not in steps:
+        raise InputError(f"no checkpoint {checkpoint!r} in {directory}; {there}, and latest and best")
+    return checkpoint
+
+
+def _saved_loss(folder: epath.Path) -> float:
+    try:
+        return _validation_loss(ocp.JsonCheckpointHandler(filename="metrics").restore(folder / "metrics"))
+    except (OSError, ValueError):  # it was saved without one, or the run has removed it since
+        return math.inf
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:

@@ -237,6 +237,16 @@ def _plan(args, overrides) -> int:
 
 def _model(sub) -> None:
     sub.add_argument("--model", required=True, help="a bundled model (digits), a run directory or a model directory")
+    sub.add_argument("--checkpoint", type=_checkpoint, default="latest",
+                     help="of a run: latest (default), best (of least validation loss) or a step")
+
+
+def _checkpoint(text: str) -> int | str:
+    if text in ("latest", "best"):
+        return text
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: latest, best or the number of a step is wanted")
+    return int(text)
 
 
 def _strength(sub, several_schedules: bool = False) -> None:
@@ -399,7 +409,7 @@ def _sample(args) -> None:
 
     from hmar_jax.sampling import grid, pipeline
 
-    pipe = pipeline.load(args.model, devices=jax.devices())
+    pipe = pipeline.load(args.model, devices=jax.devices(), checkpoint=args.checkpoint)
     spec = pipe.spec
     if spec.transformer is None:
         raise InputError(f"model {args.model!r} is a tokenizer alone: it cannot sample")
@@ -466,7 +476,7 @@ def _edit(args) -> None:
             "the box is the whole picture: nothing around it is left to be made new" if args.box
             else f"mask {args.mask} selects nothing: white (128 and above) is wanted where "
             + ("the picture stays, and black elsewhere" if args.mode == "outpaint" else "new content goes"))
-    pipe = pipeline.load(args.model)
+    pipe = pipeline.load(args.model, checkpoint=args.checkpoint)
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always", UserWarning)
         edited = np.asarray(pipe.edit(
@@ -509,7 +519,7 @@ def _evaluate(args) -> None:
     from hmar_jax.evaluation.report import digit_report, format_report
     from hmar_jax.sampling import pipeline
 
-    pipe = pipeline.load(args.model, devices=jax.devices())
+    pipe = pipeline.load(args.model, devices=jax.devices(), checkpoint=args.checkpoint)
     if pipe.spec.transformer is None:
         raise InputError(f"model {args.model!r} is a tokenizer alone: it cannot sample")
     pipe.schedule(args.schedule)
@@ -529,7 +539,7 @@ def _evaluate(args) -> None:
 def _info(args) -> None:
     from hmar_jax.sampling import pipeline
 
-    spec, params = pipeline.load_parts(args.model)
+    spec, params = pipeline.load_parts(args.model, args.checkpoint)
     import jax
 
     count = lambda part: sum(x.size for x in jax.tree.leaves(params.get(part, {})))
@@ -586,7 +596,7 @@ def _export(args) -> None:
     from hmar_jax.sampling import pipeline
 
     checkpoints.check_new_model(args.out)
-    spec, params = pipeline.load_parts(args.model)
+    spec, params = pipeline.load_parts(args.model, args.checkpoint)
     if args.licence is not None:
         spec = dataclasses.replace(spec, licence=args.licence)
     if args.half:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,29 @@ def test_keeps_the_best_too(tmp_path):
     assert save((7, 0.5), (8, 0.7)) == [7, 8]
     with RunCheckpoints(tmp_path, max_to_keep=1, keep_best=1) as run:
         assert run.restore_latest(make_state()).step == 8
+
+
+def test_a_checkpoint_by_name(tmp_path):
+    with RunCheckpoints(tmp_path, max_to_keep=2, keep_best=2) as run:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan")), (5, None)):
+            run.save(step, {"params": {"w": np.full(3, step)}}, validation_loss=loss)
+
+    def step_of(checkpoint):
+        step, saved = load_params_of_run(tmp_path, checkpoint=checkpoint)
+        assert saved["params"]["w"].tolist() == [step] * 3
+        return step
+
+    assert [step_of(x) for x in ("best", "latest", 2, 4)] == [2, 5, 2, 4]
+    with pytest.raises(InputError, match="no checkpoint 1 in .*; there are those of steps 2, 3, 4, 5, and latest and best"):
+        load_params_of_run(tmp_path, checkpoint=1)
+    for file in (tmp_path / "checkpoints/2/state").rglob("*"):
+        file.is_file() and file.write_bytes(b"")
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be read \(steps 2\)"):
+        load_params_of_run(tmp_path, checkpoint="best")
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoints/{step}")
+    with pytest.raises(InputError, match="was saved with a validation loss; there are those of steps 4, 5"):
+        load_params_of_run(tmp_path, checkpoint="best")
 
 
 def test_arrays_may_be_donated_and_changed_while_saving(tmp_path):

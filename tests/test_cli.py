@@ -188,6 +188,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(hmar, elsewhere, tmp_p
     (["train-tokenizer", "--config=configs/hmar.py:digits", "--workdir=run"], ["is for hmar train"]),
     (["train-tokenizer", "--config=configs/tokenizer.py:photos", "--workdir=run"], ["data.source is empty", "folder:DIR"]),
     (["sample", "--model=nope", "--out=x.png"], ["model 'nope'", "bundled"]),
+    (["info", "--model=digits", "--checkpoint=newest"], ["--checkpoint", "'newest'", "latest, best or the number of a step"]),
+    (["info", "--model=digits", "--checkpoint=best"], ["checkpoint 'best' of 'digits'", "only runs have"]),
     (["sample", "--model=nope", "--out=x.png", "--seed=-1"], ["--seed", "'-1'", "from 0 to 4294967295"]),
     (["evaluate", "--model=nope", "--features=nope"], ["--features", "'nope'", "classifier"]),
     (["evaluate", "--model=nope", "--json=no/x.json"], ["no/x.json", "no folder"]),
@@ -206,6 +208,7 @@ def test_mistakes_found_without_a_model(refused, arguments, words):
     (["--top_k=-1"], ["top_k=-1"]), (["--top_k=1.5"], ["--top_k", "'1.5'"]), (["--guidance=-1"], ["guidance=-1", "0 or more"]),
     (["--guidance=inf"], ["guidance=inf"]), (["--guidance=strong"], ["--guidance", "'strong'"]), (["--guidance"], ["--guidance"]),
     (["--seed=one"], ["--seed", "'one'"]), (["--seed=4294967296"], ["'4294967296'"]),
+    (["--checkpoint=1"], ["no checkpoint 1", "there are those of steps"]),
     (["--npz=no/x.npz"], ["no/x.npz", "no folder"]), (["--npz=/"], ["folder"])])
 def test_mistakes_in_sampling(refused, arguments, words):
     refused(*sample(*arguments), words=words)

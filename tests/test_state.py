@@ -90,6 +90,11 @@ def test_a_run_skips_what_is_not_finite_and_stops_after_ten_in_a_row(tmp_path, m
     assert step == 40 and saved["skipped"] == 2
     _, parts = load_parts(str(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, parts["transformer"], saved["ema_params"])
+    losses = {x["step"]: x["validation/loss"] for x in lines if "validation/loss" in x}
+    best, found = checkpoints.load_params_of_run(tmp_path / "run", averaged=True, checkpoint="best")
+    assert losses[best] == min(losses.values())
+    _, parts = load_parts(str(tmp_path / "run"), "best")
+    jax.tree.map(np.testing.assert_array_equal, parts["transformer"], found["params"])
     assert not np.array_equal(saved["params"]["head"]["kernel"], saved["ema_params"]["head"]["kernel"])
 
 

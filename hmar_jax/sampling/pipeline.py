@@ -279,18 +279,21 @@ def resize_picture(image, side: int) -> np.ndarray:
     return np.stack([np.asarray(c) for c in channels], -1).clip(0, 1)
 
 
-def load(name: str, dtype: str = "auto", devices=None) -> Pipeline:
+def load(name: str, dtype: str = "auto", devices=None, checkpoint: int | str = "latest") -> Pipeline:
     """A bundled model by name, a run directory, or a model directory.
 
-    A run directory gives the parameters of its latest good checkpoint. `dtype` and `devices` as Pipeline's.
+    Args:
+      name: which.
+      dtype, devices: as Pipeline's.
+      checkpoint: of a run: "latest" (the latest good one), "best" (of least validation loss), or a step.
 
     Raises:
-      InputError: there is no such model, or it is damaged.
+      InputError: there is no such model or checkpoint, or it is damaged.
     """
-    return Pipeline(*load_parts(name), dtype, devices)
+    return Pipeline(*load_parts(name, checkpoint), dtype, devices)
 
 
-def load_parts(name: str):
+def load_parts(name: str, checkpoint: int | str = "latest"):
     """As load, but the spec and the parameters {"tokenizer": …, "transformer": …, "masked": …} on the host."""
     directory = pathlib.Path(name) if files.is_local(name) else epath.Path(name)
     there = lambda: os.path.isfile(directory / "config.json") if files.is_local(directory) else (directory / "config.json").exists()
@@ -301,7 +304,9 @@ def load_parts(name: str):
             f"model {name!r}: neither a bundled model ({', '.join(bundled_models()) or 'none'}) nor a directory with a config.json")
     config = files.read_json(directory / "config.json", "the config of a model or a run")
     if isinstance(config, dict) and config.get("format") == _RUN_FORMAT:
-        return _load_run(directory, config)
+        return _load_run(directory, config, checkpoint)
+    if checkpoint != "latest":
+        raise InputError(f"checkpoint {checkpoint!r} of {name!r}: it is a model, which has no checkpoints; only runs have")
     config, params = checkpoints.load_model(directory)
     return ModelSpec.from_json(config, str(directory / "config.json")), params
 
@@ -311,9 +316,9 @@ def run_config(spec: ModelSpec, config: dict) -> dict:
     return {"format": _RUN_FORMAT, "config": config, "model": spec.to_json()}
 
 
-def _load_run(directory: pathlib.Path | epath.Path, config: dict):
+def _load_run(directory: pathlib.Path | epath.Path, config: dict, checkpoint: int | str):
     spec = ModelSpec.from_json(config.get("model"), str(directory / "config.json"))
-    _, saved = checkpoints.load_params_of_run(directory, averaged=True)
+    _, saved = checkpoints.load_params_of_run(directory, averaged=True, checkpoint=checkpoint)
     trained = saved["params"]
     if spec.transformer is None:
         return spec, {"tokenizer": trained}
