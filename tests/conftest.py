@@ -15,6 +15,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
+    marks = config.option.markexpr
+    if "gpu" not in marks or "not gpu" in marks:
+        # They are tests for the CPU; JAX would also look for other devices, and where libtpu is installed tell of it at length.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Before the worker processes start: they all share what tiny.py makes.
     if not hasattr(config, "workerinput"):
         os.environ["HMAR_TINY_FOLDER"] = tempfile.mkdtemp(prefix="hmar_tiny_")
