@@ -6,6 +6,7 @@ tensors all run the launches made here.
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 
@@ -117,9 +118,15 @@ TUNED = {
 }
 
 
+# GPUs with the multiprocessors of another and faster or slower memory: its choices are taken, though not measured there.
+_SAME_CHIP = {"H200": "H100", "GH200": "H100", "H800": "H100"}
+
+
 def gpu_name(device_kind):
-    """Short name of a GPU for the table: "NVIDIA H100 80GB HBM3" is "H100"."""
-    return next((word for word in device_kind.split() if word[0] in "ABHLV" and word[1:2].isdigit()), device_kind)
+    """Short name of a GPU for the tables: "NVIDIA H100 80GB HBM3" is "H100", and so is an H200."""
+    found = re.search(r"\bG?[ABHLV]\d\w*", device_kind)
+    name = found.group() if found else device_kind
+    return _SAME_CHIP.get(name, name)
 
 
 def tuning_for(gpu, length, dim, dtype, pattern):

@@ -97,7 +97,8 @@ def test_bounds():
 
 @pytest.mark.parametrize(
     "kind, name",
-    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA L4", "L4"), ("cpu", "cpu")],
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H100"), ("NVIDIA GH200 480GB", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"),
+     ("NVIDIA L4", "L4"), ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"), ("cpu", "cpu")],
 )
 def test_gpu_names(kind, name):
     assert triton_plan.gpu_name(kind) == name
