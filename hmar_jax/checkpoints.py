@@ -71,6 +71,7 @@ def save_model(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     params = jax.tree.map(np.asarray, params)
     _check_leaves(params, "params")
+    _check_room(directory, params, "the model")
     if not is_local(directory):
         _write_model(absolute(directory), text, params, readme)
         return
@@ -173,6 +174,7 @@ class RunCheckpoints:
         _check_leaves(state, _STATE)
         # As text and back: what is not JSON is found here and not in a thread, and the caller may change its dicts.
         extra = json.loads(json.dumps({**extra, "data_state": _encode(data_state)}))
+        _check_room(self.directory, state, f"the checkpoint of step {step}", "; those before it are kept, and the same command goes on")
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra))
         # force: Orbax would skip, without a word, a step below the newest on disk.
         metrics = {} if validation_loss is None else {_LOSS: float(validation_loss)}
@@ -315,6 +317,7 @@ def _step_of(directory: epath.Path, checkpoint: int | str) -> int:
         best = min(losses, key=losses.get, default=None)
         if best is None or losses[best] == math.inf:
             raise InputError(f"no checkpoint in {directory} was saved with a validation loss; {there}")
+        _log.info("the best checkpoint in %s is of step %d, validation loss %.4g", directory, best, losses[best])
         return best
     if checkpoint not in steps:
         raise InputError(f"no checkpoint {checkpoint!r} in {directory}; {there}, and latest and best")
@@ -322,10 +325,9 @@ def _step_of(directory: epath.Path, checkpoint: int | str) -> int:
 
 
 def _saved_loss(folder: epath.Path) -> float:
-    try:
-        return _validation_loss(ocp.JsonCheckpointHandler(filename="metrics").restore(folder / "metrics"))
-    except (OSError, ValueError):  # it was saved without one, or the run has removed it since
-        return math.inf
+    """The validation loss that a checkpoint was saved with, inf for none."""
+    file = folder / "metrics" / "metrics"  # as CheckpointManager writes it
+    return _validation_loss(read_json(file, "the validation loss of a checkpoint")) if file.exists() else math.inf
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:
@@ -422,6 +424,24 @@ def _check_leaves(tree: Any, what: str) -> None:
             raise TypeError(f"{name} is a typed random key: save its jax.random.key_data")
         if leaf.size == 0:
             raise ValueError(f"{name} has shape {leaf.shape}: Orbax does not store arrays without elements")
+
+
+def _check_room(directory: os.PathLike | str, tree: Any, what: str, more: str = "") -> None:
+    """Raises InputError where this process's arrays of the tree are larger than what is free on the local disk.
+
+    Orbax finds out midway, and tells it in hundreds of lines.
+    """
+    if not is_local(directory):
+        return
+    folder = os.path.realpath(directory)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    arrays = [
+        part for leaf in jax.tree.leaves(tree)
+        for part in ([s.data for s in leaf.addressable_shards if s.replica_id == 0] if isinstance(leaf, jax.Array) else [leaf])]
+    wanted, free = sum(x.nbytes for x in arrays), shutil.disk_usage(folder).free
+    if wanted > free:
+        raise InputError(f"there is no room for {what} in {directory}: it has {wanted / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free{more}")
 
 
 def _encode(data_state: Any) -> Any:

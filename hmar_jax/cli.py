@@ -4,6 +4,7 @@ Exit status: 0 done, 2 the user's input is wrong, 1 anything else.
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -41,6 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"hmar {args.command}: cannot write {e.filename or 'a file'}: {e.strerror}", file=sys.stderr)
+        return 2
 
 
 class _Parser(argparse.ArgumentParser):

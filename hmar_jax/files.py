@@ -32,6 +32,9 @@ def write_by_rename(path: os.PathLike | str, data: bytes | str) -> None:
     """Writes the file; whoever reads it, and whenever this process dies, finds the old contents or the new ones.
 
     Symbolic links are followed. A device or a pipe (/dev/stdout) is written in place.
+
+    Raises:
+      OSError: it cannot be written, as on a full disk; the error's filename is `path`.
     """
     data = data.encode() if isinstance(data, str) else data
     if not is_local(path):
@@ -49,8 +52,10 @@ def write_by_rename(path: os.PathLike | str, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = os.fspath(path), None  # not the temporary file's name
         raise
 
 

@@ -179,12 +179,15 @@ def test_a_checkpoint_by_name(tmp_path):
     assert [step_of(x) for x in ("best", "latest", 2, 4)] == [2, 5, 2, 4]
     with pytest.raises(InputError, match="no checkpoint 1 in .*; there are those of steps 2, 3, 4, 5, and latest and best"):
         load_params_of_run(tmp_path, checkpoint=1)
+    (tmp_path / "checkpoints/3/metrics/metrics").write_text("{")
+    with pytest.raises(InputError, match="the validation loss of a checkpoint is damaged: .*/3/metrics"):
+        load_params_of_run(tmp_path, checkpoint="best")
+    shutil.rmtree(tmp_path / "checkpoints/3")
     for file in (tmp_path / "checkpoints/2/state").rglob("*"):
         file.is_file() and file.write_bytes(b"")
     with pytest.raises(InputError, match=r"no checkpoint in .* can be read \(steps 2\)"):
         load_params_of_run(tmp_path, checkpoint="best")
-    for step in (2, 3):
-        shutil.rmtree(tmp_path / f"checkpoints/{step}")
+    shutil.rmtree(tmp_path / "checkpoints/2")
     with pytest.raises(InputError, match="was saved with a validation loss; there are those of steps 4, 5"):
         load_params_of_run(tmp_path, checkpoint="best")
 
@@ -321,6 +324,20 @@ def test_a_full_disk(tmp_path, monkeypatch, said, expected):
             run.save(1, make_state())
         monkeypatch.undo()
         assert run.save(1, make_state())
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch, mistake):
+    with RunCheckpoints(tmp_path / "run") as run:
+        assert run.save(1, make_state())
+        run.wait()
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
+        with mistake("no room for the checkpoint of step 2", "0.0 MB are free", "the same command goes on"):
+            run.save(2, make_state())
+        with mistake("no room for the model", f"{tmp_path}/models/a"):
+            save_model(tmp_path / "models/a", {}, make_state(), "")
+        monkeypatch.undo()
+        assert run.save(2, make_state())
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["1", "2"] and os.listdir(tmp_path / "models") == []
 
 
 def test_falls_back_over_wrong_contents_of_the_right_length(tmp_path):

@@ -78,5 +78,5 @@ def test_a_run_in_an_object_store_is_killed_and_goes_on(store, tmp_path):
 
     out = tmp_path / "out.png"
     drawn = subprocess.run(
-        [*hmar, "sample", "--model=gs://runs/a/run", "--n=2", f"--out={out}"], env=environment, capture_output=True, text=True)
+        [*hmar, "sample", "--model=gs://runs/a/run", "--checkpoint=best", "--n=2", f"--out={out}"], env=environment, capture_output=True, text=True)
     assert drawn.returncode == 0 and out.stat().st_size > 100, drawn.stderr
