@@ -7,8 +7,8 @@
 
 Two times of the Triton kernels: `launched`, on PyTorch tensors from a CUDA graph and timed with CUDA events, the L2 cache
 flushed before each run (only with PyTorch), and `triton`, what one more call costs in a chain of calls in one jitted
-function. `mosaic`: the same of mosaic_gpu.py, where it can run. The one that `block_attention` takes by itself is marked *,
-and its are TFLOP/s, GB/s and the fraction of the floor. TFLOP/s count the scores that the mask keeps: 4 D operations
+function. `mosaic`: the same of mosaic_gpu.py, where it can run. TFLOP/s, GB/s and the fraction of the floor are of the one
+that `block_attention` takes by itself, which is marked *. TFLOP/s count the scores that the mask keeps: 4 D operations
 forward, 10 D backward (2.5 times as many, as is usual). The floor is the larger of operations at 785 TFLOP/s and bytes at
 3.02 TB/s, both measured on an H100; bytes are those of each input and output once. Milliseconds, medians.
 """

@@ -130,6 +130,8 @@ def tune_mosaic(row, dtype):
         for candidate, result in zip(candidates, found, strict=True):
             if isinstance(result, Exception):
                 print(f"{row}: {field} {candidate}: {str(result)[:200]}", flush=True)
+        if all(isinstance(result, Exception) for result in found):
+            raise SystemExit(f"{row}: no {field} of the candidates runs here")
         fit = {c: result for c, result in zip(candidates, found, strict=True) if not isinstance(result, Exception)}
         tried[field] = list(zip(queued_medians(fit.values()), fit, strict=True))
         best = dataclasses.replace(best, **{field: min(tried[field], key=lambda result: result[0])[1]})

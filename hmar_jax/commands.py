@@ -19,19 +19,17 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's mall
 
 
 def plan(args, overrides) -> int:
+    """Prints whether a run fits a topology; returns 0 if it does, otherwise 1."""
     from hmar_jax import chips
 
     topology = chips.parse(args.topology)
-    from hmar_jax import configs, files, plan
+    from hmar_jax import files, plan
 
     if args.json not in (None, "-"):
         files.check_writable(args.json)
 
     plan.prepare_environment()
-    config, stage1 = configs.load_config(args.config), plan.stage1_of(args.config)
-    for text in overrides:
-        key, value = text.removeprefix("--config.").split("=", 1)
-        configs.override(config, key, value)
+    config, stage1 = _config(args, overrides), plan.stage1_of(args.config)
     found = plan.make_plan(config, topology, name=" ".join([args.config, *overrides]), stage1=stage1)
     if args.json == "-":
         print(json.dumps(found.to_json(), indent=1))
@@ -42,14 +40,21 @@ def plan(args, overrides) -> int:
     return 0 if found.fits else 1
 
 
-def train(args, overrides) -> None:
-    _keep_freed_memory()
+def _config(args, overrides):
+    """The config that --config names, with the values that --config.KEY=VALUE give."""
     from hmar_jax import configs
 
     config = configs.load_config(args.config)
     for text in overrides:
         key, _, value = text.removeprefix("--config.").partition("=")
         configs.override(config, key, value)
+    return config
+
+
+def train(args, overrides) -> None:
+    """Begins a run, or goes on with it: `train` and `train-tokenizer`."""
+    _keep_freed_memory()
+    config = _config(args, overrides)
     commands = {"tokenizer": "train-tokenizer", "next_scale": "train", "masked": "train"}
     task = config.get("task")
     if task not in commands:
@@ -93,6 +98,7 @@ def _keep_freed_memory() -> None:
 
 
 def tokenize(args) -> None:
+    """Turns a data set into a token set, or goes on with it."""
     _keep_freed_memory()
     import jax
 
@@ -131,6 +137,7 @@ def tokenize(args) -> None:
 
 
 def sample(args) -> None:
+    """Draws pictures of classes into a .png file, and their arrays into an .npz file."""
     from hmar_jax import files
 
     for path in filter(None, (args.out, args.npz)):
@@ -170,6 +177,7 @@ def sample(args) -> None:
 
 
 def edit(args) -> None:
+    """Draws new content into a part of a picture."""
     from hmar_jax import files
 
     for path in filter(None, (args.out, args.show)):
@@ -245,6 +253,7 @@ def _read_picture(option: str, path: str):
 
 
 def evaluate(args) -> None:
+    """Judges samples beside real pictures."""
     from hmar_jax import files
 
     if args.json:
@@ -275,6 +284,7 @@ def evaluate(args) -> None:
 
 
 def info(args) -> None:
+    """Prints what a model is."""
     from hmar_jax.sampling import pipeline
 
     spec, params = pipeline.load_parts(args.model, args.checkpoint)
@@ -310,6 +320,7 @@ def _stage2(spec, parameters: int) -> str:
 
 
 def convert(args) -> None:
+    """Published PyTorch weights become a model directory."""
     from hmar_jax import checkpoints
     from hmar_jax.sampling import pipeline
     from hmar_jax.scales import ScaleList
@@ -327,6 +338,7 @@ def convert(args) -> None:
 
 
 def export(args) -> None:
+    """A run or a model becomes a model directory."""
     import jax
     import numpy as np
 

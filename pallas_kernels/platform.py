@@ -13,6 +13,6 @@ def why_not_nvidia():
     """None if this process runs on an NVIDIA GPU, otherwise the reason in words."""
     if platform() != "gpu":
         return f"it needs an NVIDIA GPU, this process runs on {platform()}"
-    if "cuda" not in jax.devices()[0].client.platform_version.lower():
+    if "cuda" not in jax.local_devices()[0].client.platform_version.lower():
         return "it needs an NVIDIA GPU, this process runs on another kind"
     return None

@@ -36,7 +36,7 @@ def why_not(q):
 
 def attention(q, k, v, block_sizes, pattern, scale):
     """Block attention; arguments are checked and explained in `pallas_kernels.api.block_attention`."""
-    gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
+    gpu = triton_plan.gpu_name(jax.local_devices()[0].device_kind)
     tuning = triton_plan.tuning_for(gpu, q.shape[1], q.shape[3], q.dtype.name, pattern)
     return attend(q, k, v, Call(triton_plan.Problem(block_sizes, pattern, scale, tuning)))
 

@@ -139,7 +139,7 @@ def conv3x3(channels, name, dtype, strides=1, padding=((1, 1), (1, 1))):
 def group_norm(groups, name, dtype):
     # Not the fast variance E[x^2] - E[x]^2: it cancels in float32.
     norm = nn.GroupNorm(groups, epsilon=1e-6, name=name, dtype=dtype, use_fast_variance=False)
-    # Its groups are not cut by the channels that a divided kernel is cut by.
+    # A kernel that is divided by channels would leave pieces of groups on each device, and gradients would be copied about.
     return lambda x: norm(by_picture(x))
 
 
