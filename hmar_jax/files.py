@@ -54,7 +54,7 @@ def write_by_rename(path: os.PathLike | str, data: bytes | str) -> None:
         os.replace(temporary, target)
     except BaseException as error:
         os.unlink(temporary)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename, error.filename2 = os.fspath(path), None  # not the temporary file's name
         raise
 
