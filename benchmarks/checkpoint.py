@@ -21,9 +21,13 @@ from hmar_jax.training import experiments, program
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/hmar.py:digits")
-    parser.add_argument("--every", type=int, default=500, help="steps between saves, to which the cost is related")
+    parser.add_argument(
+        "--every", type=int, default=500, help="steps between saves, to which the cost is related"
+    )
     parser.add_argument("--window", type=int, default=30, help="steps that are timed together")
     parser.add_argument("--rounds", type=int, default=12, help="pairs of windows")
     args, overrides = parser.parse_known_args()
@@ -42,16 +46,21 @@ def main():
         for _ in range(args.window):
             batch = sharding.global_batch(mesh, next(batches), config.batch_size)
             state, metrics = made.train_step(state, batch, key, *extra)
-            jax.block_until_ready(metrics["loss"])  # as the loop, which is never far ahead of the device
+            jax.block_until_ready(
+                metrics["loss"]
+            )  # as the loop, which is never far ahead of the device
         return state
 
     plain, saving, calls, late = [], [], [], 0
-    with tempfile.TemporaryDirectory() as workdir, RunCheckpoints(workdir, max_to_keep=2, keep_best=1) as checkpoints:
+    with (
+        tempfile.TemporaryDirectory() as workdir,
+        RunCheckpoints(workdir, max_to_keep=2, keep_best=1) as checkpoints,
+    ):
         state = window(state)
         checkpoints.save(0, state, state_to_bytes(batches))  # the first save also starts threads
         checkpoints.wait()
         for round in range(1, args.rounds + 1):
-            for save in ((True, False) if round % 2 else (False, True)):
+            for save in (True, False) if round % 2 else (False, True):
                 begun = time.perf_counter()
                 if save:
                     checkpoints.save(round, state, state_to_bytes(batches), validation_loss=1.0)
@@ -65,10 +74,20 @@ def main():
     step = statistics.median(plain) / args.window
     cost = statistics.median(saving) - statistics.median(plain)
     size = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
-    print(f"{jax.devices()[0].device_kind}, {args.config}, state of {size:.1f} MiB, batch {config.batch_size}")
-    print(f"step {step * 1e3:.1f} ms; window of {args.window}: {statistics.median(plain):.3f} s, with a save {statistics.median(saving):.3f} s")
-    print(f"a save: call {statistics.median(calls) * 1e3:.0f} ms, in all {cost * 1e3:.0f} ms" + (
-        f" (in {late} of {args.rounds} windows it had not ended: take a longer --window)" if late else ""))
+    print(
+        f"{jax.devices()[0].device_kind}, {args.config}, state of {size:.1f} MiB, batch {config.batch_size}"
+    )
+    print(
+        f"step {step * 1e3:.1f} ms; window of {args.window}: {statistics.median(plain):.3f} s, with a save {statistics.median(saving):.3f} s"
+    )
+    print(
+        f"a save: call {statistics.median(calls) * 1e3:.0f} ms, in all {cost * 1e3:.0f} ms"
+        + (
+            f" (in {late} of {args.rounds} windows it had not ended: take a longer --window)"
+            if late
+            else ""
+        )
+    )
     print(f"of training with one save each {args.every} steps: {cost / (args.every * step):.2%}")
 
 

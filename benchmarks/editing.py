@@ -30,29 +30,45 @@ _WAYS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="digits")
     parser.add_argument("--n", type=int, default=200)
-    parser.add_argument("--picture", default=None, help="a .png file to write: the middle rows of some digits, as each class")
+    parser.add_argument(
+        "--picture",
+        default=None,
+        help="a .png file to write: the middle rows of some digits, as each class",
+    )
     args = parser.parse_args()
     pipe = hmar_jax.load(args.model)
     classifier = fit_classifier(*read_all(open_source("digits", "train")))
-    images, labels = (x[:args.n] for x in read_all(open_source("digits", "validate")))
+    images, labels = (x[: args.n] for x in read_all(open_source("digits", "validate")))
     side = images.shape[1]
     third = slice(round(side / 3), round(2 * side / 3))
-    print(f"{len(images)} held-out digits, read correctly as they are: {accuracy(classifier, images, labels):.1%}; "
-          f"through the tokenizer: {accuracy(classifier, np.asarray(pipe.decode(pipe.encode(images))), labels):.1%}")
-    for name, region in {"middle rows": np.s_[third, :], "middle columns": np.s_[:, third], "middle square": np.s_[third, third]}.items():
+    print(
+        f"{len(images)} held-out digits, read correctly as they are: {accuracy(classifier, images, labels):.1%}; "
+        f"through the tokenizer: {accuracy(classifier, np.asarray(pipe.decode(pipe.encode(images))), labels):.1%}"
+    )
+    for name, region in {
+        "middle rows": np.s_[third, :],
+        "middle columns": np.s_[:, third],
+        "middle square": np.s_[third, third],
+    }.items():
         hole = np.zeros((side, side), bool)
         hole[region] = True
         removed = np.where(hole[..., None], np.uint8(0), images)
-        print(f"\n{name} removed; left black, read as their class: {accuracy(classifier, removed, labels):.1%}")
+        print(
+            f"\n{name} removed; left black, read as their class: {accuracy(classifier, removed, labels):.1%}"
+        )
         for way, options in _WAYS.items():
             options = dict(options)
             classes = None if options.pop("no_class", False) else labels
             edited = np.asarray(pipe.edit(jax.random.key(0), images, hole, classes, **options))
             error = np.sqrt(np.mean((edited - images / 255)[:, hole] ** 2))
-            print(f"  {way:<38} {accuracy(classifier, edited, labels):6.1%}   error in the hole {error:.3f}")
+            print(
+                f"  {way:<38} {accuracy(classifier, edited, labels):6.1%}   error in the hole {error:.3f}"
+            )
     if args.picture:
         hole = np.zeros((side, side), bool)
         hole[third] = True
@@ -63,9 +79,18 @@ def draw(pipe, images, hole):
     """Before, mask, and the hole filled with each of ten classes: a row for each picture (h, w, 3) uint8."""
     mask = np.repeat(hole[..., None], 3, -1)
     rows = [
-        np.stack([image / 255, mask, *np.asarray(pipe.edit(jax.random.key(1), image, hole, list(range(10))))]) for image in images]
+        np.stack(
+            [
+                image / 255,
+                mask,
+                *np.asarray(pipe.edit(jax.random.key(1), image, hole, list(range(10)))),
+            ]
+        )
+        for image in images
+    ]
     return grid.draw(
-        np.concatenate(rows), columns=12, titles=["before", "mask", *(f"as {c}" for c in range(10))])
+        np.concatenate(rows), columns=12, titles=["before", "mask", *(f"as {c}" for c in range(10))]
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ import numpy as np
 from hmar_jax.data.pipeline import Transform, make_loader
 from hmar_jax.data.sources import ArraySource, open_source
 from hmar_jax.data.tokenize import write_token_set
-from hmar_jax.data.tokens import SplitInfo, TokenSetInfo, make_token_loader, open_tokens, record_bytes
+from hmar_jax.data.tokens import (
+    SplitInfo,
+    TokenSetInfo,
+    make_token_loader,
+    open_tokens,
+    record_bytes,
+)
 from hmar_jax.scales import PUBLISHED_SIDES
 
 VOCAB = 4096
@@ -31,13 +37,21 @@ IMAGENET = 1_281_167  # pictures to train
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a folder of photographs in the ImageNet layout, or a .zip of one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a folder of photographs in the ImageNet layout, or a .zip of one",
+    )
     parser.add_argument("--side", type=int, default=256, help="of the crops, pixels")
     parser.add_argument("--pictures", type=int, default=200_000, help="in the token set")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--workers", type=int, default=2, help="processes, in the measurement that uses some")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes, in the measurement that uses some"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         with contextlib.suppress(KeyboardInterrupt):
@@ -52,15 +66,29 @@ def unpacked(data: str, scratch: str) -> str:
     with zipfile.ZipFile(data) as archive:
         archive.extractall(target)
     inside = list(target.iterdir())
-    return str(inside[0] if len(inside) == 1 and inside[0].name not in ("train", "val", "validate") else target)
+    return str(
+        inside[0]
+        if len(inside) == 1 and inside[0].name not in ("train", "val", "validate")
+        else target
+    )
 
 
 def folder(root: str, args) -> None:
     source, transform = open_source(f"folder:{root}"), Transform(args.side, "resize_crop")
     batch_size = min(32, len(source))
-    print(f"folder: {len(source)} pictures to {args.side} pixels, {transform.resize_ratio} and a random crop; batches of {batch_size}")
+    print(
+        f"folder: {len(source)} pictures to {args.side} pixels, {transform.resize_ratio} and a random crop; batches of {batch_size}"
+    )
     for threads, workers in ((0, 0), (1, 0), (2, 0), (1, args.workers)):
-        loader = make_loader(source, transform, batch_size=batch_size, seed=0, train=True, threads=threads, workers=workers)
+        loader = make_loader(
+            source,
+            transform,
+            batch_size=batch_size,
+            seed=0,
+            train=True,
+            threads=threads,
+            workers=workers,
+        )
         report(loader, batch_size, args.seconds, threads, workers)
 
 
@@ -70,28 +98,54 @@ def tokens(directory: str, args) -> None:
     length = sum(side**2 for side in sides)
     # One picture, seen everywhere: what is encoded is not looked at.
     images = np.broadcast_to(np.zeros((16, 16, 3), np.uint8), (args.pictures, 16, 16, 3))
-    source = ArraySource("blank", tuple(map(str, range(1000))), images, np.arange(args.pictures) % 1000)
+    source = ArraySource(
+        "blank", tuple(map(str, range(1000))), images, np.arange(args.pictures) % 1000
+    )
     info = TokenSetInfo(
-        tokenizer="none", fingerprint="0" * 16, dtype="float32", scales=sides, vocab_size=VOCAB, image_side=256, source="blank",
-        class_names=source.class_names, transform={}, seed=0, shard_size=8192, splits={"train": SplitInfo(args.pictures, 1)})
+        tokenizer="none",
+        fingerprint="0" * 16,
+        dtype="float32",
+        scales=sides,
+        vocab_size=VOCAB,
+        image_side=256,
+        source="blank",
+        class_names=source.class_names,
+        transform={},
+        seed=0,
+        shard_size=8192,
+        splits={"train": SplitInfo(args.pictures, 1)},
+    )
     start = time.perf_counter()
     info = write_token_set(
-        directory, lambda images: rng.integers(0, VOCAB, (len(images), length)), {"train": source}, Transform(16, "random_crop"),
-        info, batch_size=512, threads=0)
+        directory,
+        lambda images: rng.integers(0, VOCAB, (len(images), length)),
+        {"train": source},
+        Transform(16, "random_crop"),
+        info,
+        batch_size=512,
+        threads=0,
+    )
     seconds = time.perf_counter() - start
     size = sum(shard["bytes"] for shard in info.splits["train"].shards) / args.pictures
     print(
         f"tokens: {args.pictures} pictures of {length} tokens of {VOCAB} words in {len(info.splits['train'].shards)} files; records of "
         f"{record_bytes(length, VOCAB)} bytes take {size:.0f} on disk: {size * IMAGENET / 1e9:.2f} GB for {IMAGENET:,} pictures; "
-        f"written at {args.pictures / seconds:,.0f} a second, without encoding; batches of {args.batch_size}")
+        f"written at {args.pictures / seconds:,.0f} a second, without encoding; batches of {args.batch_size}"
+    )
     source = open_tokens(directory)
     for name, read_from, threads in (
-            ("on disk", source, 0), ("on disk", source, 1), ("on disk", source, 2), ("in memory", source.in_memory(), 0)):
+        ("on disk", source, 0),
+        ("on disk", source, 1),
+        ("on disk", source, 2),
+        ("in memory", source.in_memory(), 0),
+    ):
         loader = make_token_loader(read_from, batch_size=args.batch_size, seed=0, threads=threads)
         report(loader, args.batch_size, args.seconds, threads, name=name)
 
 
-def report(loader, batch_size: int, seconds: float, threads: int, workers: int = 0, name: str = "") -> None:
+def report(
+    loader, batch_size: int, seconds: float, threads: int, workers: int = 0, name: str = ""
+) -> None:
     """Counts for so many seconds, after the first batches: those start threads, processes and file handles."""
     batches = iter(loader)
     for _ in range(4 + 2 * workers):
@@ -102,7 +156,9 @@ def report(loader, batch_size: int, seconds: float, threads: int, workers: int =
         count += batch_size
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     a_core = f"{count / cpu:9,.0f} a second a core" if not workers else " " * 26
-    print(f"  {name + ', ' if name else ''}{threads} threads, {workers} workers: {a_core}, {count / wall:9,.0f} a second")
+    print(
+        f"  {name + ', ' if name else ''}{threads} threads, {workers} workers: {a_core}, {count / wall:9,.0f} a second"
+    )
     batches.close()
 
 

@@ -30,15 +30,24 @@ _FIRST_SEARCH_SEED = 1000
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="digits")
     parser.add_argument("--reference", default="digits")
     parser.add_argument("--variants", nargs="+", default=["none", "default"])
-    parser.add_argument("--guidances", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0, 1.5])
+    parser.add_argument(
+        "--guidances", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0, 1.5]
+    )
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--search_seeds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first_seed", type=int, default=1, help="of the runs after the search; 1000 and above are the search's")
+    parser.add_argument(
+        "--first_seed",
+        type=int,
+        default=1,
+        help="of the runs after the search; 1000 and above are the search's",
+    )
     parser.add_argument("--losses", action="store_true")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
@@ -47,24 +56,48 @@ def main():
     real = [read_all(open_source(args.reference, split)) for split in ("train", "validate")]
     results = {"losses": losses(pipe, *real[1])} if args.losses else {}
     if args.losses:
-        print("validation loss of masked tokens by mask ratio: " + "  ".join(
-            f"{name.removeprefix('loss/ratio_')} {value:.3f}" for name, value in results["losses"].items()))
+        print(
+            "validation loss of masked tokens by mask ratio: "
+            + "  ".join(
+                f"{name.removeprefix('loss/ratio_')} {value:.3f}"
+                for name, value in results["losses"].items()
+            )
+        )
     for variant in args.variants:
         search = [
-            average(figures(pipe, real, variant, g, _FIRST_SEARCH_SEED + i, args.samples) for i in range(args.search_seeds))
-            for g in args.guidances]
+            average(
+                figures(pipe, real, variant, g, _FIRST_SEARCH_SEED + i, args.samples)
+                for i in range(args.search_seeds)
+            )
+            for g in args.guidances
+        ]
         readable = [i for i, f in enumerate(search) if f["read_as_asked"] >= f["held_out_accuracy"]]
-        best = min(readable, key=lambda i: search[i]["frechet"]) if readable else max(
-            range(len(search)), key=lambda i: search[i]["read_as_asked"])
+        best = (
+            min(readable, key=lambda i: search[i]["frechet"])
+            if readable
+            else max(range(len(search)), key=lambda i: search[i]["read_as_asked"])
+        )
         runs = [
-            figures(pipe, real, variant, args.guidances[best], args.first_seed + i, args.samples) for i in range(args.seeds)]
-        results[variant] = {"search": dict(zip(map(str, args.guidances), search)), "best": args.guidances[best], "runs": runs}
+            figures(pipe, real, variant, args.guidances[best], args.first_seed + i, args.samples)
+            for i in range(args.seeds)
+        ]
+        results[variant] = {
+            "search": dict(zip(map(str, args.guidances), search)),
+            "best": args.guidances[best],
+            "runs": runs,
+        }
         print(f"\n{variant}")
         for g, f in zip(args.guidances, search):
             print(f"  guidance {g:<5g}" + "  ".join(f"{name} {f[name]:.4f}" for name in _FIGURES))
-        print(f"  best {args.guidances[best]:g}, {args.seeds} seeds: " + "  ".join(
-            f"{name} {np.mean([r[name] for r in runs]):.4f} ± {np.std([r[name] for r in runs], ddof=1):.4f}" for name in _FIGURES
-        ) + f"  (Fréchet of real training digits: {runs[0]['frechet_floor']:.3f})", flush=True)
+        print(
+            f"  best {args.guidances[best]:g}, {args.seeds} seeds: "
+            + "  ".join(
+                f"{name} {np.mean([r[name] for r in runs]):.4f} ± {np.std([r[name] for r in runs], ddof=1):.4f}"
+                for name in _FIGURES
+            )
+            + f"  (Fréchet of real training digits: {runs[0]['frechet_floor']:.3f})",
+            flush=True,
+        )
     if args.json:
         with open(args.json, "w") as file:
             json.dump(results, file, indent=1)
@@ -83,10 +116,19 @@ def losses(pipe, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Mean cross-entropy of masked tokens of real pictures, by tenth of the mask ratio."""
     spec = pipe.spec
     task = MaskedTask(
-        transformer=spec.transformer, tokenizer=spec.tokenizer, masked_depth=spec.masked_depth, steps=1, batch_size=1,
-        learning_rate=0.0)
+        transformer=spec.transformer,
+        tokenizer=spec.tokenizer,
+        masked_depth=spec.masked_depth,
+        steps=1,
+        batch_size=1,
+        learning_rate=0.0,
+    )
     state = TrainState.start(pipe.params["masked"], ())
-    batch = {"tokens": pipe.encode(images), "label": jnp.asarray(labels), "valid": jnp.ones(len(labels), bool)}
+    batch = {
+        "tokens": pipe.encode(images),
+        "label": jnp.asarray(labels),
+        "valid": jnp.ones(len(labels), bool),
+    }
     found = average([jax.device_get(jax.jit(task.eval_step)(state, batch, pipe.params))])
     return {tenth_name(t): found[tenth_name(t)] for t in range(10)}
 

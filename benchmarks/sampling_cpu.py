@@ -1,6 +1,6 @@
 """Seconds to draw a batch of pictures after compilation, by schedule, and what another schedule costs the first time.
 
-    python benchmarks/sampling_cpu.py --model=digits [--n=64]
+python benchmarks/sampling_cpu.py --model=digits [--n=64]
 """
 
 import argparse
@@ -14,7 +14,9 @@ import hmar_jax
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="digits")
     parser.add_argument("--n", type=int, default=64)
     args = parser.parse_args()
@@ -26,10 +28,14 @@ def main():
         jax.block_until_ready(pipe.sample(jax.random.key(0), ids, schedule=schedule))
         return time.perf_counter() - start
 
-    print(f"{args.n} pictures on {jax.devices()[0].device_kind}, seconds: first call, then median of 7")
+    print(
+        f"{args.n} pictures on {jax.devices()[0].device_kind}, seconds: first call, then median of 7"
+    )
     for schedule in ("none", "default", "cosine:3", "cosine:9"):
         first = seconds(schedule)
-        print(f"  {schedule:10} {first:6.2f} {statistics.median(seconds(schedule) for _ in range(7)):6.3f}")
+        print(
+            f"  {schedule:10} {first:6.2f} {statistics.median(seconds(schedule) for _ in range(7)):6.3f}"
+        )
 
 
 if __name__ == "__main__":

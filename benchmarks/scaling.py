@@ -28,14 +28,28 @@ _WARM_UP, _RESUMED = 4, 5  # steps
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/hmar.py:d16_256")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--pictures", type=int, default=32, help="of each GPU in a step")
-    parser.add_argument("--steps", type=int, default=20, help="that are timed, and after which parameters are compared")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=20,
+        help="that are timed, and after which parameters are compared",
+    )
     parser.add_argument("--rows", type=int, default=20_000, help="of random tokens")
-    parser.add_argument("--cases", nargs="+", default=None, help="such as data=4 fsdp=4 data=4,processes=4 (default: all, the main ones first)")
-    parser.add_argument("--limit_s", type=float, default=570, help="no case begins or goes on after so many seconds")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=None,
+        help="such as data=4 fsdp=4 data=4,processes=4 (default: all, the main ones first)",
+    )
+    parser.add_argument(
+        "--limit_s", type=float, default=570, help="no case begins or goes on after so many seconds"
+    )
     parser.add_argument("--cpu", action="store_true", help="on devices that one CPU plays")
     parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args()
@@ -65,7 +79,11 @@ def drive(args) -> None:
     with tempfile.TemporaryDirectory(prefix="hmar_scaling_") as folder:
         for case in cases:
             left = args.limit_s - (time.monotonic() - begun)
-            rows[case] = run_case(args, case, most, folder, left) if left > 20 else {"error": "not run: no time left"}
+            rows[case] = (
+                run_case(args, case, most, folder, left)
+                if left > 20
+                else {"error": "not run: no time left"}
+            )
             print(json.dumps({case: rows[case]}), flush=True)
         show(args, rows, folder, most)
     print(f"{time.monotonic() - begun:.0f} s in all")
@@ -83,17 +101,38 @@ def run_case(args, case: str, most: int, folder: str, limit_s: float) -> dict:
     children, logs = [], []
     for i in range(processes):
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = dict(os.environ, PYTHONPATH=path, JAX_COMPILATION_CACHE_DIR=f"{folder}/compiled")
+        environment = dict(
+            os.environ, PYTHONPATH=path, JAX_COMPILATION_CACHE_DIR=f"{folder}/compiled"
+        )
         if args.cpu:
-            environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
+            environment |= {
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+            }
         else:
-            environment["CUDA_VISIBLE_DEVICES"] = str(i) if processes > 1 else ",".join(map(str, range(devices)))
+            environment["CUDA_VISIBLE_DEVICES"] = (
+                str(i) if processes > 1 else ",".join(map(str, range(devices)))
+            )
         what = dict(
-            case=case, sizes=sizes, most=most, folder=folder, resume=resume, process=i, processes=processes, coordinator=coordinator)
+            case=case,
+            sizes=sizes,
+            most=most,
+            folder=folder,
+            resume=resume,
+            process=i,
+            processes=processes,
+            coordinator=coordinator,
+        )
         log = open(f"{folder}/{case}_{i}.log", "w+")
         logs.append(log)
-        children.append(subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], f"--worker={json.dumps(what)}"], env=environment, stdout=log, stderr=log))
+        children.append(
+            subprocess.Popen(
+                [sys.executable, __file__, *sys.argv[1:], f"--worker={json.dumps(what)}"],
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+        )
     try:
         for child in children:
             child.wait(max(1, limit_s))
@@ -119,26 +158,39 @@ def run_case(args, case: str, most: int, folder: str, limit_s: float) -> dict:
 def show(args, rows: dict, folder: str, most: int) -> None:
     alone = rows.get("data=1", {}).get("pictures_per_second")
     moved = load(folder, "data=1")
-    print(f"\n{args.config}, {args.pictures} pictures a GPU, {next((r['device'] for r in rows.values() if 'device' in r), '?')}")
-    print(f"{'case':24} {'pictures/s':>10} {'efficiency':>10} {'MFU':>6} {'wait':>6} {'compile':>8} {'GiB':>6}  parameters after {args.steps} steps, to 1 GPU")
+    print(
+        f"\n{args.config}, {args.pictures} pictures a GPU, {next((r['device'] for r in rows.values() if 'device' in r), '?')}"
+    )
+    print(
+        f"{'case':24} {'pictures/s':>10} {'efficiency':>10} {'MFU':>6} {'wait':>6} {'compile':>8} {'GiB':>6}  parameters after {args.steps} steps, to 1 GPU"
+    )
     for case, row in rows.items():
         if "error" in row or "resumed" in row:
             continue
         n = row["devices"]
         efficiency = f"{row['pictures_per_second'] / (n * alone):.1%}" if alone else ""
         agreement = ""
-        mfu, gib = f"{row['mfu']:.1%}" if row["mfu"] else "?", f"{row['peak_gib']:.1f}" if row["peak_gib"] else "?"
+        mfu, gib = (
+            f"{row['mfu']:.1%}" if row["mfu"] else "?",
+            f"{row['peak_gib']:.1f}" if row["peak_gib"] else "?",
+        )
         if moved is not None and n > 1 and (there := load(folder, case)) is not None:
             agreement = f"{distance(there['params'], moved['params'], moved['start']):.2e}"
-        print(f"{case:24} {row['pictures_per_second']:10.1f} {efficiency:>10} {mfu:>6} {row['wait']:6.1%} "
-              f"{row['compile_s']:7.0f}s {gib:>6}  {agreement}")
+        print(
+            f"{case:24} {row['pictures_per_second']:10.1f} {efficiency:>10} {mfu:>6} {row['wait']:6.1%} "
+            f"{row['compile_s']:7.0f}s {gib:>6}  {agreement}"
+        )
     if moved is not None and moved["again"] is not None:
-        print(f"rounding alone (1 GPU in {most} and in {2 * most} parts): {distance(moved['again'], moved['params'], moved['start']):.2e}")
+        print(
+            f"rounding alone (1 GPU in {most} and in {2 * most} parts): {distance(moved['again'], moved['params'], moved['start']):.2e}"
+        )
     for case, row in rows.items():
         if "resumed" in row:
-            known = rows.get(f"data={most}", {}).get("losses", [])[args.steps:]
+            known = rows.get(f"data={most}", {}).get("losses", [])[args.steps :]
             worst = max((abs(a - b) for a, b in zip(row["resumed"], known)), default=math.nan)
-            print(f"{case}: begun on {most}, resumed at step {row['step']}: losses differ by {worst:.1e} at most over {len(known)} steps")
+            print(
+                f"{case}: begun on {most}, resumed at step {row['step']}: losses differ by {worst:.1e} at most over {len(known)} steps"
+            )
         if "error" in row:
             print(f"{case}: {row['error']}")
 
@@ -192,13 +244,23 @@ def work(args, overrides: list[str], what: dict) -> None:
         tokenizer = shapes.task.tokenizer
         length = tokenizer.scale_list.length
         source = TokensInMemory.of(
-            rng.integers(0, tokenizer.vocab_size, (args.rows, length), np.int32), rng.integers(0, 1000, args.rows, np.int32),
-            tokenizer.vocab_size)
+            rng.integers(0, tokenizer.vocab_size, (args.rows, length), np.int32),
+            rng.integers(0, 1000, args.rows, np.int32),
+            tokenizer.vocab_size,
+        )
         shard, shards = sharding.host_share(mesh, batch_size)
-        loader = make_token_loader(source, batch_size=batch_size // shards, seed=0, shard_index=shard, shard_count=shards)
+        loader = make_token_loader(
+            source, batch_size=batch_size // shards, seed=0, shard_index=shard, shard_count=shards
+        )
         # Of the frozen tokenizer only the quantizer takes part.
         values = jax.tree_util.tree_map_with_path(
-            lambda path, x: rng.normal(size=x.shape).astype(x.dtype) if "quantizer" in str(path) else np.zeros(x.shape, x.dtype), made.extra)
+            lambda path, x: (
+                rng.normal(size=x.shape).astype(x.dtype)
+                if "quantizer" in str(path)
+                else np.zeros(x.shape, x.dtype)
+            ),
+            made.extra,
+        )
         extra = sharding.place(values, jax.tree.map(lambda x: x.sharding, made.extra))
         return made, loader, extra, shapes.task.flops_per_picture
 
@@ -230,14 +292,26 @@ def work(args, overrides: list[str], what: dict) -> None:
 
     def say(**figures) -> None:
         if distributed.is_first():
-            print(json.dumps(dict(case=what["case"], devices=devices, device=jax.devices()[0].device_kind, **figures)), flush=True)
+            print(
+                json.dumps(
+                    dict(
+                        case=what["case"],
+                        devices=devices,
+                        device=jax.devices()[0].device_kind,
+                        **figures,
+                    )
+                ),
+                flush=True,
+            )
 
     whole = args.pictures * most
     if what["resume"]:
         made, loader, extra, _ = setting(whole, most // devices)
         with RunCheckpoints(what["folder"]) as checkpoints:
             restored = checkpoints.restore_latest(made.state)
-        _, _, losses, _, _ = train(made, loader, extra, _RESUMED, whole, restored.state, restored.extra["data_state"])
+        _, _, losses, _, _ = train(
+            made, loader, extra, _RESUMED, whole, restored.state, restored.extra["data_state"]
+        )
         return say(step=restored.step, resumed=losses)
 
     batch = args.pictures * devices
@@ -250,8 +324,12 @@ def work(args, overrides: list[str], what: dict) -> None:
     peak = peak_flops(jax.devices()[0])
     memory = jax.local_devices()[0].memory_stats() or {}
     figures = dict(
-        pictures_per_second=rate, compile_s=compile_s, wait=waited / seconds, mfu=rate * work_of_one / (peak * devices) if peak else None,
-        peak_gib=memory["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in memory else None)
+        pictures_per_second=rate,
+        compile_s=compile_s,
+        wait=waited / seconds,
+        mfu=rate * work_of_one / (peak * devices) if peak else None,
+        peak_gib=memory["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in memory else None,
+    )
     say(**figures)
 
     arrays = {}
@@ -265,7 +343,9 @@ def work(args, overrides: list[str], what: dict) -> None:
         if what["case"] == f"data={most}" and most > 1:
             with RunCheckpoints(what["folder"]) as checkpoints:
                 checkpoints.save(args.steps, state, state_to_bytes(batches))
-                state, _, more, _, _ = train(made, loader, extra, _RESUMED, whole, state, state_to_bytes(batches))
+                state, _, more, _, _ = train(
+                    made, loader, extra, _RESUMED, whole, state, state_to_bytes(batches)
+                )
             losses += more
         del state
         if devices < most:

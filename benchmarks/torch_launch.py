@@ -11,17 +11,25 @@ class TorchAttention:
     def __init__(self, problem: triton_plan.Problem, like: torch.Tensor):
         dtype = str(like.dtype).removeprefix("torch.")
         batch, length, heads, _ = like.shape
-        self._forward = self._on(like.device, triton_plan.forward_launches(problem, like.shape, dtype))
-        self._backward = self._on(like.device, triton_plan.backward_launches(problem, like.shape, dtype))
+        self._forward = self._on(
+            like.device, triton_plan.forward_launches(problem, like.shape, dtype)
+        )
+        self._backward = self._on(
+            like.device, triton_plan.backward_launches(problem, like.shape, dtype)
+        )
         self._query_bounds, self._key_bounds = (
             torch.from_numpy(bounds(problem.block_sizes, problem.pattern)).to(like.device)
             for bounds in (tiles.query_bounds, tiles.key_bounds)
         )
-        self.out, self.d_q, self.d_k, self.d_v = (torch.full_like(like, torch.nan) for _ in range(4))
+        self.out, self.d_q, self.d_k, self.d_v = (
+            torch.full_like(like, torch.nan) for _ in range(4)
+        )
         wide = dict(dtype=torch.float32, device=like.device)
         self.lse = torch.full((batch, heads, length), torch.nan, **wide)
         self._delta = torch.full_like(self.lse, torch.nan)
-        pieces = [len(launch.table) for launch, _ in self._backward if launch.kernel == "backward_queries"]
+        pieces = [
+            len(launch.table) for launch, _ in self._backward if launch.kernel == "backward_queries"
+        ]
         self._top_v, self._top_d_out = (
             torch.full((batch, heads, *(pieces or [1])), torch.nan, **wide) for _ in range(2)
         )
@@ -42,16 +50,47 @@ class TorchAttention:
         for launch, table in self._backward:
             if launch.kernel == "backward_whole":
                 results = (self.d_q, self.d_k, self.d_v)
-                _run(launch, q, k, v, d_out, self.lse, self._key_bounds, table, *results, results=results)
+                _run(
+                    launch,
+                    q,
+                    k,
+                    v,
+                    d_out,
+                    self.lse,
+                    self._key_bounds,
+                    table,
+                    *results,
+                    results=results,
+                )
             elif launch.kernel == "prepare":
                 _run(launch, v, table, results=(self._top_v,))
             elif launch.kernel == "backward_queries":
                 results = (self.d_q, self._delta, self._top_d_out)
-                inputs = (q, k, v, self.out, d_out, self.lse, self._top_v, self._query_bounds, table)
+                inputs = (
+                    q,
+                    k,
+                    v,
+                    self.out,
+                    d_out,
+                    self.lse,
+                    self._top_v,
+                    self._query_bounds,
+                    table,
+                )
                 _run(launch, *inputs, self.d_q, results=results)
             else:
                 results = (self.d_k, self.d_v)
-                inputs = (q, k, v, d_out, self.lse, self._delta, self._top_d_out, self._key_bounds, table)
+                inputs = (
+                    q,
+                    k,
+                    v,
+                    d_out,
+                    self.lse,
+                    self._delta,
+                    self._top_d_out,
+                    self._key_bounds,
+                    table,
+                )
                 _run(launch, *inputs, *results, results=results)
         return self.d_q, self.d_k, self.d_v
 

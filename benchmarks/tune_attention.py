@@ -65,16 +65,25 @@ def tune_triton(row, dtype):
     from triton.runtime.errors import OutOfResources
 
     q, k, v, d_out = torch_inputs(row, dtype)
-    best = Tuning(FORWARD[0], WHOLE[0], KEYS[0], QUERIES[0], forward_together=4, backward_together=4)
+    best = Tuning(
+        FORWARD[0], WHOLE[0], KEYS[0], QUERIES[0], forward_together=4, backward_together=4
+    )
     tried = {}
 
     def milliseconds(tuning, backward):
         attention = TorchAttention(triton_plan.Problem(row.sizes, row.pattern, SCALE, tuning), q)
-        run = (lambda: attention.backward(q, k, v, d_out)) if backward else (lambda: attention.forward(q, k, v))
+        run = (
+            (lambda: attention.backward(q, k, v, d_out))
+            if backward
+            else (lambda: attention.forward(q, k, v))
+        )
         try:
             attention.forward(q, k, v)
             return torch_median(captured(run), repeat_ms=40)
-        except (OutOfResources, RuntimeError) as error:  # another GPU or Triton than the candidates are made for
+        except (
+            OutOfResources,
+            RuntimeError,
+        ) as error:  # another GPU or Triton than the candidates are made for
             print(f"{row}: {tuning}: {error}", flush=True)
             return float("inf")
 
@@ -88,7 +97,9 @@ def tune_triton(row, dtype):
         for candidate in candidates:
             tuning = dataclasses.replace(best, **{field: candidate})
             tried[field].append((milliseconds(tuning, backward), candidate))
-        best = dataclasses.replace(best, **{field: min(tried[field], key=lambda result: result[0])[1]})
+        best = dataclasses.replace(
+            best, **{field: min(tried[field], key=lambda result: result[0])[1]}
+        )
     return best, tried
 
 
@@ -119,7 +130,9 @@ def tune_mosaic(row, dtype):
                 function = jax.jit(mosaic_gpu.run_backward(call)).lower(*arrays).compile()
             jax.block_until_ready(function(*arrays))
             return function, arrays
-        except Exception as error:  # too much memory for this GPU, or code that its compiler refuses
+        except (
+            Exception
+        ) as error:  # too much memory for this GPU, or code that its compiler refuses
             return error
 
     for field, candidates in MOSAIC.items():
@@ -132,9 +145,15 @@ def tune_mosaic(row, dtype):
                 print(f"{row}: {field} {candidate}: {str(result)[:200]}", flush=True)
         if all(isinstance(result, Exception) for result in found):
             raise SystemExit(f"{row}: no {field} of the candidates runs here")
-        fit = {c: result for c, result in zip(candidates, found, strict=True) if not isinstance(result, Exception)}
+        fit = {
+            c: result
+            for c, result in zip(candidates, found, strict=True)
+            if not isinstance(result, Exception)
+        }
         tried[field] = list(zip(queued_medians(fit.values()), fit, strict=True))
-        best = dataclasses.replace(best, **{field: min(tried[field], key=lambda result: result[0])[1]})
+        best = dataclasses.replace(
+            best, **{field: min(tried[field], key=lambda result: result[0])[1]}
+        )
     return best, tried
 
 
@@ -152,7 +171,10 @@ def queued_medians(calls, few=2, many=12, repeats=15):
                     result = function(*arrays)
                 jax.block_until_ready(result)
                 times[count].append(time.perf_counter() - start)
-    return [1e3 * (statistics.median(x[many]) - statistics.median(x[few])) / (many - few) for x in seconds]
+    return [
+        1e3 * (statistics.median(x[many]) - statistics.median(x[few])) / (many - few)
+        for x in seconds
+    ]
 
 
 def print_tuning(row, tuning, tried, kind):
@@ -163,7 +185,10 @@ def print_tuning(row, tuning, tried, kind):
         print(f"        {field.name}={_source(getattr(tuning, field.name))},")
     print("    ),")
     for field, results in tried.items():
-        print(f"    # {field}: {'  '.join(f'{ms:.3f} {_short(candidate)}' for ms, candidate in results)}", flush=True)
+        print(
+            f"    # {field}: {'  '.join(f'{ms:.3f} {_short(candidate)}' for ms, candidate in results)}",
+            flush=True,
+        )
 
 
 def _source(value):
@@ -187,7 +212,9 @@ def _short(candidate):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--rows", default="", help="only rows whose name holds this text")
     parser.add_argument("--kernels", default="triton,mosaic")

@@ -43,13 +43,17 @@ def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> No
     """Raises InputError now if `save_model(directory, ...)` would refuse later. Creates the parent folders."""
     if not is_local(directory):
         if (absolute(directory) / "config.json").exists() and not overwrite:
-            raise InputError(f"{directory} holds a model or a run: name another directory, or allow overwriting")
+            raise InputError(
+                f"{directory} holds a model or a run: name another directory, or allow overwriting"
+            )
         return
     target = os.path.realpath(directory)
     if os.path.lexists(target) and not os.path.isdir(target):
         raise InputError(f"cannot write a model to {directory}: it is a file")
     if os.path.isdir(target) and os.listdir(target) and not overwrite:
-        raise InputError(f"{directory} exists and is not empty: name another directory, or allow overwriting")
+        raise InputError(
+            f"{directory} exists and is not empty: name another directory, or allow overwriting"
+        )
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.rmdir(_temporary_beside(target))
@@ -58,7 +62,12 @@ def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> No
 
 
 def save_model(
-    directory: os.PathLike | str, config: dict[str, Any], params: Any, readme: str, *, overwrite: bool = False
+    directory: os.PathLike | str,
+    config: dict[str, Any],
+    params: Any,
+    readme: str,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Writes a model directory; it appears, or replaces an old one, only when complete.
 
@@ -112,12 +121,16 @@ def load_model(directory: os.PathLike | str) -> tuple[dict[str, Any], dict[str, 
     missing = [name for name in ("config.json", "params") if not (path / name).exists()]
     if missing:
         hint = ": it is a run directory" if (path / "checkpoints").exists() else ""
-        raise InputError(f"{directory} is not a model directory, it has no {' and no '.join(missing)}{hint}")
+        raise InputError(
+            f"{directory} is not a model directory, it has no {' and no '.join(missing)}{hint}"
+        )
     config = read_json(path / "config.json", f"the configuration of the model {directory}")
     try:
         return config, _read_as_numpy(path / "params", _metadata(path / "params"))
     except Exception as error:  # Orbax and tensorstore raise many kinds.
-        raise InputError(f"the parameters of the model {directory} are damaged: {_one_line(error)}") from error
+        raise InputError(
+            f"the parameters of the model {directory} are damaged: {_one_line(error)}"
+        ) from error
 
 
 # The checkpoints of a run
@@ -145,13 +158,26 @@ class RunCheckpoints:
         keep, better = [policies.LatestN(max_to_keep)], None
         if keep_best:
             better = _validation_loss
-            keep.append(policies.BestN(get_metric_fn=better, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False))
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=better,
+                    reverse=True,
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=better, best_mode="min", cleanup_tmp_directories=True)
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=better,
+            best_mode="min",
+            cleanup_tmp_directories=True,
+        )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
-            raise InputError(f"cannot keep checkpoints in {self.directory}: {error.strerror or error}") from error
+            raise InputError(
+                f"cannot keep checkpoints in {self.directory}: {error.strerror or error}"
+            ) from error
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -160,7 +186,13 @@ class RunCheckpoints:
         self.close()
 
     def save(
-        self, step: int, state: Any, data_state: bytes | dict | None = None, *, validation_loss: float | None = None, **extra: Any
+        self,
+        step: int,
+        state: Any,
+        data_state: bytes | dict | None = None,
+        *,
+        validation_loss: float | None = None,
+        **extra: Any,
     ) -> bool:
         """Starts saving and returns once the arrays are copied to the host, so they may be donated or changed then.
 
@@ -174,7 +206,12 @@ class RunCheckpoints:
         _check_leaves(state, _STATE)
         # As text and back: what is not JSON is found here and not in a thread, and the caller may change its dicts.
         extra = json.loads(json.dumps({**extra, "data_state": _encode(data_state)}))
-        _check_room(self.directory, state, f"the checkpoint of step {step}", "; those before it are kept, and the same command goes on")
+        _check_room(
+            self.directory,
+            state,
+            f"the checkpoint of step {step}",
+            "; those before it are kept, and the same command goes on",
+        )
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra))
         # force: Orbax would skip, without a word, a step below the newest on disk.
         metrics = {} if validation_loss is None else {_LOSS: float(validation_loss)}
@@ -198,11 +235,14 @@ class RunCheckpoints:
             yield
         except (OSError, ValueError) as error:
             text = _one_line(error)
-            if not any(sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")):
+            if not any(
+                sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")
+            ):
                 raise
             raise InputError(
                 f"a checkpoint cannot be written to {self.directory}: {text}; the ones before it are kept, and where there is "
-                "room the same command goes on") from error
+                "room the same command goes on"
+            ) from error
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending, the one in flight included."""
@@ -223,7 +263,9 @@ class RunCheckpoints:
             try:
                 restored = self._restore(step, abstract_state)
             except _Damaged as error:
-                _log.warning("checkpoint of step %d in %s is damaged: %s", step, self.directory, error)
+                _log.warning(
+                    "checkpoint of step %d in %s is damaged: %s", step, self.directory, error
+                )
                 damaged.append(step)
                 continue
             for bad in damaged:
@@ -245,7 +287,9 @@ class RunCheckpoints:
         _check_same_tree(metadata, abstract_state, f"checkpoint of step {step} in {self.directory}")
 
         abstract = jax.tree.map(_with_sharding, abstract_state)
-        args = ocp.args.PyTreeRestore(item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+        args = ocp.args.PyTreeRestore(
+            item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+        )
         try:
             state = self._manager.restore(step, args=ocp.args.Composite(state=args))[_STATE]
         except Exception:
@@ -283,11 +327,19 @@ def load_params_of_run(
     if not absolute(workdir).is_dir():
         raise InputError(f"there is no run directory {workdir}")
     damaged = []
-    for step in _steps_from_newest(directory) if checkpoint == "latest" else [_step_of(directory, checkpoint)]:
+    for step in (
+        _steps_from_newest(directory)
+        if checkpoint == "latest"
+        else [_step_of(directory, checkpoint)]
+    ):
         folder = directory / str(step) / _STATE
         try:
             metadata = _metadata(folder, "params", *more, *([_AVERAGE] if averaged else []))
-            params = _AVERAGE if averaged and isinstance(metadata, dict) and metadata.get(_AVERAGE) else "params"
+            params = (
+                _AVERAGE
+                if averaged and isinstance(metadata, dict) and metadata.get(_AVERAGE)
+                else "params"
+            )
             for key in (params, *more):
                 if not isinstance(metadata, dict) or key not in metadata:
                     raise InputError(f"checkpoint of step {step} in {directory} has no {key!r}")
@@ -301,11 +353,17 @@ def load_params_of_run(
         except Exception as error:
             if not folder.exists():
                 continue  # The run has removed it since: it keeps its last few only.
-            _log.warning("checkpoint of step %d in %s is damaged: %s", step, directory, _one_line(error))
+            _log.warning(
+                "checkpoint of step %d in %s is damaged: %s", step, directory, _one_line(error)
+            )
             damaged.append(step)
     if damaged:
         raise InputError(_none_readable(directory, damaged))
-    raise InputError(f"{workdir} has no checkpoints" if checkpoint == "latest" else f"checkpoint {checkpoint} of {workdir} is gone")
+    raise InputError(
+        f"{workdir} has no checkpoints"
+        if checkpoint == "latest"
+        else f"checkpoint {checkpoint} of {workdir} is gone"
+    )
 
 
 def _step_of(directory: epath.Path, checkpoint: int | str) -> int:
@@ -316,18 +374,31 @@ def _step_of(directory: epath.Path, checkpoint: int | str) -> int:
         losses = {step: _saved_loss(directory / str(step)) for step in steps}
         best = min(losses, key=losses.get, default=None)
         if best is None or losses[best] == math.inf:
-            raise InputError(f"no checkpoint in {directory} was saved with a validation loss; {there}")
-        _log.info("the best checkpoint in %s is of step %d, validation loss %.4g", directory, best, losses[best])
+            raise InputError(
+                f"no checkpoint in {directory} was saved with a validation loss; {there}"
+            )
+        _log.info(
+            "the best checkpoint in %s is of step %d, validation loss %.4g",
+            directory,
+            best,
+            losses[best],
+        )
         return best
     if checkpoint not in steps:
-        raise InputError(f"no checkpoint {checkpoint!r} in {directory}; {there}, and latest and best")
+        raise InputError(
+            f"no checkpoint {checkpoint!r} in {directory}; {there}, and latest and best"
+        )
     return checkpoint
 
 
 def _saved_loss(folder: epath.Path) -> float:
     """The validation loss that a checkpoint was saved with, inf for none."""
     file = folder / "metrics" / "metrics"  # as CheckpointManager writes it
-    return _validation_loss(read_json(file, "the validation loss of a checkpoint")) if file.exists() else math.inf
+    return (
+        _validation_loss(read_json(file, "the validation loss of a checkpoint"))
+        if file.exists()
+        else math.inf
+    )
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:
@@ -363,7 +434,9 @@ def _metadata(folder: epath.Path, *parts: str) -> Any:
     if is_local(folder) and jax.process_count() == 1:
         for key in keys:
             # Names of arrays are joined with dots: "params.block.w/.zarray".
-            if (not parts or key.decode().split("/")[0].split(".")[0] in parts) and not store.read(key).result().value:
+            if (not parts or key.decode().split("/")[0].split(".")[0] in parts) and not store.read(
+                key
+            ).result().value:
                 raise FileNotFoundError(f"{key.decode()} in {folder} is missing")
     return ocp.PyTreeCheckpointHandler().metadata(folder).tree
 
@@ -372,9 +445,13 @@ def _read_as_numpy(folder: epath.Path, metadata: Any) -> Any:
     """The arrays that `metadata`, all of the stored tree or a part of it, names; float16 widened to float32."""
 
     def wanted(leaf):
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32 if leaf.dtype == np.float16 else None)
+        return ocp.RestoreArgs(
+            restore_type=np.ndarray, dtype=np.float32 if leaf.dtype == np.float16 else None
+        )
 
-    args = ocp.args.PyTreeRestore(item=metadata, restore_args=jax.tree.map(wanted, metadata), partial_restore=True)
+    args = ocp.args.PyTreeRestore(
+        item=metadata, restore_args=jax.tree.map(wanted, metadata), partial_restore=True
+    )
     return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
 
 
@@ -382,7 +459,9 @@ def _steps_from_newest(directory: epath.Path) -> Iterator[int]:
     """Steps on disk, newest first, listed anew each time because a running training adds and removes some."""
     tried = set()
     while True:
-        found = ocp.path.step.standard_name_format().find_all(directory) if directory.is_dir() else ()
+        found = (
+            ocp.path.step.standard_name_format().find_all(directory) if directory.is_dir() else ()
+        )
         steps = {entry.step for entry in found} - tried
         if not steps:
             return
@@ -391,7 +470,9 @@ def _steps_from_newest(directory: epath.Path) -> Iterator[int]:
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
+        jax.local_devices()[0]
+    )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -406,9 +487,13 @@ def _check_same_tree(metadata: Any, abstract_state: Any, what: str) -> None:
     stored, wanted = _leaves_by_name(metadata), _leaves_by_name(abstract_state)
     for name in [*wanted, *stored]:
         if name not in stored:
-            raise InputError(f"{what} is of another model: it has no {name}, which this configuration needs")
+            raise InputError(
+                f"{what} is of another model: it has no {name}, which this configuration needs"
+            )
         if name not in wanted:
-            raise InputError(f"{what} is of another model: it has {name}, which this configuration does not")
+            raise InputError(
+                f"{what} is of another model: it has {name}, which this configuration does not"
+            )
         if tuple(stored[name].shape) != tuple(wanted[name].shape):
             shapes = f"{tuple(stored[name].shape)} there and {tuple(wanted[name].shape)} in this configuration"
             raise InputError(f"{what} is of another model: {name} has shape {shapes}")
@@ -423,7 +508,9 @@ def _check_leaves(tree: Any, what: str) -> None:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(f"{name} is a typed random key: save its jax.random.key_data")
         if leaf.size == 0:
-            raise ValueError(f"{name} has shape {leaf.shape}: Orbax does not store arrays without elements")
+            raise ValueError(
+                f"{name} has shape {leaf.shape}: Orbax does not store arrays without elements"
+            )
 
 
 def _check_room(directory: os.PathLike | str, tree: Any, what: str, more: str = "") -> None:
@@ -437,16 +524,28 @@ def _check_room(directory: os.PathLike | str, tree: Any, what: str, more: str = 
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     arrays = [
-        part for leaf in jax.tree.leaves(tree)
-        for part in ([s.data for s in leaf.addressable_shards if s.replica_id == 0] if isinstance(leaf, jax.Array) else [leaf])]
+        part
+        for leaf in jax.tree.leaves(tree)
+        for part in (
+            [s.data for s in leaf.addressable_shards if s.replica_id == 0]
+            if isinstance(leaf, jax.Array)
+            else [leaf]
+        )
+    ]
     wanted, free = sum(x.nbytes for x in arrays), shutil.disk_usage(folder).free
     if wanted > free:
-        raise InputError(f"there is no room for {what} in {directory}: it has {wanted / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free{more}")
+        raise InputError(
+            f"there is no room for {what} in {directory}: it has {wanted / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free{more}"
+        )
 
 
 def _encode(data_state: Any) -> Any:
     """Grain's iterator states are bytes or dicts; JSON has no bytes."""
-    return {"base64": base64.b64encode(data_state).decode()} if isinstance(data_state, bytes) else {"json": data_state}
+    return (
+        {"base64": base64.b64encode(data_state).decode()}
+        if isinstance(data_state, bytes)
+        else {"json": data_state}
+    )
 
 
 def _decode(encoded: dict[str, Any]) -> Any:
@@ -470,7 +569,9 @@ def _none_readable(directory: epath.Path, damaged: list[int]) -> str:
 
 def _temporary_beside(target: str) -> str:
     """A new directory next to the target, on the same file system: only there is renaming one step."""
-    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)[:64]}.{secrets.token_hex(4)}.tmp")
+    temporary = os.path.join(
+        os.path.dirname(target), f".{os.path.basename(target)[:64]}.{secrets.token_hex(4)}.tmp"
+    )
     os.mkdir(temporary)
     return temporary
 

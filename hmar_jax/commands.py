@@ -30,7 +30,9 @@ def plan(args, overrides) -> int:
 
     plan.prepare_environment()
     config, stage1 = _config(args, overrides), plan.stage1_of(args.config)
-    found = plan.make_plan(config, topology, name=" ".join([args.config, *overrides]), stage1=stage1)
+    found = plan.make_plan(
+        config, topology, name=" ".join([args.config, *overrides]), stage1=stage1
+    )
     if args.json == "-":
         print(json.dumps(found.to_json(), indent=1))
     else:
@@ -64,7 +66,9 @@ def train(args, overrides) -> None:
 
     from hmar_jax import distributed
 
-    distributed.initialize(args.coordinator, args.num_processes, args.process_id, args.local_devices)
+    distributed.initialize(
+        args.coordinator, args.num_processes, args.process_id, args.local_devices
+    )
     if not distributed.is_first():
         TERMINAL.setLevel(logging.WARNING)
     from hmar_jax.training import experiments, loop
@@ -77,7 +81,10 @@ def train(args, overrides) -> None:
     distributed.raise_together(error)  # where one cannot begin, the others should not wait for it
     step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
     if distributed.is_first():
-        print(f"{args.workdir}: {task} run " + ("complete" if step == steps else f"stopped at step {step} of {steps}"))
+        print(
+            f"{args.workdir}: {task} run "
+            + ("complete" if step == steps else f"stopped at step {step} of {steps}")
+        )
 
 
 def _keep_freed_memory() -> None:
@@ -115,25 +122,58 @@ def tokenize(args) -> None:
         distributed.initialize()
     spec, params = pipeline.load_parts(args.tokenizer)
     config = dataclasses.replace(spec.tokenizer, **({"dtype": args.dtype} if args.dtype else {}))
-    transform = Transform(config.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip)
-    sources = {split: open_source(args.data, split, need_classes=True) for split in SPLITS if split in splits}
+    transform = Transform(
+        config.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip
+    )
+    sources = {
+        split: open_source(args.data, split, need_classes=True)
+        for split in SPLITS
+        if split in splits
+    }
     part = args.part or (jax.process_index(), jax.process_count())
     info = tokenize.describe(
-        args.tokenizer, config, params["tokenizer"], args.data, sources, transform, crops=args.crops, seed=args.seed,
-        shard_size=args.shard_size)
-    encode, batch_size = tokenize.make_encoder(config, params["tokenizer"], args.batch_size, jax.local_devices())
+        args.tokenizer,
+        config,
+        params["tokenizer"],
+        args.data,
+        sources,
+        transform,
+        crops=args.crops,
+        seed=args.seed,
+        shard_size=args.shard_size,
+    )
+    encode, batch_size = tokenize.make_encoder(
+        config, params["tokenizer"], args.batch_size, jax.local_devices()
+    )
     info = tokenize.write_token_set(
-        args.out, encode, sources, transform, info, batch_size=batch_size, part=part, threads=args.threads, workers=args.workers,
-        verify=args.verify, progress=True)
+        args.out,
+        encode,
+        sources,
+        transform,
+        info,
+        batch_size=batch_size,
+        part=part,
+        threads=args.threads,
+        workers=args.workers,
+        verify=args.verify,
+        progress=True,
+    )
     if not info.complete:
         missing, total = tokenize.count_unfinished(args.out, info)
-        print(f"{args.out}: part {part[0]}/{part[1]} is done; {missing} of {total} files are still to be made by other parts")
+        print(
+            f"{args.out}: part {part[0]}/{part[1]} is done; {missing} of {total} files are still to be made by other parts"
+        )
         return
     told = [
-        f"{split.pictures - len(split.broken)} pictures to {name}" + (f" in {split.crops} crops" if split.crops > 1 else "")
-        + (f" ({len(split.broken)} could not be read)" if split.broken else "") for name, split in info.splits.items()]
+        f"{split.pictures - len(split.broken)} pictures to {name}"
+        + (f" in {split.crops} crops" if split.crops > 1 else "")
+        + (f" ({len(split.broken)} could not be read)" if split.broken else "")
+        for name, split in info.splits.items()
+    ]
     size = sum(shard["bytes"] for split in info.splits.values() for shard in split.shards)
-    print(f"{args.out}: {', '.join(told)}; {len(info.class_names)} classes, {size / 1e6:.1f} MB, tokenizer {info.fingerprint}")
+    print(
+        f"{args.out}: {', '.join(told)}; {len(info.class_names)} classes, {size / 1e6:.1f} MB, tokenizer {info.fingerprint}"
+    )
 
 
 def sample(args) -> None:
@@ -153,27 +193,62 @@ def sample(args) -> None:
     spec = pipe.spec
     if spec.transformer is None:
         raise InputError(f"model {args.model!r} is a tokenizer alone: it cannot sample")
-    asked = args.classes.split(",") if args.classes is not None else range(min(10, spec.transformer.num_classes))
+    asked = (
+        args.classes.split(",")
+        if args.classes is not None
+        else range(min(10, spec.transformer.num_classes))
+    )
     classes = [spec.resolve_class(c) for c in asked]
     schedules = args.schedule or [None]
     if args.npz and len(schedules) > 1:
-        raise InputError(f"--npz takes the samples of one schedule, --schedule is given {len(schedules)} times")
+        raise InputError(
+            f"--npz takes the samples of one schedule, --schedule is given {len(schedules)} times"
+        )
     for schedule in schedules:
         pipe.schedule(schedule)  # is it one? before the first is drawn
     ids = np.repeat(classes, args.n)
     drawn = [
-        pipe.sample(jax.random.key(args.seed), ids, schedule=schedule, return_tokens=True, **_sampling_options(args))
-        for schedule in schedules]
-    images = np.stack([np.asarray(images) for images, _ in drawn])  # (schedules, classes n, h, w, 3)
+        pipe.sample(
+            jax.random.key(args.seed),
+            ids,
+            schedule=schedule,
+            return_tokens=True,
+            **_sampling_options(args),
+        )
+        for schedule in schedules
+    ]
+    images = np.stack(
+        [np.asarray(images) for images, _ in drawn]
+    )  # (schedules, classes n, h, w, 3)
     rows = images.reshape(len(schedules), len(classes), args.n, *images.shape[2:]).swapaxes(0, 1)
     names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
-    titles = [f"schedule {args.schedule[i]}" for i in range(len(schedules))] if len(schedules) > 1 else ()
-    _write_png(args.out, grid.draw(rows.reshape(-1, *images.shape[2:]), columns=len(schedules) * args.n, labels=names, titles=titles))
+    titles = (
+        [f"schedule {args.schedule[i]}" for i in range(len(schedules))]
+        if len(schedules) > 1
+        else ()
+    )
+    _write_png(
+        args.out,
+        grid.draw(
+            rows.reshape(-1, *images.shape[2:]),
+            columns=len(schedules) * args.n,
+            labels=names,
+            titles=titles,
+        ),
+    )
     if args.npz:
         arrays = io.BytesIO()
-        np.savez(arrays, images=(images[0] * 255).round().astype(np.uint8), labels=ids, tokens=np.asarray(drawn[0][1]))
+        np.savez(
+            arrays,
+            images=(images[0] * 255).round().astype(np.uint8),
+            labels=ids,
+            tokens=np.asarray(drawn[0][1]),
+        )
         files.write_by_rename(args.npz, arrays.getvalue())
-    print(f"{args.out}: {images.shape[0] * len(ids)} pictures of {len(classes)} classes" + (f"; {args.npz}" if args.npz else ""))
+    print(
+        f"{args.out}: {images.shape[0] * len(ids)} pictures of {len(classes)} classes"
+        + (f"; {args.npz}" if args.npz else "")
+    )
 
 
 def edit(args) -> None:
@@ -198,21 +273,39 @@ def edit(args) -> None:
         if mask.shape != image.shape:
             raise InputError(
                 f"mask {args.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {image.shape[1]} x {image.shape[0]}: "
-                "one of the picture's size is wanted")
+                "one of the picture's size is wanted"
+            )
         hole = mask.mean(-1) >= 128
     if args.mode == "outpaint":
         hole = ~hole
     if not hole.any():
         raise InputError(
-            "the box is the whole picture: nothing around it is left to be made new" if args.box
+            "the box is the whole picture: nothing around it is left to be made new"
+            if args.box
             else f"mask {args.mask} selects nothing: white (128 and above) is wanted where "
-            + ("the picture stays, and black elsewhere" if args.mode == "outpaint" else "new content goes"))
+            + (
+                "the picture stays, and black elsewhere"
+                if args.mode == "outpaint"
+                else "new content goes"
+            )
+        )
     pipe = pipeline.load(args.model, checkpoint=args.checkpoint)
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always", UserWarning)
-        edited = np.asarray(pipe.edit(
-            jax.random.key(args.seed), image, hole, args.class_id, keep_coarse=args.coarse and args.coarse == "keep",
-            ring=args.ring, paste=not args.no_paste, feather=args.feather, schedule=args.schedule, **_sampling_options(args)))
+        edited = np.asarray(
+            pipe.edit(
+                jax.random.key(args.seed),
+                image,
+                hole,
+                args.class_id,
+                keep_coarse=args.coarse and args.coarse == "keep",
+                ring=args.ring,
+                paste=not args.no_paste,
+                feather=args.feather,
+                schedule=args.schedule,
+                **_sampling_options(args),
+            )
+        )
     for notice in notices:
         print(f"hmar edit: {notice.message}", file=sys.stderr)
     _write_png(args.out, Image.fromarray((edited * 255).round().astype(np.uint8)))
@@ -226,7 +319,15 @@ def edit(args) -> None:
 
 
 def _sampling_options(args) -> dict:
-    names = ("guidance", "top_k", "top_p", "masked_guidance", "confidence_noise", "greedy", "smooth")
+    names = (
+        "guidance",
+        "top_k",
+        "top_p",
+        "masked_guidance",
+        "confidence_noise",
+        "greedy",
+        "smooth",
+    )
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
@@ -274,9 +375,14 @@ def evaluate(args) -> None:
     if real[0].num_classes != pipe.spec.transformer.num_classes:
         raise InputError(
             f"reference {args.reference!r} has {real[0].num_classes} classes, model {args.model!r} has "
-            f"{pipe.spec.transformer.num_classes}")
+            f"{pipe.spec.transformer.num_classes}"
+        )
     ids = np.arange(args.n) % pipe.spec.transformer.num_classes
-    images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, schedule=args.schedule, **_sampling_options(args)))
+    images = np.asarray(
+        pipe.sample(
+            jax.random.key(args.seed), ids, schedule=args.schedule, **_sampling_options(args)
+        )
+    )
     report = digit_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
     if args.json:
         files.write_by_rename(args.json, json.dumps(report, indent=1) + "\n")
@@ -297,18 +403,41 @@ def info(args) -> None:
         ("model", f"{args.model}: {spec.kind}"),
         ("pictures", f"{t.image_side} x {t.image_side} pixels, {scales.length} tokens"),
         ("scales", ", ".join(f"{s}x{s}" for s in scales.sides)),
-        ("tokenizer", f"{count('tokenizer'):,} parameters, codebook {t.vocab_size} x {t.z_channels}"),
+        (
+            "tokenizer",
+            f"{count('tokenizer'):,} parameters, codebook {t.vocab_size} x {t.z_channels}",
+        ),
     ]
     if spec.transformer is not None:
         m = spec.transformer
         lines += [
-            ("transformer", f"{count('transformer'):,} parameters, depth {m.depth}, width {m.width}, {m.heads} heads, {m.pattern} attention"),
+            (
+                "transformer",
+                f"{count('transformer'):,} parameters, depth {m.depth}, width {m.width}, {m.heads} heads, {m.pattern} attention",
+            ),
             *([("stage 2", _stage2(spec, count("masked")))] if spec.masked_depth else []),
-            ("classes", f"{m.num_classes}" + (f": {', '.join(spec.class_names[:10])}{', …' if len(spec.class_names) > 10 else ''}" if spec.class_names else "")),
-            ("sampling", f"guidance {spec.guidance:g}, top-k {spec.top_k or 'off'}, top-p {spec.top_p or 'off'}" + (
-                f", masked guidance {spec.masked_guidance:g}, confidence noise {spec.confidence_noise:g}" if spec.masked_depth else "")),
+            (
+                "classes",
+                f"{m.num_classes}"
+                + (
+                    f": {', '.join(spec.class_names[:10])}{', …' if len(spec.class_names) > 10 else ''}"
+                    if spec.class_names
+                    else ""
+                ),
+            ),
+            (
+                "sampling",
+                f"guidance {spec.guidance:g}, top-k {spec.top_k or 'off'}, top-p {spec.top_p or 'off'}"
+                + (
+                    f", masked guidance {spec.masked_guidance:g}, confidence noise {spec.confidence_noise:g}"
+                    if spec.masked_depth
+                    else ""
+                ),
+            ),
         ]
-    lines += [(name, text) for name, text in (("origin", spec.origin), ("licence", spec.licence)) if text]
+    lines += [
+        (name, text) for name, text in (("origin", spec.origin), ("licence", spec.licence)) if text
+    ]
     for name, text in lines:
         print(f"{name:12} {text}")
 
@@ -329,7 +458,12 @@ def convert(args) -> None:
     scales = ScaleList.parse(args.scales).sides if args.scales else None
     try:
         spec, params = pipeline.torch_parts(
-            args.torch, tokenizer=args.tokenizer, masked=args.masked, scales=scales, heads=args.heads)
+            args.torch,
+            tokenizer=args.tokenizer,
+            masked=args.masked,
+            scales=scales,
+            heads=args.heads,
+        )
     except ImportError as e:
         raise InputError(str(e)) from None
     readme = f"# {pathlib.Path(args.out).name}\n\n{spec.kind}, {spec.origin}.\n\nLicence: {spec.licence}.\n"
@@ -350,7 +484,12 @@ def export(args) -> None:
     if args.licence is not None:
         spec = dataclasses.replace(spec, licence=args.licence)
     if args.half:
-        params = jax.tree.map(lambda x: np.asarray(x).astype(np.float16) if np.asarray(x).dtype == np.float32 else x, params)
-    readme = f"# {pathlib.Path(args.out).name}\n\n{spec.kind}, {spec.origin}.\n" + (f"\nLicence: {spec.licence}.\n" if spec.licence else "")
+        params = jax.tree.map(
+            lambda x: np.asarray(x).astype(np.float16) if np.asarray(x).dtype == np.float32 else x,
+            params,
+        )
+    readme = f"# {pathlib.Path(args.out).name}\n\n{spec.kind}, {spec.origin}.\n" + (
+        f"\nLicence: {spec.licence}.\n" if spec.licence else ""
+    )
     checkpoints.save_model(args.out, spec.to_json(), params, readme)
     print(f"{args.out}: {spec.kind}")

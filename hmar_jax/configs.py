@@ -9,7 +9,8 @@ import importlib.util
 import json
 import os
 import pathlib
-from typing import Any, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,10 +18,22 @@ from hmar_jax.errors import InputError
 
 # May differ between the runs of one directory: they change what is shown and kept, not what is computed.
 HARMLESS = (
-    "log_every", "eval_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_best", "data.threads", "data.workers",
+    "log_every",
+    "eval_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_best",
+    "data.threads",
+    "data.workers",
     "data.in_memory",
     # Where and in how many parts it is computed: no more than the order of sums.
-    "mesh.data", "mesh.fsdp", "mesh.tensor", "accumulate", "model.remat")
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "accumulate",
+    "model.remat",
+)
 
 
 def load_config(argument: str) -> ConfigDict:
@@ -49,7 +62,9 @@ def _packaged(file: pathlib.Path) -> pathlib.Path | None:
     package = importlib.util.find_spec("hmar_jax.config_files")
     folders = [pathlib.Path(p) for p in package.submodule_search_locations] if package else []
     folders.append(pathlib.Path(__file__).resolve().parent.parent / "configs")
-    return next((folder / file.name for folder in folders if os.path.isfile(folder / file.name)), None)
+    return next(
+        (folder / file.name for folder in folders if os.path.isfile(folder / file.name)), None
+    )
 
 
 def parse_spec(spec: str, names: Mapping[str, Any] | Iterable[str]) -> tuple[str, dict[str, str]]:
@@ -79,16 +94,22 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         node = node.get(parent) if isinstance(node, ConfigDict) else None
     if not isinstance(node, ConfigDict) or last not in node:
         where = node if isinstance(node, ConfigDict) else config
-        raise InputError(f"config key {key!r}: unknown; there are {', '.join(sorted(where.keys()))}")
+        raise InputError(
+            f"config key {key!r}: unknown; there are {', '.join(sorted(where.keys()))}"
+        )
     old = node[last]
     if isinstance(old, ConfigDict):
-        raise InputError(f"config key {key!r} is a group; its keys are {', '.join(f'{key}.{k}' for k in sorted(old.keys()))}")
+        raise InputError(
+            f"config key {key!r} is a group; its keys are {', '.join(f'{key}.{k}' for k in sorted(old.keys()))}"
+        )
     node[last] = _convert(key, text, old)
 
 
 def _convert(key: str, text: str, old: Any) -> Any:
     kind = type(old)
-    wrong = InputError(f"config key {key}={text!r}: a value of type {kind.__name__} is wanted, such as {old!r}")
+    wrong = InputError(
+        f"config key {key}={text!r}: a value of type {kind.__name__} is wanted, such as {old!r}"
+    )
     if kind is str:
         return text
     if kind is bool:
@@ -98,14 +119,18 @@ def _convert(key: str, text: str, old: Any) -> Any:
     try:
         if kind is tuple:
             items = text.strip("()[] ")
-            value = tuple(ast.literal_eval(item.strip()) for item in items.split(",") if item.strip())
+            value = tuple(
+                ast.literal_eval(item.strip()) for item in items.split(",") if item.strip()
+            )
         else:
             value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         raise wrong from None
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (kind is tuple and {type(item) for item in value} - {type(item) for item in old}):
+    if type(value) is not kind or (
+        kind is tuple and {type(item) for item in value} - {type(item) for item in old}
+    ):
         raise wrong
     return value
 
@@ -124,14 +149,18 @@ def build(cls, values: ConfigDict, **more):
     known = set(cls.__dataclass_fields__)
     unknown = sorted(set(values.keys()) - known)
     if unknown:
-        raise InputError(f"config key {unknown[0]!r}: unknown; there are {', '.join(sorted(known))}")
+        raise InputError(
+            f"config key {unknown[0]!r}: unknown; there are {', '.join(sorted(known))}"
+        )
     return cls(**values.to_dict(), **more)
 
 
 _MISSING = object()  # unlike every value
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
+def first_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> str | None:
     """Names the first key, other than the harmless ones, in which two configs differ, with both values."""
     for key in sorted(set(old) | set(new)):
         name, a, b = f"{prefix}{key}", old.get(key, _MISSING), new.get(key, _MISSING)
@@ -142,6 +171,8 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
             if found:
                 return found
         elif a != b and name not in HARMLESS:
-            told = [f"{c.get(key)!r}" if key in c else "missing (another version)" for c in (old, new)]
+            told = [
+                f"{c.get(key)!r}" if key in c else "missing (another version)" for c in (old, new)
+            ]
             return f"{name} is {told[0]} there and {told[1]} here"
     return None

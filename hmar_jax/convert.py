@@ -7,7 +7,8 @@ convolution kernels go from OIHW to HWIO, and the blocks' tensors are stacked on
 import collections.abc
 import dataclasses
 import re
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,10 @@ from hmar_jax.models.tokenizer import TokenizerConfig
 from hmar_jax.models.transformer import TransformerConfig
 from hmar_jax.scales import ScaleList, published_list
 
-_WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile leave behind
+_WRAPPERS = (
+    "module.",
+    "_orig_mod.",
+)  # prefixes that DistributedDataParallel and torch.compile leave behind
 _TRANSFORMER_KEY = "pos_1LC"
 _TOKENIZER_KEY = "quantize.embedding.weight"
 _MASK_EMBED = "mask_embed.weight"
@@ -38,7 +42,9 @@ def load_state_dicts(path: str) -> dict[str, dict[str, np.ndarray]]:
     try:
         import torch
     except ImportError:
-        raise ImportError('reading published weights needs PyTorch: pip install "hmar_jax[torch]"') from None
+        raise ImportError(
+            'reading published weights needs PyTorch: pip install "hmar_jax[torch]"'
+        ) from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -46,14 +52,20 @@ def load_state_dicts(path: str) -> dict[str, dict[str, np.ndarray]]:
     except IsADirectoryError:
         raise InputError(f"{path}: is a directory; a .pth file is wanted") from None
     except Exception as e:  # torch raises many kinds for damaged or foreign files
-        raise InputError(f"{path}: not a file of PyTorch weights ({str(e).splitlines()[0][:120]})") from None
+        raise InputError(
+            f"{path}: not a file of PyTorch weights ({str(e).splitlines()[0][:120]})"
+        ) from None
     found: dict[str, dict] = {}
     _find(loaded, found)
     if not found:
         raise InputError(
-            f"{path}: holds no model of this family (looked for {_TRANSFORMER_KEY!r} or {_TOKENIZER_KEY!r} among its names)")
+            f"{path}: holds no model of this family (looked for {_TRANSFORMER_KEY!r} or {_TOKENIZER_KEY!r} among its names)"
+        )
     to_numpy = lambda t: (t.float() if t.is_floating_point() else t).numpy()
-    return {kind: {name: to_numpy(t) for name, t in state.items() if hasattr(t, "numpy")} for kind, state in found.items()}
+    return {
+        kind: {name: to_numpy(t) for name, t in state.items() if hasattr(t, "numpy")}
+        for kind, state in found.items()
+    }
 
 
 def _find(node: Any, found: dict[str, dict]):
@@ -82,16 +94,21 @@ def resolve_scales(num_scales: int, length: int | None, given) -> ScaleList:
     Raises:
       InputError: K and L are not those of a published list and none was given, or the given one does not fit.
     """
-    known = f"these weights have K={num_scales} scales" + (f" and L={length} tokens" if length else "")
+    known = f"these weights have K={num_scales} scales" + (
+        f" and L={length} tokens" if length else ""
+    )
     if given is not None:
         scales = given if isinstance(given, ScaleList) else ScaleList(tuple(given))
         if scales.num_scales != num_scales or (length and scales.length != length):
             raise InputError(
-                f"scales {','.join(map(str, scales.sides))} have K={scales.num_scales} and L={scales.length}, but {known}")
+                f"scales {','.join(map(str, scales.sides))} have K={scales.num_scales} and L={scales.length}, but {known}"
+            )
         return scales
     scales = published_list(num_scales, length) if length else None
     if scales is None:
-        raise InputError(f"{known}, which is no published list: give scales, such as scales=(1, 2, 3, 4, 6)")
+        raise InputError(
+            f"{known}, which is no published list: give scales, such as scales=(1, 2, 3, 4, 6)"
+        )
     return scales
 
 
@@ -100,7 +117,9 @@ def tokenizer_scales(state: Mapping[str, np.ndarray], given=None) -> ScaleList:
     hits = state.get("quantize.ema_vocab_hit_SV")
     if given is None:
         known = f" for its K={hits.shape[0]} scales" if hits is not None else ""
-        raise InputError(f"a tokenizer alone does not tell its scale list: give the sides{known}, such as scales=(1, 2, 3, 4, 6)")
+        raise InputError(
+            f"a tokenizer alone does not tell its scale list: give the sides{known}, such as scales=(1, 2, 3, 4, 6)"
+        )
     scales = given if isinstance(given, ScaleList) else ScaleList(tuple(given))
     return resolve_scales(scales.num_scales if hits is None else hits.shape[0], None, scales)
 
@@ -131,11 +150,14 @@ class _Reader:
 
     def count(self, pattern: str) -> int:
         """1 + the largest number that `pattern`'s group matches in any name; 0 without a match."""
-        return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in self.state) if m), default=-1)
+        return 1 + max(
+            (int(m[1]) for m in (re.match(pattern, name) for name in self.state) if m), default=-1
+        )
 
 
 def tokenizer_from_state(
-    state: Mapping[str, np.ndarray], scales: ScaleList, groups: int = 32) -> tuple[TokenizerConfig, dict]:
+    state: Mapping[str, np.ndarray], scales: ScaleList, groups: int = 32
+) -> tuple[TokenizerConfig, dict]:
     """VAR's tokenizer. Sizes are read off the shapes; `groups` leaves no trace there.
 
     Returns:
@@ -154,14 +176,29 @@ def tokenizer_from_state(
     else:
         phi_names, num_phi = [f"quantize.quant_resi.{i}" for i in range(scales.num_scales)], 0
     config = TokenizerConfig(
-        scales=scales.sides, vocab_size=codebook.shape[0], z_channels=codebook.shape[1], channels=channels,
-        channel_multipliers=tuple(o // channels for o in outputs), num_res_blocks=r.count(r"encoder\.down\.0\.block\.(\d+)\."),
-        attention="encoder.mid.attn_1.norm.weight" in state, groups=groups, num_phi=num_phi)
+        scales=scales.sides,
+        vocab_size=codebook.shape[0],
+        z_channels=codebook.shape[1],
+        channels=channels,
+        channel_multipliers=tuple(o // channels for o in outputs),
+        num_res_blocks=r.count(r"encoder\.down\.0\.block\.(\d+)\."),
+        attention="encoder.mid.attn_1.norm.weight" in state,
+        groups=groups,
+        num_phi=num_phi,
+    )
 
     phis = [r.conv(name) for name in phi_names]
     params = {
-        "encoder": {**_ends(r, "encoder"), **_middle(r, "encoder"), **_levels(r, config, "encoder", "down", "downsample")},
-        "decoder": {**_ends(r, "decoder"), **_middle(r, "decoder"), **_levels(r, config, "decoder", "up", "upsample")},
+        "encoder": {
+            **_ends(r, "encoder"),
+            **_middle(r, "encoder"),
+            **_levels(r, config, "encoder", "down", "downsample"),
+        },
+        "decoder": {
+            **_ends(r, "decoder"),
+            **_middle(r, "decoder"),
+            **_levels(r, config, "decoder", "up", "upsample"),
+        },
         "quant_conv": r.conv("quant_conv"),
         "post_quant_conv": r.conv("post_quant_conv"),
         "quantizer": {
@@ -174,7 +211,11 @@ def tokenizer_from_state(
 
 
 def _ends(r: _Reader, side: str) -> dict:
-    return {"conv_in": r.conv(f"{side}.conv_in"), "norm_out": r.norm(f"{side}.norm_out"), "conv_out": r.conv(f"{side}.conv_out")}
+    return {
+        "conv_in": r.conv(f"{side}.conv_in"),
+        "norm_out": r.norm(f"{side}.norm_out"),
+        "conv_out": r.conv(f"{side}.conv_out"),
+    }
 
 
 def _middle(r: _Reader, side: str) -> dict:
@@ -198,18 +239,25 @@ def _levels(r: _Reader, config: TokenizerConfig, side: str, way: str, resample: 
 
 
 def _res_block(r: _Reader, name: str) -> dict:
-    block = {f"norm{i}": r.norm(f"{name}.norm{i}") for i in (1, 2)} | {f"conv{i}": r.conv(f"{name}.conv{i}") for i in (1, 2)}
+    block = {f"norm{i}": r.norm(f"{name}.norm{i}") for i in (1, 2)} | {
+        f"conv{i}": r.conv(f"{name}.conv{i}") for i in (1, 2)
+    }
     if f"{name}.nin_shortcut.weight" in r.state:
         block["shortcut"] = r.conv1x1(f"{name}.nin_shortcut")
     return block
 
 
 def _attn_block(r: _Reader, name: str) -> dict:
-    return {"norm": r.norm(f"{name}.norm"), "qkv": r.conv1x1(f"{name}.qkv"), "proj": r.conv1x1(f"{name}.proj_out")}
+    return {
+        "norm": r.norm(f"{name}.norm"),
+        "qkv": r.conv1x1(f"{name}.qkv"),
+        "proj": r.conv1x1(f"{name}.proj_out"),
+    }
 
 
 def transformer_from_state(
-    state: Mapping[str, np.ndarray], scales=None, heads: int | None = None) -> tuple[TransformerConfig, dict]:
+    state: Mapping[str, np.ndarray], scales=None, heads: int | None = None
+) -> tuple[TransformerConfig, dict]:
     """Stage 1 or VAR. The mask stored with the weights tells which.
 
     Args:
@@ -227,15 +275,27 @@ def transformer_from_state(
     qk_norm = "blocks.0.attn.scale_mul_1H11" in state
     heads = state["blocks.0.attn.scale_mul_1H11"].shape[1] if qk_norm else heads or depth
     config = TransformerConfig(
-        scales=scales.sides, vocab_size=r("head.weight").shape[0], z_channels=r("word_embed.weight").shape[1],
-        num_classes=r("class_emb.weight").shape[0] - 1, depth=depth, width=width, heads=heads,
-        mlp_ratio=r("blocks.0.ffn.fc1.weight").shape[0] / width, pattern=_pattern(r, scales), qk_norm=qk_norm,
-        shared_adaln="shared_ada_lin.1.weight" in state)
+        scales=scales.sides,
+        vocab_size=r("head.weight").shape[0],
+        z_channels=r("word_embed.weight").shape[1],
+        num_classes=r("class_emb.weight").shape[0] - 1,
+        depth=depth,
+        width=width,
+        heads=heads,
+        mlp_ratio=r("blocks.0.ffn.fc1.weight").shape[0] / width,
+        pattern=_pattern(r, scales),
+        qk_norm=qk_norm,
+        shared_adaln="shared_ada_lin.1.weight" in state,
+    )
     bias = state["word_embed.bias"] if "word_embed.bias" in state else r("word_embed_bias")
     params = {
         "embed": {
-            "class_emb": r("class_emb.weight"), "pos_start": r("pos_start")[0], "pos_emb": r("pos_1LC")[0],
-            "level_emb": r("lvl_embed.weight"), "word_embed": {"kernel": r("word_embed.weight").T, "bias": bias}},
+            "class_emb": r("class_emb.weight"),
+            "pos_start": r("pos_start")[0],
+            "pos_emb": r("pos_1LC")[0],
+            "level_emb": r("lvl_embed.weight"),
+            "word_embed": {"kernel": r("word_embed.weight").T, "bias": bias},
+        },
         "blocks": stack_blocks(r, config, [f"blocks.{i}" for i in range(depth)]),
         "head": head_from_state(r, "head_nm", "head"),
     }
@@ -249,7 +309,7 @@ def head_from_state(r: _Reader, norm: str, head: str) -> dict:
 
 
 def _pattern(r: _Reader, scales: ScaleList) -> str:
-    """"causal" where the stored mask lets the second scale see the first."""
+    """ "causal" where the stored mask lets the second scale see the first."""
     if "attn_bias_for_masking" not in r.state or scales.num_scales == 1:
         return "diagonal"
     bias = r("attn_bias_for_masking")
@@ -258,17 +318,26 @@ def _pattern(r: _Reader, scales: ScaleList) -> str:
 
 def stack_blocks(r: _Reader, config: TransformerConfig, names: list[str]) -> dict:
     """Blocks' parameters by name, stacked on a leading axis."""
-    return {"block": jax.tree.map(lambda *leaves: np.stack(leaves), *[_block(r, config, name) for name in names])}
+    return {
+        "block": jax.tree.map(
+            lambda *leaves: np.stack(leaves), *[_block(r, config, name) for name in names]
+        )
+    }
 
 
 def _block(r: _Reader, config: TransformerConfig, name: str) -> dict:
     width, heads = config.width, config.heads
     head_size = width // heads
     block = {
-        "qkv": {"kernel": r(f"{name}.attn.mat_qkv.weight").T.reshape(width, 3, heads, head_size)},  # rows packed [q | k | v]
+        "qkv": {
+            "kernel": r(f"{name}.attn.mat_qkv.weight").T.reshape(width, 3, heads, head_size)
+        },  # rows packed [q | k | v]
         "q_bias": r(f"{name}.attn.q_bias").reshape(heads, head_size),
         "v_bias": r(f"{name}.attn.v_bias").reshape(heads, head_size),
-        "proj": {"kernel": r(f"{name}.attn.proj.weight").T.reshape(heads, head_size, width), "bias": r(f"{name}.attn.proj.bias")},
+        "proj": {
+            "kernel": r(f"{name}.attn.proj.weight").T.reshape(heads, head_size, width),
+            "bias": r(f"{name}.attn.proj.bias"),
+        },
         "fc1": r.linear(f"{name}.ffn.fc1"),
         "fc2": r.linear(f"{name}.ffn.fc2"),
     }
@@ -305,7 +374,9 @@ def combined_from_state(state: Mapping[str, np.ndarray], scales=None, heads: int
         elif not name.startswith("mask_"):
             stage1[name.removeprefix("ns_")] = value
     config, params = transformer_from_state(stage1, scales, heads)
-    masked = masked_from_state(state, config, [f"mask_blocks.{i}" for i in range(tail)], "mask_head")
+    masked = masked_from_state(
+        state, config, [f"mask_blocks.{i}" for i in range(tail)], "mask_head"
+    )
     return config, params, tail, masked
 
 
@@ -322,10 +393,20 @@ def stage2_from_state(state: Mapping[str, np.ndarray], scales=None, heads: int |
       both are the same ones, so M, what is not shared, is as small as it can be.
     """
     config, params = transformer_from_state(state, scales, heads)
-    return config, params, 1, masked_from_state(state, config, [f"blocks.{config.depth - 1}"], "head")
+    return (
+        config,
+        params,
+        1,
+        masked_from_state(state, config, [f"blocks.{config.depth - 1}"], "head"),
+    )
 
 
-def join_stages(stage1: Mapping[str, np.ndarray], stage2: Mapping[str, np.ndarray], scales=None, heads: int | None = None):
+def join_stages(
+    stage1: Mapping[str, np.ndarray],
+    stage2: Mapping[str, np.ndarray],
+    scales=None,
+    heads: int | None = None,
+):
     """Both stages from a state dict each.
 
     Returns:
@@ -337,23 +418,37 @@ def join_stages(stage1: Mapping[str, np.ndarray], stage2: Mapping[str, np.ndarra
     config, params = transformer_from_state(stage1, scales, heads)
     other_config, other = transformer_from_state(stage2, scales, heads)
     if other_config != config:
-        field = next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(other_config, f.name))
+        field = next(
+            f.name
+            for f in dataclasses.fields(config)
+            if getattr(config, f.name) != getattr(other_config, f.name)
+        )
         raise InputError(
-            f"stage 2 does not fit stage 1: {field} is {getattr(other_config, field)} there and {getattr(config, field)} here")
+            f"stage 2 does not fit stage 1: {field} is {getattr(other_config, field)} there and {getattr(config, field)} here"
+        )
     blocks, others = (jax.tree.leaves(p["blocks"]) for p in (params, other))
-    equal = [all(np.array_equal(a[i], b[i]) for a, b in zip(blocks, others)) for i in range(config.depth)]
+    equal = [
+        all(np.array_equal(a[i], b[i]) for a, b in zip(blocks, others)) for i in range(config.depth)
+    ]
     shared = equal.index(False) if False in equal else config.depth - 1
     embeddings = zip(jax.tree.leaves(params["embed"]), jax.tree.leaves(other["embed"]))
     if not shared or not all(np.array_equal(a, b) for a, b in embeddings):
-        raise InputError("stage 2 was trained on another stage 1: its frozen parameters are not those of this one")
-    masked = masked_from_state(stage2, config, [f"blocks.{i}" for i in range(shared, config.depth)], "head")
+        raise InputError(
+            "stage 2 was trained on another stage 1: its frozen parameters are not those of this one"
+        )
+    masked = masked_from_state(
+        stage2, config, [f"blocks.{i}" for i in range(shared, config.depth)], "head"
+    )
     return config, params, config.depth - shared, masked
 
 
-def masked_from_state(state: Mapping[str, np.ndarray], config: TransformerConfig, blocks: list[str], head: str) -> dict:
+def masked_from_state(
+    state: Mapping[str, np.ndarray], config: TransformerConfig, blocks: list[str], head: str
+) -> dict:
     """Stage 2's own parameters: the named blocks, {head}_nm and {head}, and the mask embedding."""
     r = _Reader(state)
     return {
         "mask_embed": r(_MASK_EMBED)[0],
         "blocks": stack_blocks(r, config, blocks),
-        "head": head_from_state(r, f"{head}_nm", head)}
+        "head": head_from_state(r, f"{head}_nm", head),
+    }

@@ -16,7 +16,9 @@ _LONGEST_MESSAGE = 1000  # bytes of an error that is told to the others
 
 
 def initialize(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     local_devices: tuple[int, ...] | None = None,
 ) -> None:
     """Meets the other processes, if there are any. Call it before anything is computed.
@@ -33,18 +35,30 @@ def initialize(
     """
     if num_processes == 1 or jax.distributed.is_initialized():
         return
-    flags = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    flags = {
+        "--coordinator": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
     missing = [name for name, value in flags.items() if value is None]
     if len(missing) not in (0, 3):
-        raise InputError(f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id go together")
+        raise InputError(
+            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id go together"
+        )
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal():
-            raise InputError(f"--coordinator {coordinator!r}: HOST:PORT is wanted, such as 10.0.0.1:8476")
+            raise InputError(
+                f"--coordinator {coordinator!r}: HOST:PORT is wanted, such as 10.0.0.1:8476"
+            )
         if not 0 <= process_id < num_processes:
-            raise InputError(f"--process_id {process_id}: from 0 to {num_processes - 1} is wanted (--num_processes {num_processes})")
+            raise InputError(
+                f"--process_id {process_id}: from 0 to {num_processes - 1} is wanted (--num_processes {num_processes})"
+            )
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, local_device_ids=local_devices)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, local_device_ids=local_devices
+        )
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
             raise InputError(f"the processes could not meet: {error}") from error
@@ -52,7 +66,9 @@ def initialize(
     except RuntimeError as error:
         if "before" in str(error) and coordinator is None:
             return  # a notebook or a test, which has computed already: it is alone
-        raise InputError(f"the processes could not meet: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"the processes could not meet: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def is_first() -> bool:
@@ -68,7 +84,7 @@ def raise_together(error: InputError | None) -> None:
         return
     text = str(error).encode()[:_LONGEST_MESSAGE] if error is not None else b""
     mine = np.zeros(_LONGEST_MESSAGE, np.uint8)
-    mine[:len(text)] = np.frombuffer(text, np.uint8)
+    mine[: len(text)] = np.frombuffer(text, np.uint8)
     for message in multihost_utils.process_allgather(mine):
         if message.any():
             raise InputError(bytes(message[message != 0]).decode(errors="replace"))

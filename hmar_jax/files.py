@@ -163,6 +163,8 @@ def _is_special(target: str) -> bool:
 def _create_beside(target: str) -> str:
     """An empty new file in the target's folder. Not tempfile's: those are readable by their owner alone."""
     # The name carries as much of the target's as leaves room, so that a leftover tells where it came from.
-    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)[:64]}.{secrets.token_hex(4)}.tmp")
+    temporary = os.path.join(
+        os.path.dirname(target), f".{os.path.basename(target)[:64]}.{secrets.token_hex(4)}.tmp"
+    )
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return temporary

@@ -9,17 +9,58 @@ import math
 import re
 from collections import Counter
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
-_ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64,
-              "f64": 64, "c64": 64, "c128": 128}
+_ITEM_BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "bf16": 16,
+    "f16": 16,
+    "s32": 32,
+    "u32": 32,
+    "f32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
+}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\](\{[^{}]*\})?")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 # What moves no bytes by itself: names for what is there, and what is counted elsewhere.
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "partition-id", "replica-id", "after-all",
-         "iota", "add-dependency", "optimization-barrier")
+_FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "partition-id",
+    "replica-id",
+    "after-all",
+    "iota",
+    "add-dependency",
+    "optimization-barrier",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +133,9 @@ class Program:
                 self._follow(body, times * turns, fused)
                 continue
             inside = fused or instruction.opcode not in ("call", "conditional")
-            for called in instruction.called("calls", "branch_computations", "true_computation", "false_computation"):
+            for called in instruction.called(
+                "calls", "branch_computations", "true_computation", "false_computation"
+            ):
                 self._follow(called, times, inside)
             if instruction.opcode == "call":
                 for called in instruction.called("to_apply"):
@@ -113,7 +156,9 @@ class Program:
 
     def mentions(self, name: str) -> bool:
         """Whether an instruction that runs has this in its name, as calls of a kernel do."""
-        return any(self._times[c] and name in i for c, inside in self._computations.items() for i in inside)
+        return any(
+            self._times[c] and name in i for c, inside in self._computations.items() for i in inside
+        )
 
     def collectives(self) -> list[Collective]:
         """All of them. One that the compiler has spread over several fusions is one."""
@@ -132,11 +177,17 @@ class Program:
                     kind = "reduce-scatter"
                 one = Collective(kind, size, self._group(instruction), times)
                 # Pieces of one collective share all of these; different ones may share a channel.
-                channel, origin = (re.search(p, instruction.rest) for p in (r"channel_id=\d+", r'op_name="[^"]*"( stack_frame_id=\d+)?'))
+                channel, origin = (
+                    re.search(p, instruction.rest)
+                    for p in (r"channel_id=\d+", r'op_name="[^"]*"( stack_frame_id=\d+)?')
+                )
                 key = (kind, size, one.group, channel and channel[0], origin and origin[0])
                 if kind == "collective-permute" or not channel:
                     key = (name, instruction.name)
-                if key not in found or (one.times, one.bytes) > (found[key].times, found[key].bytes):
+                if key not in found or (one.times, one.bytes) > (
+                    found[key].times,
+                    found[key].bytes,
+                ):
                     found[key] = one
         return list(found.values())
 
@@ -145,7 +196,12 @@ class Program:
         results = [size for size, _ in _arrays(instruction.shape)]
         if instruction.opcode.endswith("-start"):
             return max(results, default=0)
-        operands = [size for name in instruction.operands if name in computation for size, _ in _arrays(computation[name].shape)]
+        operands = [
+            size
+            for name in instruction.operands
+            if name in computation
+            for size, _ in _arrays(computation[name].shape)
+        ]
         return max(sum(results), sum(operands))
 
     def _group(self, instruction: _Instruction) -> int:
@@ -181,7 +237,12 @@ class Program:
         result = sum(size for size, main in _arrays(instruction.shape) if main)
         if opcode.endswith("-start"):  # its result has target and source in it
             return result
-        operands = [sum(size for size, main in _arrays(computation[o].shape) if main) if o in computation else 0 for o in instruction.operands]
+        operands = [
+            sum(size for size, main in _arrays(computation[o].shape) if main)
+            if o in computation
+            else 0
+            for o in instruction.operands
+        ]
         if opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * result if operands and operands[0] else result
         if opcode == "dynamic-update-slice":
@@ -191,15 +252,26 @@ class Program:
         if opcode == "fusion":
             for called in instruction.called("calls"):
                 inside = self._computations.get(called, {})
-                parameters = {int(i.rest.split(")")[0]): i for i in inside.values() if i.opcode == "parameter"}
+                parameters = {
+                    int(i.rest.split(")")[0]): i for i in inside.values() if i.opcode == "parameter"
+                }
                 for number, parameter in parameters.items():
                     if number < len(operands) and operands[number]:
                         operands[number] = min(operands[number], self._part_used(parameter, inside))
                 root = next((i for i in inside.values() if i.root), None)
-                parts = [inside.get(o) for o in root.operands] if root is not None and root.opcode == "tuple" else [root]
+                parts = (
+                    [inside.get(o) for o in root.operands]
+                    if root is not None and root.opcode == "tuple"
+                    else [root]
+                )
                 for part in parts:
                     part = _behind_names(part, inside)
-                    if part is not None and part.opcode == "dynamic-update-slice" and len(part.operands) > 1 and part.operands[1] in inside:
+                    if (
+                        part is not None
+                        and part.opcode == "dynamic-update-slice"
+                        and len(part.operands) > 1
+                        and part.operands[1] in inside
+                    ):
                         whole = sum(size for size, _ in _arrays(part.shape))
                         update = sum(size for size, _ in _arrays(inside[part.operands[1]].shape))
                         result -= max(0, min(result, whole - update))
@@ -215,13 +287,18 @@ class Program:
                     continue
                 if user.opcode == "bitcast":
                     names.append(user.name)
-                elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+                elif (
+                    user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name
+                ):
                     total += sum(size for size, _ in _arrays(user.shape))
                 elif user.opcode == "fusion":  # one inside another
                     for called in user.called("calls"):
                         deeper = self._computations.get(called, {})
                         for own in deeper.values():
-                            if own.opcode == "parameter" and user.operands[int(own.rest.split(")")[0])] == name:
+                            if (
+                                own.opcode == "parameter"
+                                and user.operands[int(own.rest.split(")")[0])] == name
+                            ):
                                 total += self._part_used(own, deeper)
                 elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
                     return math.inf
@@ -229,7 +306,11 @@ class Program:
 
 
 def _behind_names(instruction, inside):
-    while instruction is not None and instruction.opcode in ("bitcast", "copy") and instruction.operands:
+    while (
+        instruction is not None
+        and instruction.opcode in ("bitcast", "copy")
+        and instruction.operands
+    ):
         instruction = inside.get(instruction.operands[0])
     return instruction
 

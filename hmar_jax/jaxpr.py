@@ -23,7 +23,9 @@ class Counted:
 
     def add(self, other: "Counted", times: float = 1) -> None:
         for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + times * getattr(other, field.name))
+            setattr(
+                self, field.name, getattr(self, field.name) + times * getattr(other, field.name)
+            )
 
     @property
     def total(self) -> float:
@@ -41,13 +43,20 @@ def count(jaxpr: Any) -> Counted:
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
-            flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+            flops = (
+                2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+            )
             total.add(_product(flops, params["precision"]))
             total.moved += _bytes(*eqn.invars, *eqn.outvars)
         elif name == "conv_general_dilated":
             numbers = params["dimension_numbers"]
             kernel = eqn.invars[1].aval.shape
-            flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+            flops = (
+                2
+                * math.prod(eqn.outvars[0].aval.shape)
+                * math.prod(kernel)
+                // kernel[numbers.rhs_spec[0]]
+            )
             # Zeros between the rows, as in gradients of strided convolutions, are skipped or not; here they are not counted.
             total.add(_product(flops / math.prod(params["lhs_dilation"]), params["precision"]))
             total.moved += _bytes(*eqn.invars, *eqn.outvars)
@@ -58,8 +67,12 @@ def count(jaxpr: Any) -> Counted:
             inner = count(params["jaxpr"])
             total.add(inner, params["length"])
             # What it carries has the same shape inside and outside; what it stacks has an axis more outside.
-            pairs = zip(eqn.outvars, getattr(params["jaxpr"], "jaxpr", params["jaxpr"]).outvars, strict=True)
-            total.residuals += _bytes(*(outer for outer, inner in pairs if outer.aval.shape != inner.aval.shape))
+            pairs = zip(
+                eqn.outvars, getattr(params["jaxpr"], "jaxpr", params["jaxpr"]).outvars, strict=True
+            )
+            total.residuals += _bytes(
+                *(outer for outer, inner in pairs if outer.aval.shape != inner.aval.shape)
+            )
         elif name == "cond":
             total.add(max((count(branch) for branch in params["branches"]), key=lambda c: c.total))
         else:
@@ -76,9 +89,15 @@ def _product(flops: float, precision) -> Counted:
 
 
 def _bytes(*variables) -> float:
-    return float(sum(math.prod(v.aval.shape) * getattr(v.aval.dtype, "itemsize", 8) for v in variables))
+    return float(
+        sum(math.prod(v.aval.shape) * getattr(v.aval.dtype, "itemsize", 8) for v in variables)
+    )
 
 
 def _inner(params) -> list:
-    values = [v for value in params.values() for v in (value if isinstance(value, (tuple, list)) else [value])]
+    values = [
+        v
+        for value in params.values()
+        for v in (value if isinstance(value, (tuple, list)) else [value])
+    ]
     return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]

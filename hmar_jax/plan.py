@@ -27,7 +27,11 @@ from hmar_jax.training import state as run_state
 
 _log = logging.getLogger(__name__)
 
-_KERNELS = ("block_attention_forward", "block_attention_d_q", "block_attention_d_kv")  # of pallas_kernels/mosaic_tpu.py
+_KERNELS = (
+    "block_attention_forward",
+    "block_attention_d_q",
+    "block_attention_d_kv",
+)  # of pallas_kernels/mosaic_tpu.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,9 @@ class Plan:
     traffic: tuple[Traffic, ...]
     memory_traffic: float | None  # bytes a step to and from a device's memory
     kernels: tuple[str, ...]
-    seconds: dict[str, float]  # "compute", "memory", "interconnect" (all links), "interconnect_one_dimension" (of the torus)
+    seconds: dict[
+        str, float
+    ]  # "compute", "memory", "interconnect" (all links), "interconnect_one_dimension" (of the torus)
     how: dict[str, str]
 
     @property
@@ -80,23 +86,41 @@ class Plan:
     @property
     def step_seconds(self) -> tuple[float, float]:
         """Roofline: all at the same time, and one after another. No step is faster than the first."""
-        parts = [self.seconds[name] for name in ("compute", "memory", "interconnect") if name in self.seconds]
+        parts = [
+            self.seconds[name]
+            for name in ("compute", "memory", "interconnect")
+            if name in self.seconds
+        ]
         return max(parts), sum(parts)
 
     def to_json(self) -> dict[str, Any]:
         low, high = self.step_seconds
-        return dataclasses.asdict(self) | {"fits": self.fits, "roofline_step_seconds": [low, high], "roofline_images_per_second": self.batch_size / low}
+        return dataclasses.asdict(self) | {
+            "fits": self.fits,
+            "roofline_step_seconds": [low, high],
+            "roofline_images_per_second": self.batch_size / low,
+        }
 
 
 def prepare_environment() -> None:
     """For compiling with libtpu where there is no TPU. Call it before JAX starts its backends."""
     jax.config.update("jax_platforms", "cpu")
-    for name, value in (("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-                        ("TPU_LOG_DIR", "disabled")):  # else libtpu looks for the host on the network, and complains
+    for name, value in (
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+        ("TPU_LOG_DIR", "disabled"),
+    ):  # else libtpu looks for the host on the network, and complains
         os.environ.setdefault(name, value)
 
 
-def make_plan(config: ConfigDict, topology: chips.Topology, *, name: str = "", stage1: ConfigDict | None = None) -> Plan:
+def make_plan(
+    config: ConfigDict,
+    topology: chips.Topology,
+    *,
+    name: str = "",
+    stage1: ConfigDict | None = None,
+) -> Plan:
     """Compiles, or for GPUs estimates; minutes for large models.
 
     Args:
@@ -118,12 +142,20 @@ def make_plan(config: ConfigDict, topology: chips.Topology, *, name: str = "", s
     accumulate = config.get("accumulate", 1)
     sharding.check_batch(mesh, config.batch_size, accumulate)
     if config.task == "tokenizer" and topology.chip.kind == "gpu":
-        raise InputError(f"{topology.name}: what a tokenizer needs on GPUs is not estimated; compile it for a TPU, or plan a transformer")
+        raise InputError(
+            f"{topology.name}: what a tokenizer needs on GPUs is not estimated; compile it for a TPU, or plan a transformer"
+        )
     task, extra, batch = _shapes(config, stage1)
-    state = jax.eval_shape(functools.partial(run_state.init, task, ema_decay=config.ema_decay), jax.random.key(0), *extra)
+    state = jax.eval_shape(
+        functools.partial(run_state.init, task, ema_decay=config.ema_decay),
+        jax.random.key(0),
+        *extra,
+    )
 
     if devices:
-        step = program.build(task, sharding.make_mesh(*sizes, devices=devices), extra, config.ema_decay)
+        step = program.build(
+            task, sharding.make_mesh(*sizes, devices=devices), extra, config.ema_decay
+        )
         traced = step.train_step.trace(step.state, step.batch(batch), step.rng, *step.extra)
         counted = jaxpr.count(traced.jaxpr)
         found = _compiled(traced, topology, _arguments(task, mesh, state, extra, batch))
@@ -136,33 +168,62 @@ def make_plan(config: ConfigDict, topology: chips.Topology, *, name: str = "", s
     memory, traffic, memory_traffic, interconnect, kernels, how = found
 
     chip, n = topology.chip, topology.num_devices
-    seconds = {"compute": (counted.bfloat16 + counted.kernels + counted.float32 * chip.float32_passes) / n / chip.flops}
+    seconds = {
+        "compute": (counted.bfloat16 + counted.kernels + counted.float32 * chip.float32_passes)
+        / n
+        / chip.flops
+    }
     if memory_traffic is not None:
         seconds["memory"] = memory_traffic / chip.memory_bandwidth
-        seconds |= {"interconnect": interconnect, "interconnect_one_dimension": interconnect * chip.dimensions}
+        seconds |= {
+            "interconnect": interconnect,
+            "interconnect_one_dimension": interconnect * chip.dimensions,
+        }
     return Plan(
-        config=name, topology=topology.name, devices=n, mesh=dict(zip(sharding.AXES, sizes)), batch_size=config.batch_size,
-        accumulate=accumulate, parameters=_count(state.params), frozen_parameters=_count(extra),
-        model_flops=(task.flops_per_picture or 0.0) * config.batch_size, step_flops=counted.total, memory=memory, traffic=traffic,
-        memory_traffic=memory_traffic, kernels=kernels, seconds=seconds, how=how)
+        config=name,
+        topology=topology.name,
+        devices=n,
+        mesh=dict(zip(sharding.AXES, sizes)),
+        batch_size=config.batch_size,
+        accumulate=accumulate,
+        parameters=_count(state.params),
+        frozen_parameters=_count(extra),
+        model_flops=(task.flops_per_picture or 0.0) * config.batch_size,
+        step_flops=counted.total,
+        memory=memory,
+        traffic=traffic,
+        memory_traffic=memory_traffic,
+        kernels=kernels,
+        seconds=seconds,
+        how=how,
+    )
 
 
 def _shapes(config: ConfigDict, stage1: ConfigDict | None) -> tasks.Shapes:
     """The task; its tokenizer and stage 1 from where the config says, else the published ones."""
     tokenizer = below = None
     if config.get("tokenizer") or config.get("init_from"):
-        from hmar_jax.sampling.pipeline import load_parts  # not needed otherwise, and it reads parameters
+        from hmar_jax.sampling.pipeline import (
+            load_parts,
+        )  # not needed otherwise, and it reads parameters
 
         spec, _ = load_parts(config.get("tokenizer") or config.init_from)
         tokenizer, below = spec.tokenizer, spec.transformer
     more = {"num_classes": below.num_classes} if below is not None else {}
     if config.task == "masked" and below is None:
         if stage1 is None:
-            raise InputError("config.init_from is empty: give --config.init_from=RUN, or a config NAME,stage=masked whose NAME is its stage 1")
+            raise InputError(
+                "config.init_from is empty: give --config.init_from=RUN, or a config NAME,stage=masked whose NAME is its stage 1"
+            )
         below = tasks.shapes(stage1, tokenizer=tokenizer).task.transformer
     shapes = tasks.shapes(config, tokenizer=tokenizer, stage1=below, **more)
     source = config.data.source
-    if "tokens" in shapes.batch and source and not source.startswith("tokens:") and not config.data.get("cached_copies"):
+    if (
+        "tokens" in shapes.batch
+        and source
+        and not source.startswith("tokens:")
+        and not config.data.get("cached_copies")
+    ):
         side = shapes.task.tokenizer.image_side  # pictures, which the step encodes
         shapes.batch["image"] = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
         del shapes.batch["tokens"]
@@ -175,8 +236,10 @@ def _shapes(config: ConfigDict, stage1: ConfigDict | None) -> tasks.Shapes:
 def _compiled(traced, topology: chips.Topology, arguments: float):
     """What libtpu makes of the step."""
     how = {
-        "memory": "compiled: libtpu's figures for this program", "traffic": "compiled: read from the program, times the turns of its loops",
-        "memory_traffic": "compiled: what each instruction reads and writes, times the turns of its loops"}
+        "memory": "compiled: libtpu's figures for this program",
+        "traffic": "compiled: read from the program, times the turns of its loops",
+        "memory_traffic": "compiled: what each instruction reads and writes, times the turns of its loops",
+    }
     _log.info("compiling for %s: minutes, where the model is large", topology.name)
     try:
         compiled = traced.lower().compile()
@@ -184,20 +247,41 @@ def _compiled(traced, topology: chips.Topology, arguments: float):
         needed = out_of_memory(str(e))
         if needed is None:
             raise
-        how = {"memory": "the compiler refused the program, and says only how much it would have needed"}
+        how = {
+            "memory": "the compiler refused the program, and says only how much it would have needed"
+        }
         return Memory(arguments, 0.0, None, *needed), (), None, None, (), how
     analysis = compiled.memory_analysis()
     module = hlo.Program(compiled.as_text())
-    unused = max(0.0, arguments - analysis.argument_size_in_bytes)  # the compiler leaves out what the step does not use
-    memory = Memory(arguments, unused, float(analysis.temp_size_in_bytes), analysis.peak_memory_in_bytes + unused, topology.chip.memory)
+    unused = max(
+        0.0, arguments - analysis.argument_size_in_bytes
+    )  # the compiler leaves out what the step does not use
+    memory = Memory(
+        arguments,
+        unused,
+        float(analysis.temp_size_in_bytes),
+        analysis.peak_memory_in_bytes + unused,
+        topology.chip.memory,
+    )
     collectives = module.collectives()
     interconnect = sum(c.sent for c in collectives) / topology.chip.link_bandwidth
-    return memory, _by_kind(collectives), module.memory_bytes(), interconnect, tuple(k for k in _KERNELS if module.mentions(k)), how
+    return (
+        memory,
+        _by_kind(collectives),
+        module.memory_bytes(),
+        interconnect,
+        tuple(k for k in _KERNELS if module.mentions(k)),
+        how,
+    )
 
 
 def out_of_memory(message: str) -> tuple[float, float] | None:
     """Bytes needed and available, from the error of a program that does not fit into the chip's memory; None of others."""
-    numbers = re.search(r"Ran out of memory.*?\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message, re.DOTALL)
+    numbers = re.search(
+        r"Ran out of memory.*?\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+        message,
+        re.DOTALL,
+    )
     if not numbers:
         return None
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -209,15 +293,24 @@ def _by_kind(collectives) -> tuple[Traffic, ...]:
     for one in collectives:
         found.setdefault((one.kind, one.group), []).append(one)
     traffic = [
-        Traffic(kind, group, sum(c.times for c in some), float(sum(c.bytes * c.times for c in some)), sum(c.sent for c in some))
-        for (kind, group), some in found.items()]
+        Traffic(
+            kind,
+            group,
+            sum(c.times for c in some),
+            float(sum(c.bytes * c.times for c in some)),
+            sum(c.sent for c in some),
+        )
+        for (kind, group), some in found.items()
+    ]
     return tuple(sorted(traffic, key=lambda t: -t.sent))
 
 
 # GPUs
 
 
-def _estimated(config, task, mesh, topology: chips.Topology, state, extra, batch, counted: jaxpr.Counted):
+def _estimated(
+    config, task, mesh, topology: chips.Topology, state, extra, batch, counted: jaxpr.Counted
+):
     """From shapes: arguments exactly, the rest roughly."""
     rules = task.partition_rules
     itemsize = jnp.dtype(config.model.dtype).itemsize
@@ -230,25 +323,47 @@ def _estimated(config, task, mesh, topology: chips.Topology, state, extra, batch
     stacked, depth = sum(map(_bytes, blocks)), blocks[0].shape[0]
     kept = max(0.0, counted.residuals / turns - stacked) / parts
     gathered = 2 * stacked / depth / mesh.shape["tensor"] * (1 + itemsize / 4)
-    logits = 3 * 4 * task.transformer.scale_list.length * task.transformer.vocab_size * config.batch_size / parts / turns
+    logits = (
+        3
+        * 4
+        * task.transformer.scale_list.length
+        * task.transformer.vocab_size
+        * config.batch_size
+        / parts
+        / turns
+    )
     temporaries = params + gathered + max(kept + logits, _encoding(task, batch) / parts / turns)
     memory = Memory(arguments, 0.0, temporaries, arguments + temporaries, topology.chip.memory)
 
-    count, tensor, fsdp, data = _count(state.params), mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"]
+    count, tensor, fsdp, data = (
+        _count(state.params),
+        mesh.shape["tensor"],
+        mesh.shape["fsdp"],
+        mesh.shape["data"],
+    )
     whole = itemsize * count / tensor
     model = task.transformer
-    activations = itemsize * config.batch_size // parts // turns * model.scale_list.length * model.width
-    collectives = [(one, reach) for one, reach in (  # and how many neighbouring devices a group reaches over
-        (hlo.Collective("all-gather", int(whole), fsdp, 2 * turns), tensor * fsdp),
-        (hlo.Collective("reduce-scatter", int(whole), fsdp, turns), tensor * fsdp),
-        (hlo.Collective("all-reduce", int(whole / fsdp), data, turns), tensor * fsdp * data),
-        (hlo.Collective("all-reduce", activations, tensor, 4 * model.depth * turns), tensor)) if one.group > 1]
+    activations = (
+        itemsize * config.batch_size // parts // turns * model.scale_list.length * model.width
+    )
+    collectives = [
+        (one, reach)
+        for one, reach in (  # and how many neighbouring devices a group reaches over
+            (hlo.Collective("all-gather", int(whole), fsdp, 2 * turns), tensor * fsdp),
+            (hlo.Collective("reduce-scatter", int(whole), fsdp, turns), tensor * fsdp),
+            (hlo.Collective("all-reduce", int(whole / fsdp), data, turns), tensor * fsdp * data),
+            (hlo.Collective("all-reduce", activations, tensor, 4 * model.depth * turns), tensor),
+        )
+        if one.group > 1
+    ]
     interconnect = sum(one.sent / topology.bandwidth(reach) for one, reach in collectives)
     # Operands and results of matrix products, what is kept written and read, and AdamW's four reads and three writes.
     moved = counted.moved / topology.num_devices + 2 * kept * turns + 7 * params
     how = {
-        "memory": "estimate from shapes; arguments exactly, temporaries roughly", "traffic": "estimate from shapes",
-        "memory_traffic": "estimate from shapes: matrix products, what is kept for the backward pass, the optimizer; not what lies between"}
+        "memory": "estimate from shapes; arguments exactly, temporaries roughly",
+        "traffic": "estimate from shapes",
+        "memory_traffic": "estimate from shapes: matrix products, what is kept for the backward pass, the optimizer; not what lies between",
+    }
     return memory, _by_kind(one for one, _ in collectives), moved, interconnect, (), how
 
 
@@ -257,20 +372,36 @@ def _encoding(task, batch) -> float:
     if "image" not in batch:
         return 0.0
     tokenizer, (pictures, height, width, _) = task.tokenizer, batch["image"].shape
-    return 3.0 * pictures * height * width * tokenizer.channels / tokenizer.patch_size**2 * jnp.dtype(tokenizer.dtype).itemsize
+    return (
+        3.0
+        * pictures
+        * height
+        * width
+        * tokenizer.channels
+        / tokenizer.patch_size**2
+        * jnp.dtype(tokenizer.dtype).itemsize
+    )
 
 
 def _arguments(task, mesh, state, extra, batch) -> float:
     """Bytes of one device: parameters, optimizer, what is frozen, its pictures."""
     rules = task.partition_rules
-    return _divided(state, rules, mesh) + _divided(extra, rules, mesh) + sum(_bytes(x) for x in batch.values()) / sharding.batch_parts(mesh)
+    return (
+        _divided(state, rules, mesh)
+        + _divided(extra, rules, mesh)
+        + sum(_bytes(x) for x in batch.values()) / sharding.batch_parts(mesh)
+    )
 
 
 def _divided(tree, rules, mesh) -> float:
     """Bytes of one device."""
     places = sharding.shardings(tree, rules, mesh)
-    return float(sum(
-        math.prod(place.shard_shape(x.shape)) * _itemsize(x.dtype) for x, place in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)))
+    return float(
+        sum(
+            math.prod(place.shard_shape(x.shape)) * _itemsize(x.dtype)
+            for x, place in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+        )
+    )
 
 
 def _count(tree) -> int:
@@ -296,20 +427,47 @@ def report(plan: Plan) -> str:
     low, high = plan.step_seconds
     compiled = plan.how["memory"].startswith("compiled")
     lines = [
-        ("plan", f"{plan.config} on {plan.topology}, {n} devices, mesh {mesh}; batch {plan.batch_size}{parts}"),
-        ("", "nothing here is measured: " + ("compiled for the topology, not run" if compiled else plan.how["memory"])),
+        (
+            "plan",
+            f"{plan.config} on {plan.topology}, {n} devices, mesh {mesh}; batch {plan.batch_size}{parts}",
+        ),
+        (
+            "",
+            "nothing here is measured: "
+            + ("compiled for the topology, not run" if compiled else plan.how["memory"]),
+        ),
         ("parameters", f"{plan.parameters:,} trained, {plan.frozen_parameters:,} frozen"),
-        ("FLOPs a step", (f"{_si(plan.model_flops)}FLOP by formula; " if plan.model_flops else "")
-         + f"{_si(plan.step_flops)}FLOP in the traced step, with what is computed twice"),
-        ("attention", f"Pallas kernels inside: {', '.join(plan.kernels)}" if plan.kernels else "no Pallas kernel in the program") if compiled else ("", ""),
-        ("bytes a device", f"arguments {_gib(memory.arguments)}" + (f" ({_gib(memory.unused)} not used by the step)" if memory.unused else "")
-         + ("" if memory.temporaries is None else f", temporaries {_gib(memory.temporaries)}") + f", peak {_gib(memory.peak)} of {_gib(memory.available)}"),
+        (
+            "FLOPs a step",
+            (f"{_si(plan.model_flops)}FLOP by formula; " if plan.model_flops else "")
+            + f"{_si(plan.step_flops)}FLOP in the traced step, with what is computed twice",
+        ),
+        (
+            "attention",
+            f"Pallas kernels inside: {', '.join(plan.kernels)}"
+            if plan.kernels
+            else "no Pallas kernel in the program",
+        )
+        if compiled
+        else ("", ""),
+        (
+            "bytes a device",
+            f"arguments {_gib(memory.arguments)}"
+            + (f" ({_gib(memory.unused)} not used by the step)" if memory.unused else "")
+            + ("" if memory.temporaries is None else f", temporaries {_gib(memory.temporaries)}")
+            + f", peak {_gib(memory.peak)} of {_gib(memory.available)}",
+        ),
     ]
     shown = [t for t in plan.traffic if t.sent >= 1e-3 * plan.traffic[0].sent]
     for i, t in enumerate(shown):
-        lines.append(("collectives" if i == 0 else "", f"{t.kind} among {t.group}: {t.times} times, {_gib(t.bytes)} in all, {_gib(t.sent)} sent"))
+        lines.append(
+            (
+                "collectives" if i == 0 else "",
+                f"{t.kind} among {t.group}: {t.times} times, {_gib(t.bytes)} in all, {_gib(t.sent)} sent",
+            )
+        )
     if len(shown) < len(plan.traffic):
-        lines.append(("", f"and {sum(t.times for t in plan.traffic[len(shown):])} small ones"))
+        lines.append(("", f"and {sum(t.times for t in plan.traffic[len(shown) :])} small ones"))
     if plan.memory_traffic is not None:
         lines.append(("memory traffic", f"{_gib(plan.memory_traffic)} a device and step"))
     chip = chips.CHIPS[plan.topology.split(":")[0]]
@@ -318,16 +476,34 @@ def report(plan: Plan) -> str:
         if chip.dimensions > 1:
             links += f" over all links, {_ms(plan.seconds['interconnect_one_dimension'])} along one dimension of the torus"
         lines += [
-            ("roofline", f"compute {_ms(plan.seconds['compute'])} at {chip.flops / 1e12:g} TFLOP/s, memory {_ms(plan.seconds['memory'])} at "
-                         f"{chip.memory_bandwidth / 1e9:g} GB/s, interconnect {links}"),
-            ("step", f"{_ms(low)} at the very least, {_ms(high)} if nothing overlaps; {plan.batch_size / high:,.0f} to {plan.batch_size / low:,.0f} "
-                     "pictures a second (makers' peak figures, which no program reaches)")]
+            (
+                "roofline",
+                f"compute {_ms(plan.seconds['compute'])} at {chip.flops / 1e12:g} TFLOP/s, memory {_ms(plan.seconds['memory'])} at "
+                f"{chip.memory_bandwidth / 1e9:g} GB/s, interconnect {links}",
+            ),
+            (
+                "step",
+                f"{_ms(low)} at the very least, {_ms(high)} if nothing overlaps; {plan.batch_size / high:,.0f} to {plan.batch_size / low:,.0f} "
+                "pictures a second (makers' peak figures, which no program reaches)",
+            ),
+        ]
     share = memory.peak / memory.available
     if plan.fits:
-        lines.append(("verdict", f"fits: {share:.0%} of what a program may use" + ("" if compiled else ", estimated")))
+        lines.append(
+            (
+                "verdict",
+                f"fits: {share:.0%} of what a program may use"
+                + ("" if compiled else ", estimated"),
+            )
+        )
     else:
-        lines.append(("verdict", f"DOES NOT FIT: {_gib(memory.peak)} wanted, {_gib(memory.available)} there; try --config.model.remat=matmuls or blocks, "
-                                 "--config.accumulate=2, --config.mesh.fsdp=N, or more devices"))
+        lines.append(
+            (
+                "verdict",
+                f"DOES NOT FIT: {_gib(memory.peak)} wanted, {_gib(memory.available)} there; try --config.model.remat=matmuls or blocks, "
+                "--config.accumulate=2, --config.mesh.fsdp=N, or more devices",
+            )
+        )
     return "\n".join(f"{name:15}{text}" for name, text in lines if name or text)
 
 

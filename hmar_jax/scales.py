@@ -38,11 +38,15 @@ class ScaleList:
         try:
             sides = tuple(int(s) for s in self.sides)
         except (TypeError, ValueError):
-            raise InputError(f"scales {self.sides!r}: a list of sides is wanted, such as 1,2,3,4") from None
+            raise InputError(
+                f"scales {self.sides!r}: a list of sides is wanted, such as 1,2,3,4"
+            ) from None
         object.__setattr__(self, "sides", sides)
         increasing = all(a < b for a, b in zip(sides, sides[1:]))
         if not sides or sides[0] < 1 or not increasing:
-            raise InputError(f"scales {','.join(map(str, sides)) or '(none)'}: sides must be increasing and start at 1 or more")
+            raise InputError(
+                f"scales {','.join(map(str, sides)) or '(none)'}: sides must be increasing and start at 1 or more"
+            )
 
     @property
     def num_scales(self) -> int:
@@ -119,7 +123,7 @@ def published_list(num_scales: int, length: int) -> ScaleList | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def area_matrix(source: int, target: int) -> np.ndarray:
     """(target, source) float32: output i averages the inputs in [floor(i source/target), ceil((i+1) source/target))."""
     matrix = np.zeros((target, source))
@@ -129,7 +133,7 @@ def area_matrix(source: int, target: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def bicubic_matrix(source: int, target: int) -> np.ndarray:
     """(target, source) float32: cubic convolution with a = -0.75, half-pixel centres, edges clamped, no antialiasing."""
     matrix = np.zeros((target, source))

@@ -12,7 +12,8 @@ import functools
 import logging
 import math
 import re
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,9 +49,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         if sizes[0] % slices:
-            raise InputError(f"mesh {asked}: {slices} slices must divide mesh.data={sizes[0]}, which alone goes across them")
+            raise InputError(
+                f"mesh {asked}: {slices} slices must divide mesh.data={sizes[0]}, which alone goes across them"
+            )
         grid = mesh_utils.create_hybrid_device_mesh(
-            [sizes[0] // slices, *sizes[1:]], [slices, 1, 1], devices, allow_split_physical_axes=True)
+            [sizes[0] // slices, *sizes[1:]],
+            [slices, 1, 1],
+            devices,
+            allow_split_physical_axes=True,
+        )
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES)
@@ -61,13 +68,16 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> list[int]:
     sizes = [data, fsdp, tensor]
     asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise InputError(f"mesh {asked}: sizes of 1 or more are wanted, one of them may be -1 (what is left)")
+        raise InputError(
+            f"mesh {asked}: sizes of 1 or more are wanted, one of them may be -1 (what is left)"
+        )
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
     if math.prod(sizes) != devices:
         raise InputError(
             f"mesh {asked}: there are {devices} devices, which the product of the sizes must make; "
-            "mesh.data=-1 takes those that the others leave")
+            "mesh.data=-1 takes those that the others leave"
+        )
     return sizes
 
 
@@ -77,27 +87,37 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> list[int]:
 def shardings(tree: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every array (or ShapeDtypeStruct) of a tree. Arrays that no rule names are copied."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(_name(path), leaf.shape, rules, mesh)), tree)
+        lambda path, leaf: NamedSharding(mesh, _spec(_name(path), leaf.shape, rules, mesh)), tree
+    )
 
 
 def with_shardings(tree: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """The tree's shapes and types as jax.ShapeDtypeStruct with shardings."""
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings(tree, rules, mesh))
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, rules, mesh),
+    )
 
 
 def _name(path) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
 
 
 def _spec(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | AbstractMesh) -> P:
     axes = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
     if len(axes) > len(shape):
-        raise ValueError(f"{name} has shape {shape}, its rule divides {len(axes)} dimensions: {axes}")
+        raise ValueError(
+            f"{name} has shape {shape}, its rule divides {len(axes)} dimensions: {axes}"
+        )
     sizes = mesh.shape
     spec = []
     for length, wanted in zip(shape, axes):
-        parts = math.prod(sizes[a] for a in ((wanted,) if isinstance(wanted, str) else wanted or ()))
+        parts = math.prod(
+            sizes[a] for a in ((wanted,) if isinstance(wanted, str) else wanted or ())
+        )
         if length % parts:
             _log.debug("%s: its %d rows are copied, not divided into %d", name, length, parts)
         spec.append(wanted if parts > 1 and length % parts == 0 else None)
@@ -120,7 +140,9 @@ def on_mesh(mesh: Mesh, function: Callable) -> Callable:
 
 def _mesh_around() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
-    divided = not mesh.empty and mesh.size > 1 and tuple(mesh.axis_names) == AXES and not mesh.manual_axes
+    divided = (
+        not mesh.empty and mesh.size > 1 and tuple(mesh.axis_names) == AXES and not mesh.manual_axes
+    )
     return mesh if divided else None
 
 
@@ -139,7 +161,11 @@ def like_parameters(tree: Any, rules: Rules) -> Any:
     if mesh is None:
         return tree
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, _spec(_name(path), leaf.shape, rules, mesh)), tree)
+        lambda path, leaf: jax.lax.with_sharding_constraint(
+            leaf, _spec(_name(path), leaf.shape, rules, mesh)
+        ),
+        tree,
+    )
 
 
 def by_picture_and_head(attend: Callable, *arrays: jax.Array) -> jax.Array:
@@ -155,9 +181,12 @@ def by_picture_and_head(attend: Callable, *arrays: jax.Array) -> jax.Array:
     if batch % parts or heads % mesh.shape["tensor"]:
         raise InputError(
             f"{batch} pictures and {heads} heads cannot be divided over the mesh: multiples of {parts} and {mesh.shape['tensor']} "
-            "are wanted")
+            "are wanted"
+        )
     spec = P(BATCH, None, "tensor", None)
-    return jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
+    return jax.shard_map(
+        attend, mesh=mesh, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False
+    )(*arrays)
 
 
 # Batches and other arrays of the hosts
@@ -186,7 +215,8 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int = 1)
             over += f" of {hosts} host{'s' * (hosts > 1)}"
         times = f" in {accumulate} parts (accumulate={accumulate})" if accumulate > 1 else ""
         raise InputError(
-            f"batch_size={batch_size} cannot be divided over {over}{times}: a multiple of {parts * accumulate} is wanted")
+            f"batch_size={batch_size} cannot be divided over {over}{times}: a multiple of {parts * accumulate} is wanted"
+        )
 
 
 def host_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
@@ -203,7 +233,8 @@ def host_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != batch_parts(mesh):
         raise InputError(
             f"mesh {dict(mesh.shape)}: its axes cut through hosts so that they would read unequal parts of a batch; "
-            "choose mesh.tensor and mesh.fsdp that divide, or are multiples of, the devices of a host")
+            "choose mesh.tensor and mesh.fsdp that divide, or are multiples of, the devices of a host"
+        )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
@@ -212,11 +243,13 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> d
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
-        for name, rows in batch.items()}
+        for name, rows in batch.items()
+    }
 
 
 def place(tree: Any, tree_of_shardings: Any) -> Any:
     """Arrays that every host holds whole, put on the devices as the shardings say."""
+
     def put(x, sharding):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

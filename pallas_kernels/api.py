@@ -56,7 +56,9 @@ def block_attention(
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     block_sizes = _check(q, k, v, block_sizes, pattern, scale)
-    return _choose(implementation, q, pattern).attention(q, k, v, block_sizes, pattern, float(scale))
+    return _choose(implementation, q, pattern).attention(
+        q, k, v, block_sizes, pattern, float(scale)
+    )
 
 
 def _check(q, k, v, block_sizes, pattern, scale):
@@ -77,7 +79,9 @@ def _check(q, k, v, block_sizes, pattern, scale):
     if k.shape != q.shape or v.shape != q.shape:
         raise ValueError(f"q, k and v must have one shape; got {q.shape}, {k.shape} and {v.shape}")
     if q.shape[1] != sum(sizes):
-        raise ValueError(f"block_sizes {sizes} sum to {sum(sizes)}, but q has length {q.shape[1]} (shape {q.shape})")
+        raise ValueError(
+            f"block_sizes {sizes} sum to {sum(sizes)}, but q has length {q.shape[1]} (shape {q.shape})"
+        )
     if q.dtype.name not in _DTYPES:
         raise ValueError(f"q, k and v must be one of {', '.join(_DTYPES)}; got {q.dtype}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -88,9 +92,15 @@ def _check(q, k, v, block_sizes, pattern, scale):
 def _choose(implementation, q, pattern):
     """The module that computes: the named one, or the first that can run here."""
     if implementation is None:
-        return next(module for module in _MODULES.values() if module.why_not(q) is None and _is_best(module, q, pattern))
+        return next(
+            module
+            for module in _MODULES.values()
+            if module.why_not(q) is None and _is_best(module, q, pattern)
+        )
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
+        )
     reason = _MODULES[implementation].why_not(q)
     if reason is not None:
         raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")

@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import calls, mosaic_gpu_kernels, mosaic_gpu_plan, mosaic_gpu_program, triton_plan
+from pallas_kernels import (
+    calls,
+    mosaic_gpu_kernels,
+    mosaic_gpu_plan,
+    mosaic_gpu_program,
+    triton_plan,
+)
 from pallas_kernels.mosaic_gpu_plan import ROWS
 from pallas_kernels.mosaic_gpu_program import Layout, Stream
 from pallas_kernels.platform import why_not_nvidia
@@ -29,7 +35,9 @@ class Step:
 
     columns: int  # rows at a time, a multiple of 64, at most 256
     stages: int  # of them in shared memory
-    grain: int | None = None  # forward: the last step has a multiple of so many columns; None: all of them
+    grain: int | None = (
+        None  # forward: the last step has a multiple of so many columns; None: all of them
+    )
 
     @property
     def narrower(self):
@@ -89,7 +97,9 @@ def _case(q, pattern):
 def attention(q, k, v, block_sizes, pattern, scale):
     """Block attention; arguments are checked and explained in `pallas_kernels.api.block_attention`."""
     tuning = tuning_for(*_case(q, pattern))
-    return attend(q, k, v, Call(block_sizes, pattern, scale, tuning, jax.local_devices()[0].core_count))
+    return attend(
+        q, k, v, Call(block_sizes, pattern, scale, tuning, jax.local_devices()[0].core_count)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +115,15 @@ class Call:
     def work(self, q, step):
         """Arguments of `mosaic_gpu_plan.query_plan` and `key_plan`."""
         batch, _, heads, _ = q.shape
-        return self.block_sizes, self.pattern, batch, heads, step.columns, _TOGETHER, self.multiprocessors
+        return (
+            self.block_sizes,
+            self.pattern,
+            batch,
+            heads,
+            step.columns,
+            _TOGETHER,
+            self.multiprocessors,
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -118,14 +136,28 @@ def run_forward(call):
         plan = mosaic_gpu_plan.query_plan(*call.work(q, step), step.grain)
         log2_scale = call.scale * math.log2(math.e)
         results = mosaic_gpu_program.call(
-            Layout(q.dtype, q.shape[3], step.columns, step.stages, 1, (Stream(1), Stream(1)), 1, 1, step.narrower),
-            functools.partial(mosaic_gpu_kernels.forward, log2_scale, q.dtype, step.columns, step.narrower),
+            Layout(
+                q.dtype,
+                q.shape[3],
+                step.columns,
+                step.stages,
+                1,
+                (Stream(1), Stream(1)),
+                1,
+                1,
+                step.narrower,
+            ),
+            functools.partial(
+                mosaic_gpu_kernels.forward, log2_scale, q.dtype, step.columns, step.narrower
+            ),
             plan,
             call.multiprocessors,
             dict(q=q, k=k, v=v, own=("q",), streams=(("k",), ("v",))),
             dict(out=_like(q), lse=_row_results(q, plan)),
         )
-        return tuple(calls.varying_like(q, x) for x in (results["out"], _from_tiles(results["lse"], plan)))
+        return tuple(
+            calls.varying_like(q, x) for x in (results["out"], _from_tiles(results["lse"], plan))
+        )
 
     return run
 
@@ -145,7 +177,9 @@ def run_backward(call):
             operands["top_v"] = top_v
         results = mosaic_gpu_program.call(
             Layout(q.dtype, q.shape[3], step.columns, step.stages, 3, (Stream(2),), 1, 2),
-            functools.partial(mosaic_gpu_kernels.backward_queries, call.scale, q.dtype, step.columns),
+            functools.partial(
+                mosaic_gpu_kernels.backward_queries, call.scale, q.dtype, step.columns
+            ),
             plan,
             call.multiprocessors,
             dict(**operands, own=("q", "d_out", "out"), streams=(("k", "v"),)),
@@ -159,7 +193,9 @@ def run_backward(call):
             largest = q.shape[3] * jnp.maximum(results["top_d_out"].max(axis=(2, 3)) * top_v, 1e-30)
             operands["factor"] = mosaic_gpu_kernels.HALF_RANGE / largest  # (B, H)
             delta *= operands["factor"][:, :, None]
-        operands |= dict(lse=_at(lse, plan.other_rows, jnp.inf), delta=_at(delta, plan.other_rows, 0.0))
+        operands |= dict(
+            lse=_at(lse, plan.other_rows, jnp.inf), delta=_at(delta, plan.other_rows, 0.0)
+        )
         d_q = results["d_q"]
         results = mosaic_gpu_program.call(
             Layout(q.dtype, q.shape[3], step.columns, step.stages, 2, (Stream(2, 2),), 2, 0),

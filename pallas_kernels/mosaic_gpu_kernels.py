@@ -31,7 +31,9 @@ def _loop(step, phases, carry):
     return carry
 
 
-def forward(log2_scale, dtype, all_columns, narrower, program, refs, work, rows, buffer, steps_before):
+def forward(
+    log2_scale, dtype, all_columns, narrower, program, refs, work, rows, buffer, steps_before
+):
     """out and lse of a tile of queries.
 
     Own: q. Streams: (k,), (v,). Outputs: out; a number a row: lse.
@@ -161,7 +163,14 @@ def backward_queries(scale, dtype, columns, program, refs, work, rows, buffer, s
     # Rows that are no query are rows of others: what they hold here must not count.
     is_query = hi < NO_BOUND
     row_results = [jnp.where(is_query, x, 0.0) for x in (delta, top_d_out)]
-    program.write(work, rows, [d_q.astype(dtype)], [refs["d_q"]], row_results, [refs["delta"], refs["top_d_out"]])
+    program.write(
+        work,
+        rows,
+        [d_q.astype(dtype)],
+        [refs["d_q"]],
+        row_results,
+        [refs["delta"], refs["top_d_out"]],
+    )
 
 
 def backward_keys(scale, dtype, columns, program, refs, work, rows, buffer, steps_before):

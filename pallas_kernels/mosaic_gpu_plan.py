@@ -36,7 +36,9 @@ class Plan:
 
     items: np.ndarray  # (programs, most items of one, 10) int32, columns as in ITEM
     counts: np.ndarray  # (programs,) int32: items of each
-    bounds: np.ndarray  # (tiles, 2, ROWS) int32: the first other row that each own row meets, and one past the last
+    bounds: (
+        np.ndarray
+    )  # (tiles, 2, ROWS) int32: the first other row that each own row meets, and one past the last
     own_rows: np.ndarray  # (tiles, ROWS) int32: which row each is, -1 for none
     other_rows: np.ndarray  # (steps, columns) int32: which row each is, -1 for none; keys only
 
@@ -60,7 +62,18 @@ def query_plan(block_sizes, pattern, batch, heads, columns, together, programs, 
     for start, stop, first_key, middle, _, end in found:
         keys = -(-(end - first_key) // grain) * grain
         full = (middle - first_key) // columns
-        items.append((start, stop - start, own.add(start, stop), first_key, 0, -(-keys // columns), full, keys % columns))
+        items.append(
+            (
+                start,
+                stop - start,
+                own.add(start, stop),
+                first_key,
+                0,
+                -(-keys // columns),
+                full,
+                keys % columns,
+            )
+        )
     table, counts = _share(items, batch, heads, columns, together, programs)
     return Plan(table, counts, *own.arrays(), np.zeros((0, columns), np.int32))
 
@@ -81,15 +94,30 @@ def key_plan(block_sizes, pattern, batch, heads, columns, together, programs) ->
         rows = np.arange(begin, end)
         other_rows.append(np.where(rows >= first, rows, -1).reshape(steps, columns))
         tile = sum(map(len, other_rows[:-1]))
-        for start, stop, first_query, middle, _, _ in tiles.key_tiles(sizes, pattern, ROWS * WARPGROUPS, columns, first):
+        for start, stop, first_query, middle, _, _ in tiles.key_tiles(
+            sizes, pattern, ROWS * WARPGROUPS, columns, first
+        ):
             step = (first_query - begin) // columns
             if len(sizes) == 1:
                 split = 0  # every query of the part sees every key
             elif pattern == "diagonal":
-                split = steps - step  # the steps go on to the end of the part, which no query of another block may see
+                split = (
+                    steps - step
+                )  # the steps go on to the end of the part, which no query of another block may see
             else:
                 split = (middle - begin) // columns - step
-            items.append((start, stop - start, own.add(start, stop), begin + step * columns, tile + step, steps - step, split, 0))
+            items.append(
+                (
+                    start,
+                    stop - start,
+                    own.add(start, stop),
+                    begin + step * columns,
+                    tile + step,
+                    steps - step,
+                    split,
+                    0,
+                )
+            )
     table, counts = _share(items, batch, heads, columns, together, programs)
     return Plan(table, counts, *own.arrays(), np.concatenate(other_rows).astype(np.int32))
 
@@ -121,7 +149,9 @@ def _share(items, batch, heads, columns, together, programs):
     steps, last = ITEM.index("steps"), ITEM.index("last")
 
     def cost(item):
-        return item[steps] * columns - (columns - item[last] if item[last] else 0) + _COLUMNS_PER_ITEM
+        return (
+            item[steps] * columns - (columns - item[last] if item[last] else 0) + _COLUMNS_PER_ITEM
+        )
 
     items = sorted(items, key=cost, reverse=True)
     side_by_side = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= together)

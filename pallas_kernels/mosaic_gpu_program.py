@@ -18,7 +18,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels.mosaic_gpu_plan import ITEM, ROWS, WARPGROUPS
 
 _OWN_BUFFERS = 2  # own rows of this item and of the next
-_COMPUTE_REGISTERS, _COPY_REGISTERS = 232, 40  # a thread's, of 65,536 for two and one warpgroups of 128
+_COMPUTE_REGISTERS, _COPY_REGISTERS = (
+    232,
+    40,
+)  # a thread's, of 65,536 for two and one warpgroups of 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +41,14 @@ class Layout:
     columns: int  # rows of the other side in a step
     stages: int  # steps in shared memory
     own: int  # arrays (B, L, H, D) of own rows
-    streams: tuple[Stream, ...]  # one or two; a step's first stream may be freed before the second is needed
+    streams: tuple[
+        Stream, ...
+    ]  # one or two; a step's first stream may be freed before the second is needed
     outputs: int  # results (B, L, H, D) of own rows
     row_outputs: int  # results (B, H, tiles, ROWS) float32
-    narrower: tuple[int, ...] = ()  # columns that an item's last step may have, in place of `columns`
+    narrower: tuple[
+        int, ...
+    ] = ()  # columns that an item's last step may have, in place of `columns`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +178,9 @@ def call(layout: Layout, compute: Callable, plan, programs: int, operands: dict,
     Returns:
       {name: array}
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu  # slow to import, and of no use to other devices
+    from jax.experimental.pallas import (
+        mosaic_gpu as plgpu,
+    )  # slow to import, and of no use to other devices
 
     own_names, stream_names = operands.pop("own"), operands.pop("streams")
     operands = {**operands, "bounds": plan.bounds, "items": plan.items, "counts": plan.counts}
@@ -186,7 +195,9 @@ def call(layout: Layout, compute: Callable, plan, programs: int, operands: dict,
             plgpu=plgpu,
             warpgroup=lax.axis_index("warpgroup"),
             own=tuple(views[tiled] for views in own),
-            streams=tuple(tuple(v[tiled] for v in matrices) + tuple(vectors) for matrices, vectors in streams),
+            streams=tuple(
+                tuple(v[tiled] for v in matrices) + tuple(vectors) for matrices, vectors in streams
+            ),
             ready=ready,
             free=free,
             own_free=own_free,
@@ -213,18 +224,27 @@ def call(layout: Layout, compute: Callable, plan, programs: int, operands: dict,
                     for index in range(WARPGROUPS):
                         rows = pl.ds(work["start"] + ROWS * index, ROWS)
                         source = refs[name].at[work["batch"], rows, work["head"]]
-                        plgpu.copy_gmem_to_smem(source, views[flat].at[buffer, index], own_ready.at[buffer])
+                        plgpu.copy_gmem_to_smem(
+                            source, views[flat].at[buffer, index], own_ready.at[buffer]
+                        )
 
                 def copy_step(columns, j):
                     stage = program.stage(steps_before + j)
-                    rows, target = pl.ds(work["other"] + j * layout.columns, columns), pl.ds(0, columns)
+                    rows, target = (
+                        pl.ds(work["other"] + j * layout.columns, columns),
+                        pl.ds(0, columns),
+                    )
                     for stream, (matrices, vectors) in enumerate(streams):
                         used = steps_before + j >= layout.stages
-                        pl.when(used)(lambda stream=stream: plgpu.barrier_wait(free[stream].at[stage]))
+                        pl.when(used)(
+                            lambda stream=stream: plgpu.barrier_wait(free[stream].at[stage])
+                        )
                         sources = [refs[name] for name in stream_names[stream]]
                         for views, source in zip(matrices, sources[: len(matrices)], strict=True):
                             source = source.at[work["batch"], rows, work["head"]]
-                            plgpu.copy_gmem_to_smem(source, views[flat].at[stage, target], ready[stream].at[stage])
+                            plgpu.copy_gmem_to_smem(
+                                source, views[flat].at[stage, target], ready[stream].at[stage]
+                            )
                         for ref, source in zip(vectors, sources[len(matrices) :], strict=True):
                             source = source.at[work["batch"], work["head"], work["other_tile"] + j]
                             plgpu.copy_gmem_to_smem(source, ref.at[stage], ready[stream].at[stage])
@@ -242,7 +262,9 @@ def call(layout: Layout, compute: Callable, plan, programs: int, operands: dict,
         grid_names=("program",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
     )
     return dict(zip(out_types, kernel(*(jnp.asarray(x) for x in operands.values())), strict=True))
 
@@ -283,7 +305,9 @@ def _allocate(plgpu, layout, run):
         [vector(WARPGROUPS, ROWS) for _ in range(layout.row_outputs)],
         barriers(_OWN_BUFFERS, layout.own * WARPGROUPS),
         barriers(_OWN_BUFFERS, WARPGROUPS),
-        tuple(barriers(layout.stages, stream.matrices + stream.vectors) for stream in layout.streams),
+        tuple(
+            barriers(layout.stages, stream.matrices + stream.vectors) for stream in layout.streams
+        ),
         tuple(barriers(layout.stages, WARPGROUPS) for _ in layout.streams),
         barriers(1, WARPGROUPS),
         collective_axes="warpgroup",

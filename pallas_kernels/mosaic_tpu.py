@@ -98,9 +98,15 @@ def choose_tiles(block_sizes, pattern, heads, dim, itemsize):
         most = max(1, _TILE_BYTES // (max(queries, keys) * dim * itemsize))
         heads_of_step = max(n for n in range(1, most + 1) if heads % n == 0)
         # The padding is a block of its own, so that no query of another block sees it: not so if the pattern is causal.
-        shifts = range(0, min(queries, keys), 8) if pattern == "diagonal" and len(block_sizes) > 1 else [0]
+        shifts = (
+            range(0, min(queries, keys), 8)
+            if pattern == "diagonal" and len(block_sizes) > 1
+            else [0]
+        )
         candidates += [TileSizes(queries, keys, heads_of_step, shift) for shift in shifts]
-    return min(candidates, key=lambda sizes: _counted_seconds(sizes, block_sizes, pattern, dim, itemsize))
+    return min(
+        candidates, key=lambda sizes: _counted_seconds(sizes, block_sizes, pattern, dim, itemsize)
+    )
 
 
 def _counted_seconds(sizes, block_sizes, pattern, dim, itemsize):
@@ -108,12 +114,20 @@ def _counted_seconds(sizes, block_sizes, pattern, dim, itemsize):
     shifted = (sizes.shift, *block_sizes) if sizes.shift else block_sizes
     visits = tiles.tile_pairs(shifted, pattern, sizes.queries, sizes.keys)[0].sum()
     # Nine matmuls in three kernels, whose unit is 128 deep even if a head is not; float32 takes six passes.
-    flops = visits * sizes.queries * sizes.keys * 9 * 2 * max(dim, 128) * (6 if itemsize == 4 else 1)
+    flops = (
+        visits * sizes.queries * sizes.keys * 9 * 2 * max(dim, 128) * (6 if itemsize == 4 else 1)
+    )
     # Two kernels copy k and v for each visit, one copies q and d_out; a shift reads and writes these four once more.
-    tokens = visits * (4 * sizes.keys + 2 * sizes.queries) + (8 * sum(shifted) if sizes.shift else 0)
+    tokens = visits * (4 * sizes.keys + 2 * sizes.queries) + (
+        8 * sum(shifted) if sizes.shift else 0
+    )
     copies = tokens * dim * itemsize
     # As a sum, though most copies go on during the matmuls: other chips have more FLOPs for each byte.
-    return flops / _FLOPS_PER_SECOND + copies / _BYTES_PER_SECOND + 3 * visits * _SECONDS_PER_STEP / sizes.heads
+    return (
+        flops / _FLOPS_PER_SECOND
+        + copies / _BYTES_PER_SECOND
+        + 3 * visits * _SECONDS_PER_STEP / sizes.heads
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
@@ -196,26 +210,40 @@ class _Plan:
     def shape(self, kind):
         """The whole array's shape and dtype."""
         if kind == "stats":
-            return (self.batch, self.steps, self.sizes.heads, self.padded_length), jnp.dtype(jnp.float32)
+            return (self.batch, self.steps, self.sizes.heads, self.padded_length), jnp.dtype(
+                jnp.float32
+            )
         return (self.batch, self.heads, self.dim, self.length), self.dtype
 
     def tile(self, kind):
         """Shape of the part that one step works on."""
         if kind == "stats":
             return self.sizes.heads, self.sizes.queries
-        return self.sizes.heads, self.dim, self.sizes.queries if kind == "queries" else self.sizes.keys
+        return (
+            self.sizes.heads,
+            self.dim,
+            self.sizes.queries if kind == "queries" else self.sizes.keys,
+        )
 
     def spec(self, kind):
         """Where in the array that tile is, for picture b, step s and visit n."""
         if kind == "stats":
-            return pl.BlockSpec((None, None, *self.tile(kind)), lambda b, s, n, q_tiles, *_: (b, s, 0, q_tiles[n]))
+            return pl.BlockSpec(
+                (None, None, *self.tile(kind)), lambda b, s, n, q_tiles, *_: (b, s, 0, q_tiles[n])
+            )
         if kind == "queries":
-            return pl.BlockSpec((None, *self.tile(kind)), lambda b, s, n, q_tiles, *_: (b, s, 0, q_tiles[n]))
-        return pl.BlockSpec((None, *self.tile(kind)), lambda b, s, n, q_tiles, k_tiles, _: (b, s, 0, k_tiles[n]))
+            return pl.BlockSpec(
+                (None, *self.tile(kind)), lambda b, s, n, q_tiles, *_: (b, s, 0, q_tiles[n])
+            )
+        return pl.BlockSpec(
+            (None, *self.tile(kind)), lambda b, s, n, q_tiles, k_tiles, _: (b, s, 0, k_tiles[n])
+        )
 
     def visits(self, by_key):
         """The tile pairs in the order of the grid: query tiles, key tiles, flags; (number of visits,) int32 each."""
-        visited, full = tiles.tile_pairs(self.block_sizes, self.pattern, self.sizes.queries, self.sizes.keys)
+        visited, full = tiles.tile_pairs(
+            self.block_sizes, self.pattern, self.sizes.queries, self.sizes.keys
+        )
         own, other = np.nonzero(visited.T if by_key else visited)
         q_tiles, k_tiles = (other, own) if by_key else (own, other)
         new = np.diff(own, prepend=-1, append=-1) != 0
@@ -239,7 +267,10 @@ def _run(plan, kernel, name, inputs, outputs, scratch, matmuls):
     kinds = [kind for kind, arrays in inputs.items() for _ in arrays]
     arrays = _same_axes(*itertools.chain(*inputs.values()))
     # A query past the end sees no key.
-    bounds = np.pad(tiles.query_bounds(plan.block_sizes, plan.pattern), ((0, 0), (0, plan.padded_length - plan.length)))
+    bounds = np.pad(
+        tiles.query_bounds(plan.block_sizes, plan.pattern),
+        ((0, 0), (0, plan.padded_length - plan.length)),
+    )
     axes = jax.typeof(arrays[0]).manual_axis_type
     return pl.pallas_call(
         functools.partial(kernel, plan, sorted({bool(flag & _PARTIAL) for flag in visits[2]})),
@@ -253,9 +284,13 @@ def _run(plan, kernel, name, inputs, outputs, scratch, matmuls):
             out_specs=[plan.spec(kind) for kind in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
-        out_shape=[jax.ShapeDtypeStruct(*plan.shape(kind), manual_axis_type=axes) for kind in outputs],
+        out_shape=[
+            jax.ShapeDtypeStruct(*plan.shape(kind), manual_axis_type=axes) for kind in outputs
+        ],
         # Different pictures and heads share nothing: chips with two cores split them.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         cost_estimate=_cost(plan, visits, [*kinds, *outputs], matmuls),
         interpret=plan.interpret,
         name=name,
@@ -281,7 +316,10 @@ def _same_axes(*arrays):
     """Inside shard_map: marks all arrays as varying over every mesh axis that one of them varies over."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     missing = [tuple(frozenset().union(*varying) - own) for own in varying]
-    return [jax.lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True)]
+    return [
+        jax.lax.pcast(x, more, to="varying") if more else x
+        for x, more in zip(arrays, missing, strict=True)
+    ]
 
 
 # The kernels. Their first arguments are the plan and the kinds of visits that there are: [False] if only full pairs,
@@ -314,7 +352,9 @@ def _forward_kernel(
             top[row] = new_top
             total[row] = shrink * total[row] + weights.sum(axis=0, keepdims=True)
             v_head = visit.keys_within(v[head], partial)
-            out_sum[head] = shrink * out_sum[head] + _dot("Dm,ml->Dl", v_head, weights.astype(v.dtype))
+            out_sum[head] = shrink * out_sum[head] + _dot(
+                "Dm,ml->Dl", v_head, weights.astype(v.dtype)
+            )
 
     visit.run(cases, add)
 
@@ -343,7 +383,9 @@ def _d_q_kernel(
     def add(partial):
         for head in range(plan.sizes.heads):
             k_head, v_head = (visit.keys_within(x[head], partial) for x in (k, v))
-            _, d_scores = visit.recompute(q[head], k_head, v_head, d_out[head], logsumexp, mean, head, partial)
+            _, d_scores = visit.recompute(
+                q[head], k_head, v_head, d_out[head], logsumexp, mean, head, partial
+            )
             d_q_sum[head] += _dot("Dm,ml->Dl", k_head, d_scores)
 
     visit.run(cases, add)
@@ -404,7 +446,9 @@ class _Visit:
 
     def mask(self):
         """(m, l) bool: whether the query sees the key. False past the end of either."""
-        key = self.k_start + jax.lax.broadcasted_iota(jnp.int32, (self.plan.sizes.keys, self.plan.sizes.queries), 0)
+        key = self.k_start + jax.lax.broadcasted_iota(
+            jnp.int32, (self.plan.sizes.keys, self.plan.sizes.queries), 0
+        )
         return (self.bounds[0:1] <= key) & (key < self.bounds[1:2])
 
     def keys_within(self, x, partial):

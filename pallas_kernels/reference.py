@@ -54,7 +54,9 @@ def dense_attention(
     """
     mask = block_mask(block_sizes, pattern)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    highest = jax.lax.Precision.HIGHEST  # the default rounds float32 operands on TPUs and recent GPUs
+    highest = (
+        jax.lax.Precision.HIGHEST
+    )  # the default rounds float32 operands on TPUs and recent GPUs
     q_wide, k_wide, v_wide = (x.astype(wide) for x in (q, k, v))
     scores = jnp.einsum("BlHD,BmHD->BHlm", q_wide, k_wide, precision=highest) * scale
     probabilities = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)

@@ -58,7 +58,11 @@ def group_blocks(
             candidates.append((best[first][0] + rows * columns + cells_per_group, first))
             # A longer group that contains this one could be cut behind its first block. Once the cells that the cut
             # saves outweigh a group, they do so for every longer group too.
-            cells_cut = block_sizes[first] * (rows - block_sizes[first]) * (2 if pattern == "diagonal" else 1)
+            cells_cut = (
+                block_sizes[first]
+                * (rows - block_sizes[first])
+                * (2 if pattern == "diagonal" else 1)
+            )
             if cells_cut > cells_per_group:
                 break
         best.append(min(candidates))
@@ -80,7 +84,9 @@ def group_mask(group: Group, pattern: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=256)
-def tile_pairs(block_sizes: tuple[int, ...], pattern: str, q_rows: int, k_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def tile_pairs(
+    block_sizes: tuple[int, ...], pattern: str, q_rows: int, k_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Which pairs of tiles hold a score that the mask keeps, if queries and keys are cut into tiles of equal length.
 
     Tiles start at 0, q_rows, 2 q_rows, … and k_rows, 2 k_rows, …; the last ones may reach past the end.
@@ -106,7 +112,9 @@ def tile_pairs(block_sizes: tuple[int, ...], pattern: str, q_rows: int, k_rows: 
     return visited, full & q_whole[:, None] & k_whole[None, :]
 
 
-def independent_parts(block_sizes: tuple[int, ...], pattern: str, rows: int) -> list[tuple[int, tuple[int, ...]]]:
+def independent_parts(
+    block_sizes: tuple[int, ...], pattern: str, rows: int
+) -> list[tuple[int, tuple[int, ...]]]:
     """(first row, block sizes) of consecutive parts of the sequence that see nothing of each other.
 
     Of the diagonal pattern as many blocks together as fit in `rows`, and longer blocks alone; else there is one part.
@@ -122,7 +130,9 @@ def independent_parts(block_sizes: tuple[int, ...], pattern: str, rows: int) -> 
     return [(edges[first], block_sizes[first:last]) for first, last in zip(cuts, cuts[1:])]
 
 
-def cut_rows(block_sizes: tuple[int, ...], row_options: tuple[int, ...], cost) -> list[tuple[int, int, int]]:
+def cut_rows(
+    block_sizes: tuple[int, ...], row_options: tuple[int, ...], cost
+) -> list[tuple[int, int, int]]:
     """Cuts all rows into tiles of least total cost. A tile may begin and end inside blocks, and hold parts of several.
 
     Exact, by dynamic programming over the end of the last tile, for tiles that are full or end with a block.
@@ -137,7 +147,9 @@ def cut_rows(block_sizes: tuple[int, ...], row_options: tuple[int, ...], cost) -
     """
     edges = np.cumsum(block_sizes).tolist()
     length = edges[-1]
-    best = {0: (0, 0, 0)}  # row: (least cost of all rows before it, start and kind of the tile that ends there)
+    best = {
+        0: (0, 0, 0)
+    }  # row: (least cost of all rows before it, start and kind of the tile that ends there)
     ahead = [0]  # rows to cut on from, a heap: every tile that ends at the first of them is known
     while ahead:
         start = heapq.heappop(ahead)
@@ -200,7 +212,9 @@ def query_tiles(
         first_key, common, end = keys(start, stop)
         middle = first_key + (common - first_key) // columns * columns
         edge = end if common < end else middle
-        found[kind].append(tuple(first + row for row in (start, stop, first_key, middle, edge, end)))
+        found[kind].append(
+            tuple(first + row for row in (start, stop, first_key, middle, edge, end))
+        )
     return found
 
 

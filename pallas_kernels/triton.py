@@ -46,7 +46,9 @@ class Call:
     """All that is static about a call from JAX."""
 
     problem: triton_plan.Problem
-    compute_capability: int | None = None  # None: that of the first GPU; 90 compiles for H100 where there is no GPU
+    compute_capability: int | None = (
+        None  # None: that of the first GPU; 90 compiles for H100 where there is no GPU
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,13 +77,18 @@ def run_backward(call):
     @calls.batched
     def run(q, k, v, out, lse, d_out):
         batch, length, heads, _ = q.shape
-        query_bounds, key_bounds = _bounds(call, tiles.query_bounds), _bounds(call, tiles.key_bounds)
+        query_bounds, key_bounds = (
+            _bounds(call, tiles.query_bounds),
+            _bounds(call, tiles.key_bounds),
+        )
         d_q, d_k, d_v = (jax.ShapeDtypeStruct(q.shape, q.dtype),) * 3
         delta = top_d_out = None
         top_v = lse  # for dtypes that do not read it
         for launch in triton_plan.backward_launches(call.problem, q.shape, q.dtype.name):
             if launch.kernel == "backward_whole":
-                d_q, d_k, d_v = _launch(call, launch, (q, k, v, d_out, lse, key_bounds), (d_q, d_k, d_v))
+                d_q, d_k, d_v = _launch(
+                    call, launch, (q, k, v, d_out, lse, key_bounds), (d_q, d_k, d_v)
+                )
             elif launch.kernel == "prepare":
                 top_v = jax.ShapeDtypeStruct((batch, heads, len(launch.table)), jnp.float32)
                 (top_v,) = _launch(call, launch, (v,), (top_v,), continued=0)
@@ -89,7 +96,9 @@ def run_backward(call):
                 delta = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
                 top_d_out = jax.ShapeDtypeStruct((batch, heads, len(launch.table)), jnp.float32)
                 inputs = (q, k, v, out, d_out, lse, top_v, query_bounds)
-                d_q, delta, top_d_out = _launch(call, launch, inputs, (d_q, delta, top_d_out), continued=1)
+                d_q, delta, top_d_out = _launch(
+                    call, launch, inputs, (d_q, delta, top_d_out), continued=1
+                )
             else:
                 inputs = (q, k, v, d_out, lse, delta, top_d_out, key_bounds)
                 d_k, d_v = _launch(call, launch, inputs, (d_k, d_v))

@@ -44,7 +44,15 @@ def _offsets(rows, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, rows, stop, CHECKED: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load(
+    pointer,
+    rows,
+    stop,
+    CHECKED: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """(rows, BLOCK_D), zero where a row is not before stop (if CHECKED) or a column not before D."""
     pointers = pointer + _offsets(rows, H, D, BLOCK_D)
     columns = tl.arange(0, BLOCK_D)[None, :]
@@ -290,7 +298,9 @@ def backward_whole(
     else:
         if RANGED:
             # Of all tiles at once; the loop below then finds them in the L2 cache.
-            factor = _factor(_largest(_load(d_out_ptr + base, keys, stop, True, H, D, BLOCK_D)), _largest(v), D)
+            factor = _factor(
+                _largest(_load(d_out_ptr + base, keys, stop, True, H, D, BLOCK_D)), _largest(v), D
+            )
         for query in range(start, stop, BLOCK_OTHER):
             rows = query + tl.arange(0, BLOCK_OTHER)
             q = _load(q_ptr + base, rows, stop, True, H, D, BLOCK_D)
@@ -362,7 +372,9 @@ def backward_keys(
     if RANGED:
         first = tl.load(table_ptr + tile * _COLUMNS + 6)
         last = tl.load(table_ptr + tile * _COLUMNS + 7)
-        factor = _factor(_top_of_pieces(top_d_out_ptr, pair, n_pieces, first, last, BLOCK_PIECES), _largest(v), D)
+        factor = _factor(
+            _top_of_pieces(top_d_out_ptr, pair, n_pieces, first, last, BLOCK_PIECES), _largest(v), D
+        )
     for query in range(start, middle, BLOCK_OTHER):
         rows = query + tl.arange(0, BLOCK_OTHER)
         d_k, d_v = _key_gradients_tile(
@@ -435,8 +447,12 @@ def backward_queries(
         first = tl.load(table_ptr + tile * _COLUMNS + 6)
         last = tl.load(table_ptr + tile * _COLUMNS + 7)
         top_d_out = _largest(d_out)
-        tl.store(top_d_out_ptr + pair * n_pieces + tl.load(table_ptr + tile * _COLUMNS + 8), top_d_out)
-        factor = _factor(top_d_out, _top_of_pieces(top_v_ptr, pair, n_pieces, first, last, BLOCK_PIECES), D)
+        tl.store(
+            top_d_out_ptr + pair * n_pieces + tl.load(table_ptr + tile * _COLUMNS + 8), top_d_out
+        )
+        factor = _factor(
+            top_d_out, _top_of_pieces(top_v_ptr, pair, n_pieces, first, last, BLOCK_PIECES), D
+        )
     # Masked tiles first: their bounds need no registers afterwards.
     for key in range(middle, edge, BLOCK_OTHER):
         keys = key + tl.arange(0, BLOCK_OTHER)

@@ -23,7 +23,9 @@ class Tile:
     columns: int  # rows of the other side that it takes at a time
     warps: int  # warps of a program
     stages: int  # loads in flight: depth of the software pipeline over the other side
-    spread: int = 1  # whole, keys: threads that load each number kept for a query; see `_load_columns`
+    spread: int = (
+        1  # whole, keys: threads that load each number kept for a query; see `_load_columns`
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Tuning:
     """Tile sizes of one call. Where there are several, a group of blocks takes the first whose rows hold it all."""
 
     forward: tuple[Tile, ...]  # longer groups than the last tile has rows are cut
-    whole: tuple[Tile, ...]  # backward in one pass, diagonal pattern only; longer groups take keys and queries
+    whole: tuple[
+        Tile, ...
+    ]  # backward in one pass, diagonal pattern only; longer groups take keys and queries
     keys: Tile  # dk and dv of all other groups
     queries: Tile  # dq of all other groups
     forward_together: int  # heads that go through the list of tiles side by side, at most
@@ -100,7 +104,10 @@ TUNED = {
         backward_together=1,
     ),
     ("H100", 9451, 64, "half", "diagonal"): Tuning(
-        forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
+        forward=(
+            Tile(64, 64, 4, 2),
+            Tile(128, 64, 8, 3),
+        ),
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(128, 64, 8, 3, spread=4),
         queries=Tile(64, 64, 4, 4),
@@ -108,7 +115,10 @@ TUNED = {
         backward_together=4,
     ),
     ("H100", 9451, 64, "half", "causal"): Tuning(
-        forward=(Tile(64, 64, 4, 2), Tile(128, 64, 8, 3),),
+        forward=(
+            Tile(64, 64, 4, 2),
+            Tile(128, 64, 8, 3),
+        ),
         whole=(Tile(64, 64, 4, 1, spread=2),),
         keys=Tile(128, 64, 8, 3, spread=4),
         queries=Tile(64, 64, 4, 3),
@@ -145,7 +155,9 @@ class Launch:
     grid: int  # programs
     warps: int
     stages: int
-    counts: tuple[int, ...]  # its int arguments: L, rows of the table, heads together and, for some, pieces
+    counts: tuple[
+        int, ...
+    ]  # its int arguments: L, rows of the table, heads together and, for some, pieces
     constants: dict  # its constexpr arguments
 
 
@@ -166,7 +178,9 @@ def forward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     constants = _constants(problem, shape, dtype, "LOG2_SCALE", "PRECISION")
     return [
         _launch("forward", rows, shape, problem, tile, {**constants, "MASKED": _any_masked(rows)})
-        for rows, tile in zip(tiles.query_tiles(problem.block_sizes, problem.pattern, shapes), options, strict=True)
+        for rows, tile in zip(
+            tiles.query_tiles(problem.block_sizes, problem.pattern, shapes), options, strict=True
+        )
         if rows
     ]
 
@@ -188,14 +202,18 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
     classes = [[] for _ in short]
     masked = [False] * len(short)
     query_rows, key_rows = [], []
-    for start, block_sizes in tiles.independent_parts(problem.block_sizes, problem.pattern, whole[0].rows):
+    for start, block_sizes in tiles.independent_parts(
+        problem.block_sizes, problem.pattern, whole[0].rows
+    ):
         length = sum(block_sizes)
         index = next((index for index, tile in enumerate(short) if length <= tile.rows), None)
         if index is not None:
             classes[index].append((start, start + length))
             masked[index] |= len(block_sizes) > 1
             continue
-        (rows,) = tiles.query_tiles(block_sizes, problem.pattern, ((queries.rows, queries.columns),), start)
+        (rows,) = tiles.query_tiles(
+            block_sizes, problem.pattern, ((queries.rows, queries.columns),), start
+        )
         # A piece is the own rows of a program of `backward_queries`; these are the ones that the part's programs read.
         first = len(query_rows)
         pieces = (first, first + len(rows))
@@ -205,7 +223,14 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
 
     constants = _constants(problem, shape, dtype, "SCALE", "LOG2_SCALE", "PRECISION", "RANGED")
     launches = [
-        _launch("backward_whole", rows, shape, problem, tile, {**constants, "MASKED": mask, "SPREAD": tile.spread})
+        _launch(
+            "backward_whole",
+            rows,
+            shape,
+            problem,
+            tile,
+            {**constants, "MASKED": mask, "SPREAD": tile.spread},
+        )
         for rows, tile, mask in zip(classes, short, masked, strict=True)
         if rows
     ]
@@ -214,10 +239,14 @@ def backward_launches(problem: Problem, shape, dtype) -> list[Launch]:
         if constants["RANGED"]:
             piece = Tile(queries.rows, 0, 4, 1)
             rows = [row[:2] for row in query_rows]
-            launches.append(_launch("prepare", rows, shape, problem, piece, _constants(problem, shape, dtype)))
+            launches.append(
+                _launch("prepare", rows, shape, problem, piece, _constants(problem, shape, dtype))
+            )
         # Far more than short lists have, so that lists do not differ in compiled code.
         constants["BLOCK_PIECES"] = max(256, _power_of_two(pieces))
-        launches.append(_launch("backward_queries", query_rows, shape, problem, queries, constants, pieces))
+        launches.append(
+            _launch("backward_queries", query_rows, shape, problem, queries, constants, pieces)
+        )
         constants["SPREAD"] = keys.spread
         launches.append(_launch("backward_keys", key_rows, shape, problem, keys, constants, pieces))
     return launches
@@ -254,7 +283,9 @@ def _launch(kernel, rows, shape, problem, tile, constants, *more_counts):
     if tile.columns:
         constants["BLOCK_OTHER"] = tile.columns
     counts = (length, len(rows), together, *more_counts)
-    return Launch(kernel, table, len(rows) * batch * heads, tile.warps, tile.stages, counts, constants)
+    return Launch(
+        kernel, table, len(rows) * batch * heads, tile.warps, tile.stages, counts, constants
+    )
 
 
 def _work(row):

@@ -71,7 +71,11 @@ def _backward(groups, pattern, scale, residuals, d_out):
         d_scores = _as_operand(probabilities * (d_probabilities - mean) * scale, q.dtype)
         d_q.append(_dot("BHlm,BHmD->BHlD", d_scores, k_g))
         d_k.append(_dot("BHlm,BHlD->BHmD", d_scores, q_g))
-    return _join(d_q, q.dtype), _join(_sum_columns(d_k, groups), q.dtype), _join(_sum_columns(d_v, groups), q.dtype)
+    return (
+        _join(d_q, q.dtype),
+        _join(_sum_columns(d_k, groups), q.dtype),
+        _join(_sum_columns(d_v, groups), q.dtype),
+    )
 
 
 attend_groups.defvjp(_forward, _backward)
@@ -93,7 +97,11 @@ def _join(parts, dtype):
 
 def _scores(q_g, k_g, group, pattern, scale):
     scores = _dot("BHlD,BHmD->BHlm", q_g, k_g) * scale
-    return jnp.where(tiles.group_mask(group, pattern), scores, -jnp.inf) if group.needs_mask else scores
+    return (
+        jnp.where(tiles.group_mask(group, pattern), scores, -jnp.inf)
+        if group.needs_mask
+        else scores
+    )
 
 
 def _sum_columns(parts, groups):
@@ -130,4 +138,10 @@ def _dot(spec, a, b):
     operand = jnp.promote_types(a.dtype, b.dtype)
     # For float32 the default precision is TF32 on recent GPUs and bfloat16 on TPUs. Operands of 16 bits lose nothing.
     precision = jax.lax.Precision.DEFAULT if operand.itemsize == 2 else jax.lax.Precision.HIGHEST
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.promote_types(operand, jnp.float32))
+    return jnp.einsum(
+        spec,
+        a,
+        b,
+        precision=precision,
+        preferred_element_type=jnp.promote_types(operand, jnp.float32),
+    )

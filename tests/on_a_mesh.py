@@ -30,10 +30,29 @@ from hmar_jax.training.tokenizer_steps import TokenizerTask
 
 BATCH = 16
 TOKENIZER = TokenizerConfig(
-    scales=(1, 2, 3), vocab_size=32, z_channels=8, channels=16, channel_multipliers=(1, 2), num_res_blocks=1, attention=True, groups=4)
+    scales=(1, 2, 3),
+    vocab_size=32,
+    z_channels=8,
+    channels=16,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    attention=True,
+    groups=4,
+)
 TRANSFORMER = TransformerConfig(
-    scales=TOKENIZER.scales, vocab_size=32, z_channels=8, num_classes=5, depth=2, width=64, heads=8, dropout=0.1, drop_path=0.2)
-RECIPE = dict(transformer=TRANSFORMER, tokenizer=TOKENIZER, steps=10, batch_size=BATCH, learning_rate=1e-3)
+    scales=TOKENIZER.scales,
+    vocab_size=32,
+    z_channels=8,
+    num_classes=5,
+    depth=2,
+    width=64,
+    heads=8,
+    dropout=0.1,
+    drop_path=0.2,
+)
+RECIPE = dict(
+    transformer=TRANSFORMER, tokenizer=TOKENIZER, steps=10, batch_size=BATCH, learning_rate=1e-3
+)
 
 
 def drawn(shapes, seed: int):
@@ -42,7 +61,9 @@ def drawn(shapes, seed: int):
 
     def draw(path, leaf):
         parameters = "params" in str(path[0]) or "opt" not in str(path[0])
-        return (0.1 * rng.normal(size=leaf.shape) * (parameters and leaf.dtype == np.float32)).astype(leaf.dtype)
+        return (
+            0.1 * rng.normal(size=leaf.shape) * (parameters and leaf.dtype == np.float32)
+        ).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -60,15 +81,25 @@ def stage1_params():
 
 def task_of(name: str, **changes):
     """The task and what is frozen."""
-    model = dataclasses.replace(TRANSFORMER, remat=changes.pop("remat", "none"), init_adaln_gamma=0.5)
+    model = dataclasses.replace(
+        TRANSFORMER, remat=changes.pop("remat", "none"), init_adaln_gamma=0.5
+    )
     recipe = RECIPE | {"transformer": model} | changes
     if name == "stage1":
         return NextScaleTask(**recipe), (tokenizer_params(),)
     if name == "stage2":
-        return MaskedTask(masked_depth=1, **recipe), ({"tokenizer": tokenizer_params(), "transformer": stage1_params()},)
+        return MaskedTask(masked_depth=1, **recipe), (
+            {"tokenizer": tokenizer_params(), "transformer": stage1_params()},
+        )
     return TokenizerTask(
-        tokenizer=TOKENIZER, steps=10, batch_size=BATCH, unquantized_steps=1, adversarial_weight=0.5, discriminator_channels=16,
-        discriminator_layers=1), ()
+        tokenizer=TOKENIZER,
+        steps=10,
+        batch_size=BATCH,
+        unquantized_steps=1,
+        adversarial_weight=0.5,
+        discriminator_channels=16,
+        discriminator_layers=1,
+    ), ()
 
 
 def batch_of(name: str) -> dict[str, np.ndarray]:
@@ -81,7 +112,11 @@ def batch_of(name: str) -> dict[str, np.ndarray]:
 
 def first_moments(state):
     """Of the optimizer after a first step: the gradients, times a constant."""
-    return [x for path, x in jax.tree_util.tree_leaves_with_path(state) if any(getattr(p, "name", None) == "mu" for p in path)]
+    return [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        if any(getattr(p, "name", None) == "mu" for p in path)
+    ]
 
 
 @functools.cache
@@ -97,12 +132,20 @@ def one_step(name: str, mesh_sizes: tuple, changes: tuple = (), evaluate: bool =
     if evaluate:
         assert places(made.init(key, *extra)) == places(made.state)
     state = sharding.place(drawn(made.state, 3), places(made.state))
-    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)) / sum(x.nbytes for x in jax.tree.leaves(state))
-    state, metrics = made.train_step(state, sharding.global_batch(mesh, batch_of(name), BATCH), key, *extra)
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)) / sum(
+        x.nbytes for x in jax.tree.leaves(state)
+    )
+    state, metrics = made.train_step(
+        state, sharding.global_batch(mesh, batch_of(name), BATCH), key, *extra
+    )
     moments = [np.asarray(g) for g in first_moments(state)]
     if not evaluate:
         return jax.device_get(metrics), moments, held, {}
-    evaluated = made.eval_step(state, sharding.global_batch(mesh, batch_of(name) | {"valid": np.ones(BATCH, bool)}, BATCH), *extra)
+    evaluated = made.eval_step(
+        state,
+        sharding.global_batch(mesh, batch_of(name) | {"valid": np.ones(BATCH, bool)}, BATCH),
+        *extra,
+    )
     return jax.device_get(metrics), moments, held, jax.device_get(evaluated)
 
 
@@ -112,17 +155,29 @@ def compare(case: str) -> dict:
     evaluate = bool(options.pop("evaluate", ""))
     mesh = tuple((axis, int(options.pop(axis))) for axis in sharding.AXES if axis in options)
     changes = {key: int(value) if value.isdecimal() else value for key, value in options.items()}
-    alone = {key: value for key, value in changes.items() if key == "accumulate"}  # its random numbers differ from those of one part
+    alone = {
+        key: value for key, value in changes.items() if key == "accumulate"
+    }  # its random numbers differ from those of one part
     metrics, wanted, _, evaluated = one_step(name, (), tuple(alone.items()), evaluate)
     there, found, held, evaluated_there = one_step(name, mesh, tuple(changes.items()), evaluate)
     scale = max(np.abs(g).max() for g in wanted)
     close = lambda a, b: bool(np.allclose(a, b, rtol=1e-5, atol=1e-5))
     return {
-        "loss": abs(float(there["loss"]) - float(metrics["loss"])), "largest": float(scale),
-        "gradient": max(float(np.abs(a - b).max() / scale) for a, b in zip(found, wanted, strict=True)),
-        "metrics": [n for n in metrics if not jax.tree.all(jax.tree.map(close, metrics[n], there[n]))],
-        "evaluated": [n for n in evaluated if not jax.tree.all(jax.tree.map(close, evaluated[n], evaluated_there[n]))],
-        "held": held}
+        "loss": abs(float(there["loss"]) - float(metrics["loss"])),
+        "largest": float(scale),
+        "gradient": max(
+            float(np.abs(a - b).max() / scale) for a, b in zip(found, wanted, strict=True)
+        ),
+        "metrics": [
+            n for n in metrics if not jax.tree.all(jax.tree.map(close, metrics[n], there[n]))
+        ],
+        "evaluated": [
+            n
+            for n in evaluated
+            if not jax.tree.all(jax.tree.map(close, evaluated[n], evaluated_there[n]))
+        ],
+        "held": held,
+    }
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def colours(root: pathlib.Path) -> pathlib.Path:
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 colour = (label * EACH + i, 255 - 7 * i, 80 * label)
-                Image.fromarray(np.full((10, 10, 3), colour, np.uint8)).save(root / split / name / f"{i}.png")
+                Image.fromarray(np.full((10, 10, 3), colour, np.uint8)).save(
+                    root / split / name / f"{i}.png"
+                )
     return root
 
 
@@ -36,13 +38,20 @@ class Recorded:
 
     def __iter__(self):
         self.iterator = iter(self.loader)
-        self.get_state, self.set_state, self.close = self.iterator.get_state, self.iterator.set_state, self.iterator.close
+        self.get_state, self.set_state, self.close = (
+            self.iterator.get_state,
+            self.iterator.set_state,
+            self.iterator.close,
+        )
         return self
 
     def __next__(self):
         batch = next(self.iterator)
         with open(self.path, "a") as file:
-            file.write(json.dumps([self.get_state()["next_index"], batch["image"][:, 0, 0, 0].tolist()]) + "\n")
+            file.write(
+                json.dumps([self.get_state()["next_index"], batch["image"][:, 0, 0, 0].tolist()])
+                + "\n"
+            )
         return batch
 
 

@@ -10,20 +10,27 @@ import pytest
 from hmar_jax.errors import InputError
 from hmar_jax.models.discriminator import PatchDiscriminator
 from hmar_jax.models.tokenizer import conv3x3, unfold
-from hmar_jax.training.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from hmar_jax.training.adversarial import (
+    adaptive_weight,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
 from tests.conftest import relative
 
 TINY = dict(channels=8, groups=4)
 
 
-@pytest.mark.parametrize("height, width, num_layers, grid", [
-    (256, 256, 3, (30, 30)),  # the paper's
-    (64, 64, 3, (6, 6)),
-    (32, 32, 3, (2, 2)),
-    (32, 32, 1, (14, 14)),
-    (24, 49, 3, (1, 4)),
-    (96, 96, 5, (1, 1)),
-])
+@pytest.mark.parametrize(
+    "height, width, num_layers, grid",
+    [
+        (256, 256, 3, (30, 30)),  # the paper's
+        (64, 64, 3, (6, 6)),
+        (32, 32, 3, (2, 2)),
+        (32, 32, 1, (14, 14)),
+        (24, 49, 3, (1, 4)),
+        (96, 96, 5, (1, 1)),
+    ],
+)
 def test_logits_per_patch(height, width, num_layers, grid):
     model = PatchDiscriminator(num_layers=num_layers)
     images = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
@@ -34,30 +41,41 @@ def test_logits_per_patch(height, width, num_layers, grid):
 
 def test_bfloat16_keeps_float32_parameters_and_logits():
     model = PatchDiscriminator(**TINY, dtype=jnp.bfloat16)
-    logits, params = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    logits, params = jax.eval_shape(
+        model.init_with_output, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves((logits, params))} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("options, side, words", [
-    (dict(num_layers=3), 23, ["side 23", "num_layers=3", "side 24"]),
-    (dict(num_layers=4), 32, ["side 32", "num_layers=4", "side 48"]),
-    (dict(num_layers=0), 32, ["num_layers=0"]),
-    (dict(channels=24), 32, ["groups=32", "48 channels"]),
-])
+@pytest.mark.parametrize(
+    "options, side, words",
+    [
+        (dict(num_layers=3), 23, ["side 23", "num_layers=3", "side 24"]),
+        (dict(num_layers=4), 32, ["side 32", "num_layers=4", "side 48"]),
+        (dict(num_layers=0), 32, ["num_layers=0"]),
+        (dict(channels=24), 32, ["groups=32", "48 channels"]),
+    ],
+)
 def test_what_does_not_fit_is_named(options, side, words):
     with pytest.raises(InputError) as error:
-        jax.eval_shape(PatchDiscriminator(**options).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+        jax.eval_shape(
+            PatchDiscriminator(**options).init, jax.random.key(0), jnp.zeros((1, side, side, 3))
+        )
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
 def drawn(shapes, scale=0.3):
     """Normal arrays of the shapes: saves compiling an init."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype), shapes)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype), shapes
+    )
 
 
 def noise(side, batch, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (batch, side, side, 3)), jnp.float32)
+    return jnp.asarray(
+        np.random.default_rng(seed).uniform(-1, 1, (batch, side, side, 3)), jnp.float32
+    )
 
 
 def test_no_picture_changes_the_logits_of_another():
@@ -72,12 +90,16 @@ def test_no_picture_changes_the_logits_of_another():
 
 @pytest.mark.parametrize("num_layers, pixels", [(1, 16), (2, 34), (3, 70)])
 def test_pixels_seen_by_a_logit(monkeypatch, num_layers, pixels):
-    monkeypatch.setattr("hmar_jax.models.discriminator.group_norm", lambda *_: lambda x: x)  # else all, a little
+    monkeypatch.setattr(
+        "hmar_jax.models.discriminator.group_norm", lambda *_: lambda x: x
+    )  # else all, a little
     model = PatchDiscriminator(**TINY, num_layers=num_layers)
     images = jnp.ones((1, 96, 96, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01), shapes)
-    middle = jax.jit(jax.grad(lambda x: (l := model.apply(params, x))[0, l.shape[1] // 2, l.shape[2] // 2, 0]))(images)
+    middle = jax.jit(
+        jax.grad(lambda x: (l := model.apply(params, x))[0, l.shape[1] // 2, l.shape[2] // 2, 0])
+    )(images)
     assert np.count_nonzero(middle[0].any(axis=(1, 2))) == pixels
 
 
@@ -98,7 +120,10 @@ def test_learns_to_tell_textures_apart():
     params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), noise(16, 4))  # rbg compiles fast
     state, losses = optimizer.init(params), []
     for i in range(20):  # new pictures each time
-        real, fake = noise(16, 4, seed=2 * i), noise(4, 4, seed=2 * i + 1).repeat(4, axis=1).repeat(4, axis=2)
+        real, fake = (
+            noise(16, 4, seed=2 * i),
+            noise(4, 4, seed=2 * i + 1).repeat(4, axis=1).repeat(4, axis=2),
+        )
         params, state, loss, (real_logits, fake_logits) = step(params, state, real, fake)
         losses.append(float(loss))
     assert losses[-1] < 0.5 * losses[0]
@@ -107,7 +132,9 @@ def test_learns_to_tell_textures_apart():
 
 def test_hinge_losses():
     real, fake = jnp.array([[2.0, 0.5], [-1.0, 1.0]]), jnp.array([-3.0, 0.0, 1.0])
-    assert float(hinge_discriminator_loss(real, fake)) == pytest.approx((0 + 0.5 + 2 + 0) / 4 + (0 + 1 + 2) / 3)
+    assert float(hinge_discriminator_loss(real, fake)) == pytest.approx(
+        (0 + 0.5 + 2 + 0) / 4 + (0 + 1 + 2) / 3
+    )
     assert float(hinge_generator_loss(fake)) == pytest.approx(2 / 3)
     assert float(hinge_discriminator_loss(jnp.ones(3), -jnp.ones(2))) == 0
     # Logits beyond the margin are left alone; the generator is always pushed.
@@ -161,7 +188,9 @@ def test_a_step_with_the_adaptive_weight():
     def defined(params):
         rec = jax.grad(lambda p: rec_loss(paint(p)))(params)
         gan = jax.grad(lambda p: gan_loss(paint(p)))(params)
-        weight = jnp.linalg.norm(kernel_of(rec).ravel()) / (jnp.linalg.norm(kernel_of(gan).ravel()) + 1e-4)
+        weight = jnp.linalg.norm(kernel_of(rec).ravel()) / (
+            jnp.linalg.norm(kernel_of(gan).ravel()) + 1e-4
+        )
         return weight, jax.tree.map(lambda r, g: r + weight * g, rec, gan)
 
     compiled = jax.jit(step).lower(params).compile()

@@ -4,7 +4,6 @@ import functools
 import os
 import subprocess
 import sys
-import textwrap
 import zlib
 
 import jax
@@ -60,7 +59,9 @@ def implementation_params():
     for name in api.IMPLEMENTATIONS:
         marks = [pytest.mark.gpu] if name in NEED_GPU else []
         try:
-            block_attention(*[jnp.zeros((1, 1, 1, 64), jnp.bfloat16)] * 3, (1,), implementation=name)
+            block_attention(
+                *[jnp.zeros((1, 1, 1, 64), jnp.bfloat16)] * 3, (1,), implementation=name
+            )
         except NotImplementedError as error:
             marks.append(pytest.mark.skip(reason=str(error)))
         params.append(pytest.param(name, marks=marks))
@@ -73,7 +74,9 @@ def with_each_implementation(values, interpreted):
     for param in implementation_params():
         for value in values:
             slow = param.values == (INTERPRETED,) and value not in interpreted
-            params.append(pytest.param(value, *param.values, marks=[*param.marks, *[pytest.mark.slow] * slow]))
+            params.append(
+                pytest.param(value, *param.values, marks=[*param.marks, *[pytest.mark.slow] * slow])
+            )
     return params
 
 
@@ -191,13 +194,25 @@ def test_reference_on_numbers_done_by_hand():
     # Two blocks; equal scores, so that each output is the mean of the values that its query sees.
     v = jnp.array([2.0, 4.0, 8.0]).reshape(1, 3, 1, 1)
     zero = jnp.zeros_like(v)
-    np.testing.assert_allclose(dense_attention(zero, zero, v, (1, 2), "diagonal").ravel(), [2, 6, 6])
-    np.testing.assert_allclose(dense_attention(zero, zero, v, (1, 2), "causal").ravel(), [2, 14 / 3, 14 / 3], rtol=1e-6)
+    np.testing.assert_allclose(
+        dense_attention(zero, zero, v, (1, 2), "diagonal").ravel(), [2, 6, 6]
+    )
+    np.testing.assert_allclose(
+        dense_attention(zero, zero, v, (1, 2), "causal").ravel(), [2, 14 / 3, 14 / 3], rtol=1e-6
+    )
 
 
 def test_groups_of_the_published_list():
     groups = tiles.group_blocks(SIZES_256, "diagonal")
-    assert [group.block_sizes for group in groups] == [(1, 4, 9, 16), (25,), (36,), (64,), (100,), (169,), (256,)]
+    assert [group.block_sizes for group in groups] == [
+        (1, 4, 9, 16),
+        (25,),
+        (36,),
+        (64,),
+        (100,),
+        (169,),
+        (256,),
+    ]
     assert [group.needs_mask for group in groups] == [True] + [False] * 6
 
 
@@ -209,19 +224,28 @@ def test_groups_cover_the_mask_at_least_cost(seed, pattern):
         groups = tiles.group_blocks(sizes, pattern, cells_per_group)
         covered = np.zeros((sum(sizes), sum(sizes)), bool)
         for group in groups:
-            covered[group.start : group.stop, group.key_start : group.stop] = tiles.group_mask(group, pattern)
+            covered[group.start : group.stop, group.key_start : group.stop] = tiles.group_mask(
+                group, pattern
+            )
             assert group.needs_mask == (not tiles.group_mask(group, pattern).all())
         np.testing.assert_array_equal(covered, block_mask(sizes, pattern))
 
         def cost(edges):
             rows = np.diff(edges)
-            return sum(rows * (rows if pattern == "diagonal" else edges[1:])) + cells_per_group * len(rows)
+            return sum(
+                rows * (rows if pattern == "diagonal" else edges[1:])
+            ) + cells_per_group * len(rows)
 
         # All ways to cut the list, as bits.
         edges = np.cumsum((0, *sizes))
         inner = range(1, len(sizes))
-        cuts = [[0, *(i for i in inner if bits >> i & 1), len(sizes)] for bits in range(0, 2 ** len(sizes), 2)]
-        assert cost(np.array([0, *(group.stop for group in groups)])) == min(cost(edges[cut]) for cut in cuts)
+        cuts = [
+            [0, *(i for i in inner if bits >> i & 1), len(sizes)]
+            for bits in range(0, 2 ** len(sizes), 2)
+        ]
+        assert cost(np.array([0, *(group.stop for group in groups)])) == min(
+            cost(edges[cut]) for cut in cuts
+        )
 
 
 # Outputs and gradients.
@@ -238,22 +262,38 @@ def test_short_lists(sizes, dtype, pattern, implementation):
 @every_implementation
 @pytest.mark.parametrize(
     "dtype, pattern",
-    [("float32", "diagonal"), ("float32", "causal"), ("bfloat16", "diagonal"), ("float16", "causal")],
+    [
+        ("float32", "diagonal"),
+        ("float32", "causal"),
+        ("bfloat16", "diagonal"),
+        ("float16", "causal"),
+    ],
 )
 def test_list_256(dtype, pattern, implementation):
     check(SIZES_256, pattern, implementation, batch=1, heads=2, dim=32, dtype=dtype)
 
 
-@pytest.mark.parametrize("pattern, implementation", with_each_implementation(PATTERNS, interpreted=()))
+@pytest.mark.parametrize(
+    "pattern, implementation", with_each_implementation(PATTERNS, interpreted=())
+)
 def test_list_512(pattern, implementation):
     check(SIZES_512, pattern, implementation, batch=1, heads=1, dim=64)
 
 
-@pytest.mark.parametrize("seed, implementation", with_each_implementation(range(40), interpreted=(0, 6, 10, 13)))
+@pytest.mark.parametrize(
+    "seed, implementation", with_each_implementation(range(40), interpreted=(0, 6, 10, 13))
+)
 def test_random_lists(seed, implementation):
     dtype = ("float32", "float32", "bfloat16", "float16")[seed % 4]
     # Head dim 8 lets groups of up to 32 keys keep their probabilities and longer ones recompute them.
-    check(random_sizes(seed), PATTERNS[seed // 4 % 2], implementation, batch=1 + seed % 3, dim=8, dtype=dtype)
+    check(
+        random_sizes(seed),
+        PATTERNS[seed // 4 % 2],
+        implementation,
+        batch=1 + seed % 3,
+        dim=8,
+        dtype=dtype,
+    )
 
 
 @every_pattern
@@ -279,9 +319,13 @@ def test_float64(pattern):
 def test_large_scores_stay_finite(pattern, implementation):
     # Scores in the thousands: exp overflows unless the maximum is subtracted, and softmax is nearly one-hot.
     dtype, dim = supported(implementation, "float32", 16)
-    q, k, v, d_out = random_inputs((1, 5, 30, 2), batch=1, heads=1, dim=dim, dtype=dtype, spread=20.0)
+    q, k, v, d_out = random_inputs(
+        (1, 5, 30, 2), batch=1, heads=1, dim=dim, dtype=dtype, spread=20.0
+    )
     options = dict(block_sizes=(1, 5, 30, 2), pattern=pattern)
-    for x in out_and_gradients(functools.partial(attend_with(implementation), **options), q, k, v, d_out):
+    for x in out_and_gradients(
+        functools.partial(attend_with(implementation), **options), q, k, v, d_out
+    ):
         assert np.isfinite(x).all()
 
 
@@ -331,7 +375,11 @@ def test_vmap_with_shared_keys(implementation):
 
     def d_k(attend):
         def loss(k):
-            return jax.vmap(attend, in_axes=(0, None, None))(jnp.stack([q, 2 * q]), k, v).astype(jnp.float32).var()
+            return (
+                jax.vmap(attend, in_axes=(0, None, None))(jnp.stack([q, 2 * q]), k, v)
+                .astype(jnp.float32)
+                .var()
+            )
 
         return jax.jit(jax.grad(loss), compiler_options=QUICK_COMPILE)(k)
 
@@ -400,7 +448,9 @@ print("agrees")
 """
 
 
-@pytest.mark.parametrize("pattern, implementation", with_each_implementation(PATTERNS, interpreted=("causal",)))
+@pytest.mark.parametrize(
+    "pattern, implementation", with_each_implementation(PATTERNS, interpreted=("causal",))
+)
 def test_shard_map_over_batch_and_heads(pattern, implementation):
     # In a process of its own: the number of fake devices is fixed when JAX starts.
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -413,7 +463,11 @@ def test_shard_map_over_batch_and_heads(pattern, implementation):
     dtype, dim = supported(implementation, "float32", 8)
     case = dict(pattern=pattern, implementation=implementation, mesh=mesh, dtype=dtype, dim=dim)
     result = subprocess.run(
-        [sys.executable, "-c", _SHARD_MAP.format(**case, rtol=1e-5 if dtype == "float32" else 1e-3)],
+        [
+            sys.executable,
+            "-c",
+            _SHARD_MAP.format(**case, rtol=1e-5 if dtype == "float32" else 1e-3),
+        ],
         env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -424,8 +478,14 @@ def test_shard_map_over_batch_and_heads(pattern, implementation):
 # Errors.
 
 
-def call(shape=(2, 5, 1, 8), k_shape=None, dtype="float32", v_dtype=None, block_sizes=(1, 4), **options):
-    q, k, v = jnp.zeros(shape, dtype), jnp.zeros(k_shape or shape, dtype), jnp.zeros(shape, v_dtype or dtype)
+def call(
+    shape=(2, 5, 1, 8), k_shape=None, dtype="float32", v_dtype=None, block_sizes=(1, 4), **options
+):
+    q, k, v = (
+        jnp.zeros(shape, dtype),
+        jnp.zeros(k_shape or shape, dtype),
+        jnp.zeros(shape, v_dtype or dtype),
+    )
     return block_attention(q, k, v, block_sizes, **options)
 
 
@@ -483,5 +543,7 @@ def test_none_takes_the_best_that_is_faster_here(monkeypatch):
 
 
 def test_accepts_lists_and_numpy():
-    out = block_attention(*[np.ones((1, 5, 1, 4), np.float32)] * 3, [np.int64(1), 4], scale=np.float32(0.5))
+    out = block_attention(
+        *[np.ones((1, 5, 1, 4), np.float32)] * 3, [np.int64(1), 4], scale=np.float32(0.5)
+    )
     assert isinstance(out, jax.Array) and out.shape == (1, 5, 1, 4)

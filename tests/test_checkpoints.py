@@ -54,8 +54,16 @@ def noise(caplog, capfd, monkeypatch):
 
     def said():
         gc.collect()  # Exceptions that nobody fetched are reported when their tasks go.
-        others = [record for record in caplog.records if record.name.split(".")[0] not in ("hmar_jax", "absl")]
-        return [*(record.getMessage() for record in others), *unraisable, *capfd.readouterr().err.splitlines()]
+        others = [
+            record
+            for record in caplog.records
+            if record.name.split(".")[0] not in ("hmar_jax", "absl")
+        ]
+        return [
+            *(record.getMessage() for record in others),
+            *unraisable,
+            *capfd.readouterr().err.splitlines(),
+        ]
 
     yield said
     said()
@@ -68,9 +76,12 @@ def make_state(seed=0, width=3):
     rng = np.random.default_rng(seed)
     bits = jnp.asarray(rng.integers(0, 2**32, (width, 5), np.uint32))
     params = {
-        "block": {"w": jnp.asarray(rng.normal(size=(width, 4)), jnp.float32), "b": jnp.full((4,), seed, jnp.float32)},
+        "block": {
+            "w": jnp.asarray(rng.normal(size=(width, 4)), jnp.float32),
+            "b": jnp.full((4,), seed, jnp.float32),
+        },
         # Every 16-bit pattern that is a number, subnormals and infinities included.
-        "bf16": jnp.asarray(np.arange(2**16, dtype=np.uint16)).view(jnp.bfloat16)[: 0x7F81],
+        "bf16": jnp.asarray(np.arange(2**16, dtype=np.uint16)).view(jnp.bfloat16)[:0x7F81],
     }
     chosen = {"block": {"w": True, "b": False}, "bf16": False}
     optimizer = optax.masked(optax.adamw(1e-3, mu_dtype=jnp.bfloat16), chosen)
@@ -95,7 +106,9 @@ def abstract(state):
 
 def assert_same_bits(actual, wanted):
     assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(wanted), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(wanted), strict=True
+    ):
         a, b = np.asarray(a), np.asarray(b)
         same = a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
         assert same, (jax.tree_util.keystr(path), a, b)
@@ -110,11 +123,19 @@ def save_steps(workdir, *steps, **options):
 
 def child(code, *arguments, devices=1, **options):
     """Starts Python on `code`, with that many CPU devices and this test module's helpers as `t`."""
-    environment = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", JAX_PLATFORMS="cpu")
+    environment = dict(
+        os.environ,
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        JAX_PLATFORMS="cpu",
+    )
     environment["PYTHONPATH"] = str(ROOT)
-    code = "import sys, os, signal\nfrom tests import test_checkpoints as t\n" + textwrap.dedent(code)
+    code = "import sys, os, signal\nfrom tests import test_checkpoints as t\n" + textwrap.dedent(
+        code
+    )
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, **options)
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, **options
+    )
 
 
 def finish(process):
@@ -146,7 +167,10 @@ def test_keeps_the_last_and_goes_on_after_a_restart(tmp_path):
     save_steps(tmp_path, 1, 2, 3, max_to_keep=2)
     with RunCheckpoints(tmp_path, max_to_keep=2) as run:
         assert run.steps() == [2, 3]
-        assert run.restore_latest(make_state()).extra == {"data_state": {"position": 3}, "note": "step 3"}
+        assert run.restore_latest(make_state()).extra == {
+            "data_state": {"position": 3},
+            "note": "step 3",
+        }
         run.save(4, make_state(4))
         assert run.steps() == [3, 4]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
@@ -177,10 +201,15 @@ def test_a_checkpoint_by_name(tmp_path):
         return step
 
     assert [step_of(x) for x in ("best", "latest", 2, 4)] == [2, 5, 2, 4]
-    with pytest.raises(InputError, match="no checkpoint 1 in .*; there are those of steps 2, 3, 4, 5, and latest and best"):
+    with pytest.raises(
+        InputError,
+        match="no checkpoint 1 in .*; there are those of steps 2, 3, 4, 5, and latest and best",
+    ):
         load_params_of_run(tmp_path, checkpoint=1)
     (tmp_path / "checkpoints/3/metrics/metrics").write_text("{")
-    with pytest.raises(InputError, match="the validation loss of a checkpoint is damaged: .*/3/metrics"):
+    with pytest.raises(
+        InputError, match="the validation loss of a checkpoint is damaged: .*/3/metrics"
+    ):
         load_params_of_run(tmp_path, checkpoint="best")
     shutil.rmtree(tmp_path / "checkpoints/3")
     for file in (tmp_path / "checkpoints/2/state").rglob("*"):
@@ -188,7 +217,9 @@ def test_a_checkpoint_by_name(tmp_path):
     with pytest.raises(InputError, match=r"no checkpoint in .* can be read \(steps 2\)"):
         load_params_of_run(tmp_path, checkpoint="best")
     shutil.rmtree(tmp_path / "checkpoints/2")
-    with pytest.raises(InputError, match="was saved with a validation loss; there are those of steps 4, 5"):
+    with pytest.raises(
+        InputError, match="was saved with a validation loss; there are those of steps 4, 5"
+    ):
         load_params_of_run(tmp_path, checkpoint="best")
 
 
@@ -260,7 +291,9 @@ def test_other_processes_with_other_devices(tmp_path):
 
 
 def _largest(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 def _cut(path):
@@ -290,7 +323,10 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_falls_back_over_a_damaged_checkpoint(tmp_path, caplog, noise, damage):
     rng = np.random.default_rng(0)
-    state = {"params": [jnp.asarray(rng.normal(size=(32, 64))) for _ in range(9)], "step": jnp.int32(0)}
+    state = {
+        "params": [jnp.asarray(rng.normal(size=(32, 64))) for _ in range(9)],
+        "step": jnp.int32(0),
+    }
     with RunCheckpoints(tmp_path) as run:
         for step in (10, 20):
             run.save(step, {**state, "step": jnp.int32(step)}, {"position": step})
@@ -302,7 +338,12 @@ def test_falls_back_over_a_damaged_checkpoint(tmp_path, caplog, noise, damage):
         assert_same_bits(restored, {**state, "step": jnp.int32(10)})
         (record,) = [record for record in caplog.records if record.name.startswith("hmar_jax")]
         message = record.getMessage()
-        assert "step 20" in message and "damaged: " in message and "\n" not in message and len(message) < 500
+        assert (
+            "step 20" in message
+            and "damaged: " in message
+            and "\n" not in message
+            and len(message) < 500
+        )
         assert run.steps() == [10]
         assert run.save(20, state), "the step can be saved again"
         run.wait()
@@ -311,16 +352,29 @@ def test_falls_back_over_a_damaged_checkpoint(tmp_path, caplog, noise, damage):
     assert not noise()
 
 
-@pytest.mark.parametrize("said, expected", [
-    ('RESOURCE_EXHAUSTED: Error writing "w/0": Failed to write 886972 bytes: No space left on device', InputError),
-    ("something else", ValueError)])
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        (
+            'RESOURCE_EXHAUSTED: Error writing "w/0": Failed to write 886972 bytes: No space left on device',
+            InputError,
+        ),
+        ("something else", ValueError),
+    ],
+)
 def test_a_full_disk(tmp_path, monkeypatch, said, expected):
     with RunCheckpoints(tmp_path) as run:
+
         def fail(*_, **__):
             raise ValueError(said)
 
         monkeypatch.setattr(run._manager, "save", fail)
-        with pytest.raises(expected, match="cannot be written to .*No space left.*the same command goes on" if expected is InputError else said):
+        with pytest.raises(
+            expected,
+            match="cannot be written to .*No space left.*the same command goes on"
+            if expected is InputError
+            else said,
+        ):
             run.save(1, make_state())
         monkeypatch.undo()
         assert run.save(1, make_state())
@@ -330,14 +384,23 @@ def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch, mistake):
     with RunCheckpoints(tmp_path / "run") as run:
         assert run.save(1, make_state())
         run.wait()
-        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
-        with mistake("no room for the checkpoint of step 2", "0.0 MB are free", "the same command goes on"):
+        monkeypatch.setattr(
+            checkpoints.shutil,
+            "disk_usage",
+            lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100),
+        )
+        with mistake(
+            "no room for the checkpoint of step 2", "0.0 MB are free", "the same command goes on"
+        ):
             run.save(2, make_state())
         with mistake("no room for the model", f"{tmp_path}/models/a"):
             save_model(tmp_path / "models/a", {}, make_state(), "")
         monkeypatch.undo()
         assert run.save(2, make_state())
-    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["1", "2"] and os.listdir(tmp_path / "models") == []
+    assert (
+        sorted(os.listdir(tmp_path / "run/checkpoints")) == ["1", "2"]
+        and os.listdir(tmp_path / "models") == []
+    )
 
 
 def test_falls_back_over_wrong_contents_of_the_right_length(tmp_path):
@@ -352,7 +415,10 @@ def test_falls_back_over_wrong_contents_of_the_right_length(tmp_path):
     process = child(code, tmp_path, stderr=subprocess.STDOUT)
     lines = finish(process).splitlines()
     assert "10 [10]" in lines
-    assert len([line for line in lines if "checkpoint of step 20" in line and "damaged: " in line]) == 1
+    assert (
+        len([line for line in lines if "checkpoint of step 20" in line and "damaged: " in line])
+        == 1
+    )
 
 
 def test_when_every_checkpoint_is_damaged(tmp_path, mistake):
@@ -363,7 +429,9 @@ def test_when_every_checkpoint_is_damaged(tmp_path, mistake):
         run.restore_latest(make_state())
     with mistake("no checkpoint in", "steps 1, 2", tmp_path):
         load_params_of_run(tmp_path)
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"], "nothing is renamed when nothing is found"
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"], (
+        "nothing is renamed when nothing is found"
+    )
 
 
 def test_two_damaged_checkpoints_of_one_step(tmp_path):
@@ -381,9 +449,13 @@ def test_another_model_is_a_mistake_and_no_damage(tmp_path, mistake, caplog):
         with mistake("step 2", "params/block/w", "(3, 4)", "(9, 4)"):
             run.restore_latest(abstract({**make_state(), "params": make_state(width=9)["params"]}))
         with mistake("it has no params/more"):
-            run.restore_latest({**make_state(), "params": {**make_state()["params"], "more": jnp.zeros(1)}})
+            run.restore_latest(
+                {**make_state(), "params": {**make_state()["params"], "more": jnp.zeros(1)}}
+            )
         with mistake("it has ", "flags"):
-            run.restore_latest({name: leaf for name, leaf in make_state().items() if name != "flags"})
+            run.restore_latest(
+                {name: leaf for name, leaf in make_state().items() if name != "flags"}
+            )
         assert run.steps() == [1, 2]
     assert not caplog.records
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
@@ -392,7 +464,11 @@ def test_another_model_is_a_mistake_and_no_damage(tmp_path, mistake, caplog):
 def test_a_failure_of_the_devices_is_no_damage(tmp_path, monkeypatch):
     save_steps(tmp_path, 1, 2)
     with RunCheckpoints(tmp_path) as run:
-        monkeypatch.setattr(run._manager, "restore", lambda *_, **__: (_ for _ in ()).throw(MemoryError("device full")))
+        monkeypatch.setattr(
+            run._manager,
+            "restore",
+            lambda *_, **__: (_ for _ in ()).throw(MemoryError("device full")),
+        )
         with pytest.raises(MemoryError, match="device full"):
             run.restore_latest(make_state())
         assert run.steps() == [1, 2]
@@ -424,7 +500,9 @@ def test_parameters_are_read_without_the_optimizer(tmp_path, monkeypatch):
     """Files that hold nothing but optimizer state may be missing."""
     rng = np.random.default_rng(0)
     with RunCheckpoints(tmp_path) as run:
-        run.save(1, {"params": {"w": jnp.ones(3)}, "opt_state": jnp.asarray(rng.normal(size=100_000))})
+        run.save(
+            1, {"params": {"w": jnp.ones(3)}, "opt_state": jnp.asarray(rng.normal(size=100_000))}
+        )
     _largest(tmp_path / "checkpoints").unlink()
     assert_same_bits(load_params_of_run(tmp_path)[1], {"params": {"w": np.ones(3, np.float32)}})
 
@@ -478,10 +556,15 @@ def test_killed_while_saving_and_started_again(tmp_path):
     process.communicate()
     with RunCheckpoints(tmp_path, max_to_keep=2) as run:
         rng = np.random.default_rng
-        wanted = {"w": jax.ShapeDtypeStruct((400, 400), jnp.float32), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+        wanted = {
+            "w": jax.ShapeDtypeStruct((400, 400), jnp.float32),
+            "step": jax.ShapeDtypeStruct((), jnp.int32),
+        }
         step, state, extra = run.restore_latest(wanted)
         assert last - 1 <= step <= last + 20
-        assert_same_bits(state, {"w": jnp.asarray(rng(step).normal(size=(400, 400))), "step": jnp.int32(step)})
+        assert_same_bits(
+            state, {"w": jnp.asarray(rng(step).normal(size=(400, 400))), "step": jnp.int32(step)}
+        )
         assert run.save(step + 1, state)
     # All that the killed processes left behind is gone.
     assert sorted(os.listdir(tmp_path / "checkpoints")) == sorted([str(step), str(step + 1)])
@@ -512,7 +595,9 @@ def test_model_round_trip(tmp_path):
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "params"]
     assert os.listdir(tmp_path / "deep") == ["model"], "nothing temporary is left"
     assert (folder / "README.md").read_text() == "# A model\n"
-    assert (folder / "config.json").read_text() == json.dumps(config, indent=2, sort_keys=True) + "\n"
+    assert (folder / "config.json").read_text() == json.dumps(
+        config, indent=2, sort_keys=True
+    ) + "\n"
     loaded_config, loaded = load_model(folder)
     assert loaded_config == config
     assert_same_bits(loaded, jax.tree.map(np.asarray, {**params, "half": half.astype(np.float32)}))

@@ -19,7 +19,17 @@ from hmar_jax.training.tokenizer_steps import TokenizerTask
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HMAR, TOKENIZER = (str(ROOT / "configs" / name) for name in ("hmar.py", "tokenizer.py"))
-NAMES = ("digits", "cifar10", "d16_256", "d20_256", "d24_256", "d30_256", "d24_512", "d36_512", "d16_1024")
+NAMES = (
+    "digits",
+    "cifar10",
+    "d16_256",
+    "d20_256",
+    "d24_256",
+    "d30_256",
+    "d24_512",
+    "d36_512",
+    "d16_1024",
+)
 IMAGENET = 1_281_167  # pictures to train
 
 
@@ -44,45 +54,82 @@ def test_transformers(name):
         assert model.pattern == pattern and config.task == "next_scale"
         assert name in ("digits", "cifar10") or side == config.image_side == 16 * model.scales[-1]
         task = configs.build(
-            NextScaleTask, config.recipe, transformer=model, tokenizer=TokenizerConfig(scales=model.scales),
-            steps=config.steps or config.epochs * IMAGENET // config.batch_size, batch_size=config.batch_size)
+            NextScaleTask,
+            config.recipe,
+            transformer=model,
+            tokenizer=TokenizerConfig(scales=model.scales),
+            steps=config.steps or config.epochs * IMAGENET // config.batch_size,
+            batch_size=config.batch_size,
+        )
         assert task.optimizer() and 0 < task.warmup_steps < task.steps
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stage_2_of_transformers(name):
     stage1, config = (configs.load_config(f"{HMAR}:{name}{more}") for more in ("", ",stage=masked"))
-    assert config.task == "masked" and config.init_from == "" and (config.batch_size, config.data) == (stage1.batch_size, stage1.data)
+    assert (
+        config.task == "masked"
+        and config.init_from == ""
+        and (config.batch_size, config.data) == (stage1.batch_size, stage1.data)
+    )
     model = transformer(stage1)
     depth = config.model.masked_depth
-    assert depth == (8 if name in PUBLISHED else max(1, model.depth // 2) if name in ("digits", "cifar10") else 8)
+    assert depth == (
+        8 if name in PUBLISHED else max(1, model.depth // 2) if name in ("digits", "cifar10") else 8
+    )
     task = configs.build(
-        MaskedTask, config.recipe, transformer=model, tokenizer=TokenizerConfig(scales=model.scales), masked_depth=depth,
-        steps=config.steps or config.epochs * IMAGENET // config.batch_size, batch_size=config.batch_size)
+        MaskedTask,
+        config.recipe,
+        transformer=model,
+        tokenizer=TokenizerConfig(scales=model.scales),
+        masked_depth=depth,
+        steps=config.steps or config.epochs * IMAGENET // config.batch_size,
+        batch_size=config.batch_size,
+    )
     assert task.optimizer() and 0 < task.warmup_steps < task.steps
-    assert (task.loss_weights, task.mask_ratios, task.shared_mask) == ("unweighted", "uniform", False)
+    assert (task.loss_weights, task.mask_ratios, task.shared_mask) == (
+        "unweighted",
+        "uniform",
+        False,
+    )
     if name in PUBLISHED:
         assert config.epochs == 100
     total = parameters(model)
-    stage2 = jax.eval_shape(task.model.init, jax.random.key(0), jax.eval_shape(NextScaleTransformer(model).init, jax.random.key(0)))
+    stage2 = jax.eval_shape(
+        task.model.init,
+        jax.random.key(0),
+        jax.eval_shape(NextScaleTransformer(model).init, jax.random.key(0)),
+    )
     added = sum(math.prod(x.shape) for x in jax.tree.leaves(stage2))
     if name == "d16_256":
-        assert 0.45 < added / total < 0.55  # the paper's 465 M are half as much again as VAR's 310 M
+        assert (
+            0.45 < added / total < 0.55
+        )  # the paper's 465 M are half as much again as VAR's 310 M
 
 
 @pytest.mark.parametrize("name", ["digits", "photos", "cifar10", "vae_256"])
 def test_tokenizers(name):
     config = configs.load_config(f"{TOKENIZER}:{name}")
     model = configs.build(TokenizerConfig, config.model)
-    task = configs.build(TokenizerTask, config.recipe, tokenizer=model, steps=config.steps, batch_size=config.batch_size)
+    task = configs.build(
+        TokenizerTask,
+        config.recipe,
+        tokenizer=model,
+        steps=config.steps,
+        batch_size=config.batch_size,
+    )
     assert task.optimizer() and 0 < task.unquantized_steps < task.steps
     assert model.image_side == {"digits": 32, "photos": 64, "cifar10": 32, "vae_256": 256}[name]
     if name == "vae_256":
-        assert model == TokenizerConfig(dtype="bfloat16")  # whose defaults are the published architecture
+        assert model == TokenizerConfig(
+            dtype="bfloat16"
+        )  # whose defaults are the published architecture
 
 
-@pytest.mark.parametrize("name, digits, published", [
-    ("d16_256", 2, 0.31), ("d20_256", 2, 0.60), ("d24_256", 1, 1.0), ("d30_256", 1, 2.0)])
+@pytest.mark.parametrize(
+    "name, digits, published",
+    [("d16_256", 2, 0.31), ("d20_256", 2, 0.60), ("d24_256", 1, 1.0), ("d30_256", 1, 2.0)],
+)
 def test_parameter_counts_of_var(name, digits, published):
     """In thousand millions, rounded as VAR's README gives them."""
     count = parameters(transformer(configs.load_config(f"{HMAR}:{name},pattern=causal")))
@@ -103,14 +150,25 @@ def test_published_recipes(name):
     batch, epochs, base_lr, gamma, end, decay, decay_end, guidance, top_k = PUBLISHED[name]
     c, depth = configs.load_config(f"{HMAR}:{name}"), int(name[1:3])
     assert (c.batch_size, c.epochs, c.steps) == (batch, epochs, 0)
-    assert (c.model.depth, c.model.width, c.model.heads, c.model.mlp_ratio) == (depth, 64 * depth, depth, 4.0)
+    assert (c.model.depth, c.model.width, c.model.heads, c.model.mlp_ratio) == (
+        depth,
+        64 * depth,
+        depth,
+        4.0,
+    )
     assert math.isclose(c.model.drop_path, 0.1 * depth / 24)
     assert (c.model.init_adaln_gamma, c.model.init_adaln, c.model.init_head) == (gamma, 0.5, 0.02)
     r = c.recipe
     assert math.isclose(r.learning_rate, base_lr * batch / 256)
     assert r.warmup_steps == round(epochs / 50 * IMAGENET / batch)
     assert (r.schedule, r.start_ratio, r.end_ratio) == ("lin0", 0.005, end)
-    assert (r.weight_decay, r.weight_decay_end, r.b1, r.b2, r.clip) == (decay, decay_end, 0.9, 0.95, 2.0)
+    assert (r.weight_decay, r.weight_decay_end, r.b1, r.b2, r.clip) == (
+        decay,
+        decay_end,
+        0.9,
+        0.95,
+        2.0,
+    )
     assert (r.loss_weights, r.class_dropout, r.label_smoothing) == ("lognorm", 0.1, 0.0)
     assert (c.sampling.guidance, c.sampling.top_k, c.sampling.top_p) == (guidance, top_k, 0.99)
     t = c.data.transform
@@ -121,19 +179,27 @@ def test_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert configs.load_config("configs/hmar.py:digits").task == "next_scale"
     (tmp_path / "mine.py").write_text(
-        "from ml_collections import ConfigDict\ndef get_config(spec):\n  return ConfigDict({'task': spec})\n")
+        "from ml_collections import ConfigDict\ndef get_config(spec):\n  return ConfigDict({'task': spec})\n"
+    )
     assert configs.load_config("mine.py:x=1").task == "x=1"
 
 
-@pytest.mark.parametrize("argument, words", [
-    ("configs/nope.py:digits", "config 'configs/nope.py': no such"),
-    ("README.md:digits", "no such Python file"), ("x" * 300, "no such"), ("a\0b.py:digits", "no such"),
-    ("configs/hmar.py:nope", "'nope': known are digits, cifar10, d16_256"),
-    ("configs/tokenizer.py:nope", "'nope': known are digits, photos, cifar10, vae_256"),
-    ("configs/hmar.py", "config name ''"), ("configs/hmar.py:digits,seed", "'seed' after the config name"),
-    ("configs/hmar.py:digits,nope=1", "'nope': unknown; there are accumulate, batch_size, "),
-    ("configs/hmar.py:digits,model.nope=1", "'model.nope': unknown; there are depth, "),
-    ("configs/empty.py:digits", "has no get_config")])
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("configs/nope.py:digits", "config 'configs/nope.py': no such"),
+        ("README.md:digits", "no such Python file"),
+        ("x" * 300, "no such"),
+        ("a\0b.py:digits", "no such"),
+        ("configs/hmar.py:nope", "'nope': known are digits, cifar10, d16_256"),
+        ("configs/tokenizer.py:nope", "'nope': known are digits, photos, cifar10, vae_256"),
+        ("configs/hmar.py", "config name ''"),
+        ("configs/hmar.py:digits,seed", "'seed' after the config name"),
+        ("configs/hmar.py:digits,nope=1", "'nope': unknown; there are accumulate, batch_size, "),
+        ("configs/hmar.py:digits,model.nope=1", "'model.nope': unknown; there are depth, "),
+        ("configs/empty.py:digits", "has no get_config"),
+    ],
+)
 def test_wrong_names(argument, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("")
@@ -149,15 +215,39 @@ def test_wrong_names(argument, words, tmp_path, monkeypatch):
 
 @pytest.fixture
 def config():
-    return ConfigDict(dict(
-        steps=5, rate=0.1, flag=False, name="a", sides=(1, 2), group=dict(steps=7, log=1), log_every=10,
-        data=dict(threads=2, source="x")))
+    return ConfigDict(
+        dict(
+            steps=5,
+            rate=0.1,
+            flag=False,
+            name="a",
+            sides=(1, 2),
+            group=dict(steps=7, log=1),
+            log_every=10,
+            data=dict(threads=2, source="x"),
+        )
+    )
 
 
-@pytest.mark.parametrize("key, text, value", [
-    ("steps", "12", 12), ("steps", "-1", -1), ("rate", "3", 3.0), ("rate", "1e-3", 1e-3), ("flag", "true", True),
-    ("flag", "False", False), ("name", "3", "3"), ("name", "a=b", "a=b"), ("name", "", ""), ("sides", "1,2,4", (1, 2, 4)),
-    ("sides", "(3, 5)", (3, 5)), ("sides", "[7]", (7,)), ("sides", "7", (7,)), ("group.steps", "8", 8)])
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("steps", "12", 12),
+        ("steps", "-1", -1),
+        ("rate", "3", 3.0),
+        ("rate", "1e-3", 1e-3),
+        ("flag", "true", True),
+        ("flag", "False", False),
+        ("name", "3", "3"),
+        ("name", "a=b", "a=b"),
+        ("name", "", ""),
+        ("sides", "1,2,4", (1, 2, 4)),
+        ("sides", "(3, 5)", (3, 5)),
+        ("sides", "[7]", (7,)),
+        ("sides", "7", (7,)),
+        ("group.steps", "8", 8),
+    ],
+)
 def test_overrides_keep_types(config, key, text, value):
     configs.override(config, key, text)
     found = config
@@ -166,12 +256,27 @@ def test_overrides_keep_types(config, key, text, value):
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("key, text, words", [
-    ("nope", "1", "'nope': unknown; there are data, flag, group"), ("group.nope", "1", "'group.nope': unknown; there are log, steps"),
-    ("steps.nope", "1", "'steps.nope': unknown"), ("", "1", "unknown"), ("group", "1", "is a group; its keys are group.log, group.steps"),
-    ("steps", "1.5", "type int"), ("steps", "abc", "type int"), ("steps", "", "type int"), ("steps", "True", "type int"),
-    ("rate", "abc", "type float"), ("rate", "nan", "type float"), ("flag", "1", "type bool"), ("sides", "1,x", "type tuple"),
-    ("sides", "1.5,2", "type tuple"), ("sides", "'a'", "type tuple"), ("steps", "__import__('os')", "type int")])
+@pytest.mark.parametrize(
+    "key, text, words",
+    [
+        ("nope", "1", "'nope': unknown; there are data, flag, group"),
+        ("group.nope", "1", "'group.nope': unknown; there are log, steps"),
+        ("steps.nope", "1", "'steps.nope': unknown"),
+        ("", "1", "unknown"),
+        ("group", "1", "is a group; its keys are group.log, group.steps"),
+        ("steps", "1.5", "type int"),
+        ("steps", "abc", "type int"),
+        ("steps", "", "type int"),
+        ("steps", "True", "type int"),
+        ("rate", "abc", "type float"),
+        ("rate", "nan", "type float"),
+        ("flag", "1", "type bool"),
+        ("sides", "1,x", "type tuple"),
+        ("sides", "1.5,2", "type tuple"),
+        ("sides", "'a'", "type tuple"),
+        ("steps", "__import__('os')", "type int"),
+    ],
+)
 def test_wrong_overrides(config, key, text, words):
     before = config.to_json()
     with pytest.raises(InputError) as caught:
@@ -203,6 +308,7 @@ def test_first_difference(config):
 
 def imports(path: pathlib.Path) -> tuple[set[str], set[str]]:
     """Modules that a file imports: at its top level, and anywhere."""
+
     def found(nodes):
         names = set()
         for node in nodes:
@@ -225,24 +331,50 @@ def modules(folder: str) -> list[pathlib.Path]:
 def offenders(paths, forbidden, allowed=()) -> list[str]:
     begins = lambda name, prefixes: any(name == p or name.startswith(f"{p}.") for p in prefixes)
     return [
-        f"{path.relative_to(ROOT)} imports {name}" for path in paths for name in imports(path)[1]
-        if begins(name, forbidden) and not begins(name, allowed) and name != "hmar_jax"]
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in paths
+        for name in imports(path)[1]
+        if begins(name, forbidden) and not begins(name, allowed) and name != "hmar_jax"
+    ]
 
 
 def test_no_import_runs_upward():
-    at_the_bottom = [ROOT / "hmar_jax" / f"{name}.py" for name in ("scales", "errors", "files", "sharding", "distributed")]
+    at_the_bottom = [
+        ROOT / "hmar_jax" / f"{name}.py"
+        for name in ("scales", "errors", "files", "sharding", "distributed")
+    ]
     assert not offenders(at_the_bottom, ["hmar_jax"], allowed=["hmar_jax.errors"])
-    above_models = [f"hmar_jax.{name}" for name in ("sampling", "training", "data", "evaluation", "cli", "commands", "configs", "checkpoints")]
+    above_models = [
+        f"hmar_jax.{name}"
+        for name in (
+            "sampling",
+            "training",
+            "data",
+            "evaluation",
+            "cli",
+            "commands",
+            "configs",
+            "checkpoints",
+        )
+    ]
     assert not offenders(modules("hmar_jax/models"), above_models)
-    assert not offenders(modules("hmar_jax/sampling"), ["hmar_jax.training", "hmar_jax.evaluation", "hmar_jax.cli", "hmar_jax.commands"])
-    assert not offenders(modules("hmar_jax/data"), [f"hmar_jax.{n}" for n in ("training", "sampling", "evaluation", "cli", "commands")])
+    assert not offenders(
+        modules("hmar_jax/sampling"),
+        ["hmar_jax.training", "hmar_jax.evaluation", "hmar_jax.cli", "hmar_jax.commands"],
+    )
+    assert not offenders(
+        modules("hmar_jax/data"),
+        [f"hmar_jax.{n}" for n in ("training", "sampling", "evaluation", "cli", "commands")],
+    )
     assert not offenders(modules("hmar_jax/training"), ["hmar_jax.cli", "hmar_jax.commands"])
     assert not offenders(modules("pallas_kernels"), ["hmar_jax"])
 
 
 def test_large_libraries_are_imported_where_they_are_needed():
     package = [*modules("hmar_jax"), *modules("pallas_kernels")]
-    assert {p.name for p in package if any(n.split(".")[0] == "torch" for n in imports(p)[1])} == {"convert.py"}
+    assert {p.name for p in package if any(n.split(".")[0] == "torch" for n in imports(p)[1])} == {
+        "convert.py"
+    }
     for path in package:
         at_the_top = {name.split(".")[0] for name in imports(path)[0]}
         assert not at_the_top & {"torch", "sklearn", "tensorflow", "tensorflow_datasets"}, path

@@ -69,10 +69,14 @@ def same(a, b):
 # Transforms
 
 
-@pytest.mark.parametrize("h, w, size", [(20, 30, (13, 9)), (30, 20, (9, 13)), (5, 7, (12, 9)), (16, 16, (9, 9))])
+@pytest.mark.parametrize(
+    "h, w, size", [(20, 30, (13, 9)), (30, 20, (9, 13)), (5, 7, (12, 9)), (16, 16, (9, 9))]
+)
 def test_resize_crop(h, w, size):
     image = noise(h, w)
-    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))  # 9 = 1.125 * 8
+    resized = np.asarray(
+        Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+    )  # 9 = 1.125 * 8
     assert min(resized.shape[:2]) == 9
     assert_crops(Transform(8, "resize_crop"), image, resized)
 
@@ -151,28 +155,46 @@ def test_affine_turns_scales_and_shears_within_its_ranges():
 
     def moments(**ranges):
         """Area relative to the original, and the tilt of the rectangle: covariance of x and y over variances."""
-        transform = Transform(64, "affine", **{"rotate": 0, "shift": 0, "scale": 0, "shear": 0, **ranges})
+        transform = Transform(
+            64, "affine", **{"rotate": 0, "shift": 0, "scale": 0, "shear": 0, **ranges}
+        )
         found = []
         for _ in range(150):
             weight = transform(image, rng)[..., 0].astype(float)
             y, x = np.mgrid[:64, :64] - 31.5
-            xx, yy, xy = ((weight * product).sum() / weight.sum() for product in (x * x, y * y, x * y))
-            found.append((weight.sum() / image[..., 0].sum(), np.rad2deg(np.arctan2(2 * xy, xx - yy) / 2), xy / yy))
+            xx, yy, xy = (
+                (weight * product).sum() / weight.sum() for product in (x * x, y * y, x * y)
+            )
+            found.append(
+                (
+                    weight.sum() / image[..., 0].sum(),
+                    np.rad2deg(np.arctan2(2 * xy, xx - yy) / 2),
+                    xy / yy,
+                )
+            )
         return np.array(found).T
 
     _, degrees, _ = moments(rotate=10)
-    assert degrees.min() == pytest.approx(-10, abs=0.5) and degrees.max() == pytest.approx(10, abs=0.5)
+    assert degrees.min() == pytest.approx(-10, abs=0.5) and degrees.max() == pytest.approx(
+        10, abs=0.5
+    )
     area, degrees, _ = moments(scale=0.2)
-    assert area.min() == pytest.approx(0.8**2, abs=0.03) and area.max() == pytest.approx(1.2**2, abs=0.03)
+    assert area.min() == pytest.approx(0.8**2, abs=0.03) and area.max() == pytest.approx(
+        1.2**2, abs=0.03
+    )
     assert np.abs(degrees).max() < 0.1
     area, _, shear = moments(shear=0.3)
-    assert shear.min() == pytest.approx(-0.3, abs=0.03) and shear.max() == pytest.approx(0.3, abs=0.03)
+    assert shear.min() == pytest.approx(-0.3, abs=0.03) and shear.max() == pytest.approx(
+        0.3, abs=0.03
+    )
     np.testing.assert_allclose(area, 1, atol=0.01)
 
 
 def test_affine_fills_with_black():
     white = np.full((32, 32, 3), 255, np.uint8)
-    turned = Transform(32, "affine", rotate=45, shift=0, scale=0, shear=0)(white, np.random.default_rng(3))
+    turned = Transform(32, "affine", rotate=45, shift=0, scale=0, shear=0)(
+        white, np.random.default_rng(3)
+    )
     assert turned[0, 0].max() == 0 and turned[16, 16].min() == 255
 
 
@@ -249,7 +271,9 @@ def test_neighbouring_seeds_share_no_epoch():
 def test_num_epochs_ends_and_drops_the_remainder():
     batches = list(loader(Numbered(10), num_epochs=3))
     assert len(batches) == 7  # 30 pictures, 2 dropped
-    assert sorted(number for batch in batches[:5] for number in numbers(batch)) == sorted(2 * list(range(10)))
+    assert sorted(number for batch in batches[:5] for number in numbers(batch)) == sorted(
+        2 * list(range(10))
+    )
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -279,23 +303,36 @@ def test_shards_are_parts_of_one_global_stream(n, shards):
     crop = Transform(4, "random_crop")
     whole = take(loader(_Noise(n), batch_size=2 * shards, transform=crop), 30)
     parts = [
-        take(loader(_Noise(n), batch_size=2, transform=crop, shard_index=shard, shard_count=shards), 30)
+        take(
+            loader(_Noise(n), batch_size=2, transform=crop, shard_index=shard, shard_count=shards),
+            30,
+        )
         for shard in range(shards)
     ]
     for step, batch in enumerate(whole):
         for shard in range(shards):
-            mine = {key: value[2 * shard:2 * shard + 2] for key, value in batch.items()}
+            mine = {key: value[2 * shard : 2 * shard + 2] for key, value in batch.items()}
             assert same(mine, parts[shard][step])
 
 
 def test_shards_partition_an_epoch():
-    shards = [stream(loader(Numbered(30), batch_size=5, shard_index=s, shard_count=3), 2) for s in range(3)]
+    shards = [
+        stream(loader(Numbered(30), batch_size=5, shard_index=s, shard_count=3), 2)
+        for s in range(3)
+    ]
     assert sorted(sum(shards, [])) == list(range(30))
 
 
 def test_shards_give_equally_many_batches():
-    for options in ({"train": True, "num_epochs": 3}, {"train": False}, {"train": False, "pad": False}):
-        lengths = {len(list(loader(Numbered(25), shard_index=s, shard_count=3, **options))) for s in range(3)}
+    for options in (
+        {"train": True, "num_epochs": 3},
+        {"train": False},
+        {"train": False, "pad": False},
+    ):
+        lengths = {
+            len(list(loader(Numbered(25), shard_index=s, shard_count=3, **options)))
+            for s in range(3)
+        }
         assert len(lengths) == 1, options
 
 
@@ -305,9 +342,18 @@ def test_shards_give_equally_many_batches():
 def test_validation_pads_the_last_batch():
     batches = list(loader(Numbered(10), train=False))
     assert [numbers(batch) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
-    assert [batch["valid"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
+    assert [batch["valid"].tolist() for batch in batches] == [
+        [True] * 4,
+        [True] * 4,
+        [True, True, False, False],
+    ]
     assert batches[0]["valid"].dtype == bool
-    assert batches[2]["image"].shape == (4, 4, 4, 3) and batches[2]["label"].tolist() == [0, 1, 0, 0]
+    assert batches[2]["image"].shape == (4, 4, 4, 3) and batches[2]["label"].tolist() == [
+        0,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_validation_without_padding_drops_the_remainder():
@@ -366,14 +412,19 @@ def test_state_survives_another_number_of_shards():
     one = iter(loader(Numbered(30), batch_size=6))
     for _ in range(3):
         next(one)
-    halves = [iter(loader(Numbered(30), batch_size=3, shard_index=shard, shard_count=2)) for shard in range(2)]
+    halves = [
+        iter(loader(Numbered(30), batch_size=3, shard_index=shard, shard_count=2))
+        for shard in range(2)
+    ]
     for half in halves:
         restore_state(half, state_to_bytes(one))
     want = numbers(next(one))
     assert [numbers(next(half)) for half in halves] == [want[:3], want[3:]]
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"[1]", b"{}", b'{"next_index": "a"}', b'{"next_index": 99}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff", b"[1]", b"{}", b'{"next_index": "a"}', b'{"next_index": 99}']
+)
 def test_bad_state(data):
     with pytest.raises(InputError, match="saved data position"):
         restore_state(iter(loader(Numbered(10), train=False)), data)
@@ -388,7 +439,11 @@ def test_broken_pictures_are_replaced_and_noted_once():
     for epoch in (order[:40], order[40:]):
         assert sorted(epoch) == sorted([*(set(range(40)) - {3, 4, 39}), 5, 5, 0])
     assert log.count == 3
-    assert sorted(log.items) == [("3.jpg", "truncated"), ("39.jpg", "truncated"), ("4.jpg", "truncated")]
+    assert sorted(log.items) == [
+        ("3.jpg", "truncated"),
+        ("39.jpg", "truncated"),
+        ("4.jpg", "truncated"),
+    ]
 
 
 def test_broken_pictures_do_not_count_in_validation():
@@ -411,12 +466,17 @@ def test_too_many_broken_pictures_stop_the_run(threads):
     share = Numbered(1100, broken=tuple(range(11)))  # eleven, but only 1 %
     assert len(list(loader(share, batch_size=100, train=False, threads=threads))) == 11
     many = Numbered(1000, broken=tuple(range(11)))
-    with pytest.raises(InputError, match="numbered: 11 of the 1000 pictures cannot be read .*first: 0.jpg, 1.jpg, 2"):
+    with pytest.raises(
+        InputError,
+        match="numbered: 11 of the 1000 pictures cannot be read .*first: 0.jpg, 1.jpg, 2",
+    ):
         list(loader(many, train=False, threads=threads))
 
 
 def test_a_shard_among_many_stops_too():
-    broken = tuple(range(0, 8000, 50))  # 2 %; one of 8 shards meets 20 of 1000, which is not 1 % of the whole
+    broken = tuple(
+        range(0, 8000, 50)
+    )  # 2 %; one of 8 shards meets 20 of 1000, which is not 1 % of the whole
     with pytest.raises(InputError, match="numbered: 2. of the 1000 pictures cannot be read"):
         take(loader(Numbered(8000, broken=broken), 100, shard_index=3, shard_count=8), 80)
     few = tuple(range(0, 8000, 200))  # 0.5 %
@@ -430,7 +490,11 @@ def test_worker_processes_change_nothing_and_tell_of_broken_pictures():
     want = take(loader(source, **options), 30)
     several = iter(loader(source, workers=2, broken=log, **options))
     assert all(same(batch, next(several)) for batch in want[:17])
-    assert sorted(log.items) == [("3.jpg", "truncated"), ("39.jpg", "truncated"), ("4.jpg", "truncated")]
+    assert sorted(log.items) == [
+        ("3.jpg", "truncated"),
+        ("39.jpg", "truncated"),
+        ("4.jpg", "truncated"),
+    ]
     saved = state_to_bytes(several)
     several.close()
     restore_state(alone, saved)  # with another number of processes, none
@@ -444,7 +508,10 @@ def test_worker_processes_change_nothing_and_tell_of_broken_pictures():
 @pytest.mark.slow
 def test_worker_processes_stop_at_too_many_broken_pictures():
     many = Numbered(1000, broken=tuple(range(11)))
-    with pytest.raises(InputError, match="numbered: 11 of the 1000 pictures cannot be read .*first: 0.jpg, 1.jpg, 2"):
+    with pytest.raises(
+        InputError,
+        match="numbered: 11 of the 1000 pictures cannot be read .*first: 0.jpg, 1.jpg, 2",
+    ):
         list(loader(many, train=False, workers=2))
     assert len(list(loader(Numbered(40), train=False, workers=3))) == 10
     with pytest.raises(InputError, match="none of its 4 pictures can be read"):
@@ -464,7 +531,10 @@ def test_nothing_readable():
     [
         ({"batch_size": 0}, "batch size 0"),
         ({"batch_size": 11}, "batch size 11 is more than its 10 pictures; make it 10 or less"),
-        ({"batch_size": 4, "shard_count": 3}, "batch size 4 is more than the 3 in each of 3 shards; make it 3"),
+        (
+            {"batch_size": 4, "shard_count": 3},
+            "batch size 4 is more than the 3 in each of 3 shards; make it 3",
+        ),
         ({"batch_size": 11, "train": False, "pad": False}, "batch size 11"),
         ({"shard_index": 2, "shard_count": 2}, "shard 2 of 2"),
         ({"shard_count": 0}, "shard 0 of 0"),
@@ -495,7 +565,10 @@ def test_digits(digits):
     assert (len(train), len(validate), train.num_classes) == (1437, 360, 10)
     assert train.class_names == tuple("0123456789") and train.name == "digits"
     for source, fewest in ((train, 130), (validate, 30)):
-        assert np.bincount([source[i]["label"] for i in range(len(source))], minlength=10).min() > fewest
+        assert (
+            np.bincount([source[i]["label"] for i in range(len(source))], minlength=10).min()
+            > fewest
+        )
     example = train[0]
     assert example["image"].shape == (32, 32, 3) and example["image"].dtype == np.uint8
     assert type(example["label"]) is int
@@ -508,7 +581,9 @@ def test_digits_split_is_fixed_and_disjoint(digits):
 
     train, validate = digits
     again = open_source("digits", "validate")
-    assert all(np.array_equal(again[i]["image"], validate[i]["image"]) for i in range(len(validate)))
+    assert all(
+        np.array_equal(again[i]["image"], validate[i]["image"]) for i in range(len(validate))
+    )
     labels = np.concatenate([train.labels, validate.labels])
     np.testing.assert_array_equal(np.bincount(labels), np.bincount(load_digits().target))
     # Written out, so that a change in numpy or here cannot move the split unnoticed.

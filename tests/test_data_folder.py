@@ -39,7 +39,10 @@ def test_imagenet_layout(tmp_path, validate_folder):
     save(tmp_path / "train" / "n03" / "x.bmp")
     train, validate = (open_source(f"folder:{tmp_path}", split) for split in ("train", "validate"))
     assert isinstance(train, Source)
-    assert train.class_names == validate.class_names == ("n01", "n02", "n03") and train.num_classes == 3
+    assert (
+        train.class_names == validate.class_names == ("n01", "n02", "n03")
+        and train.num_classes == 3
+    )
     assert names(train) == ["n01_7.png", "n02_10.JPEG", "x.bmp"] and labels(train) == [0, 1, 2]
     assert names(validate) == ["n01_7.png", "n02_10.JPEG"] and labels(validate) == [0, 1]
     example = train[0]
@@ -51,7 +54,10 @@ def test_readable_class_names(tmp_path):
     files = {
         "n01440764": ["n01440764_tench.jpg"],
         "n01496331": ["n01496331_electric_ray.jpg", "n01496331_electric_ray_2.jpg"],
-        "n01530575": ["n01530575_10026.jpg", "n01530575_10027.jpg"],  # ImageNet's own names say nothing
+        "n01530575": [
+            "n01530575_10026.jpg",
+            "n01530575_10027.jpg",
+        ],  # ImageNet's own names say nothing
         "n01558993": ["n01558993_robin.jpg", "n01558993_thrush.jpg"],
         "n01601694": ["n01601694_water_ouzel.jpg", "other.jpg"],
         "n01608432": ["n01608432_10.jpg"],
@@ -67,18 +73,31 @@ def test_readable_class_names(tmp_path):
 def test_listed_class_names(tmp_path, file):
     for folder in ("n01440764", "n02099601", "n09999999"):
         save(tmp_path / "train" / folder / f"{folder}_1.jpg")
-    lines = ["n01440764 tench, Tinca tinca", "", "n02099601  golden retriever", "n03000000 something else"]
+    lines = [
+        "n01440764 tench, Tinca tinca",
+        "",
+        "n02099601  golden retriever",
+        "n03000000 something else",
+    ]
     (tmp_path / file).write_text("\n".join(lines))
-    assert open_source(f"folder:{tmp_path}").class_names == ("tench", "golden_retriever", "n09999999")
+    assert open_source(f"folder:{tmp_path}").class_names == (
+        "tench",
+        "golden_retriever",
+        "n09999999",
+    )
     (tmp_path / file).write_text("n01440764 tench\nn02099601\n")
-    assert_one_line_error(f"folder:{tmp_path}", f"{file}, line 2", "a class folder and its name are wanted")
+    assert_one_line_error(
+        f"folder:{tmp_path}", f"{file}, line 2", "a class folder and its name are wanted"
+    )
 
 
 @pytest.mark.parametrize("inside", ["", "train"])
 def test_pictures_without_class_folders_where_classes_are_needed(tmp_path, inside):
     for i in range(3):
         save(tmp_path / inside / f"{i}.png")
-    with pytest.raises(InputError, match="has pictures but no class folders: .*/CLASS/0.png is wanted"):
+    with pytest.raises(
+        InputError, match="has pictures but no class folders: .*/CLASS/0.png is wanted"
+    ):
         open_source(f"folder:{tmp_path}", need_classes=True)
     (tmp_path / "sorted" / "all").mkdir(parents=True)
     for i in range(3):
@@ -100,7 +119,10 @@ def test_class_folders_without_train(tmp_path):
 def test_train_folder_without_validation_holds_out(tmp_path):
     for i in range(3):
         save(tmp_path / "train" / "a" / f"{i}.png")
-    assert [len(open_source(f"folder:{tmp_path}", split)) for split in ("train", "validate")] == [2, 1]
+    assert [len(open_source(f"folder:{tmp_path}", split)) for split in ("train", "validate")] == [
+        2,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("inside", ["", "train"])
@@ -123,13 +145,24 @@ def test_adding_a_picture_keeps_the_others_where_they_were(tmp_path):
 
 
 def test_search_is_recursive_and_skips_hidden_and_other_files(tmp_path):
-    for file in ("a/x/y/deep.WebP", "a/one.TIF", "a/.hidden.png", "a/.thumbs/t.png", ".git/g.png", "b/two.jpeg"):
+    for file in (
+        "a/x/y/deep.WebP",
+        "a/one.TIF",
+        "a/.hidden.png",
+        "a/.thumbs/t.png",
+        ".git/g.png",
+        "b/two.jpeg",
+    ):
         save(tmp_path / "train" / file)
     (tmp_path / "train" / "a" / "readme.txt").write_text("not a picture")
     (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train" / "a")
     (tmp_path / "validate" / "a").mkdir(parents=True)
     source = open_source(f"folder:{tmp_path}")
-    assert source.files == ("a/one.TIF", "a/x/y/deep.WebP", "b/two.jpeg") and source.class_names == ("a", "b")
+    assert source.files == (
+        "a/one.TIF",
+        "a/x/y/deep.WebP",
+        "b/two.jpeg",
+    ) and source.class_names == ("a", "b")
 
 
 def test_an_empty_class_keeps_its_label(tmp_path):
@@ -173,7 +206,9 @@ def test_folder_errors(tmp_path):
     (bare / "val" / "a").mkdir(parents=True)
     assert_one_line_error(f"folder:{bare}", bare / "val", "no pictures", split="validate")
     save(bare / "val" / "loose.png")
-    assert_one_line_error(f"folder:{bare}", bare / "val", "outside of class folders", split="validate")
+    assert_one_line_error(
+        f"folder:{bare}", bare / "val", "outside of class folders", split="validate"
+    )
 
 
 # Pixels
@@ -181,7 +216,9 @@ def test_folder_errors(tmp_path):
 
 def gradient(h=8, w=16):
     y, x = np.mgrid[:h, :w]
-    return np.stack([x * 255 // (w - 1), y * 255 // (h - 1), np.full((h, w), 128)], -1).astype(np.uint8)
+    return np.stack([x * 255 // (w - 1), y * 255 // (h - 1), np.full((h, w), 128)], -1).astype(
+        np.uint8
+    )
 
 
 def decoded(path):
@@ -197,11 +234,15 @@ def test_rgb_and_grey(tmp_path):
     Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
     np.testing.assert_array_equal(decoded(tmp_path / "grey.png"), np.repeat(pixels[..., :1], 3, -1))
     Image.fromarray(pixels[..., 0] > 100).save(tmp_path / "bits.png")
-    np.testing.assert_array_equal(decoded(tmp_path / "bits.png")[..., 0], np.where(pixels[..., 0] > 100, 255, 0))
+    np.testing.assert_array_equal(
+        decoded(tmp_path / "bits.png")[..., 0], np.where(pixels[..., 0] > 100, 255, 0)
+    )
 
 
 def test_cmyk(tmp_path):
-    Image.new("RGB", (16, 16), (250, 20, 20)).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    Image.new("RGB", (16, 16), (250, 20, 20)).convert("CMYK").save(
+        tmp_path / "cmyk.jpg", quality=95
+    )
     assert Image.open(tmp_path / "cmyk.jpg").mode == "CMYK"
     np.testing.assert_allclose(decoded(tmp_path / "cmyk.jpg").mean((0, 1)), [250, 20, 20], atol=3)
 
@@ -217,7 +258,11 @@ def test_sixteen_bit_grey(tmp_path, suffix):
 def test_transparency_is_laid_over_white(tmp_path):
     pixels = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [200, 0, 0, 51]]], np.uint8)
     Image.fromarray(pixels).save(tmp_path / "rgba.png")
-    assert decoded(tmp_path / "rgba.png")[0].tolist() == [[200, 0, 0], [255, 255, 255], [244, 204, 204]]
+    assert decoded(tmp_path / "rgba.png")[0].tolist() == [
+        [200, 0, 0],
+        [255, 255, 255],
+        [244, 204, 204],
+    ]
     Image.fromarray(pixels[..., [1, 3]]).save(tmp_path / "la.png")
     assert decoded(tmp_path / "la.png")[0].tolist() == [[0] * 3, [255] * 3, [204] * 3]
 
@@ -248,7 +293,16 @@ def test_exif_orientation(tmp_path, orientation):
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     # From the EXIF standard: where row 0 and column 0 of the stored picture belong.
     t = pixels.transpose(1, 0, 2)
-    upright = [pixels, pixels[:, ::-1], pixels[::-1, ::-1], pixels[::-1], t, t[:, ::-1], t[::-1, ::-1], t[::-1]]
+    upright = [
+        pixels,
+        pixels[:, ::-1],
+        pixels[::-1, ::-1],
+        pixels[::-1],
+        t,
+        t[:, ::-1],
+        t[::-1, ::-1],
+        t[::-1],
+    ]
     np.testing.assert_array_equal(decoded(tmp_path / "turned.png"), upright[orientation - 1])
 
 
@@ -258,12 +312,16 @@ def test_one_pixel(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("wanted, shorter", [(None, 320), (400, 320), (161, 320), (160, 160), (100, 160), (40, 40)])
+@pytest.mark.parametrize(
+    "wanted, shorter", [(None, 320), (400, 320), (161, 320), (160, 160), (100, 160), (40, 40)]
+)
 def test_jpegs_are_decoded_no_smaller_than_wanted(tmp_path, mode, wanted, shorter):
     Image.fromarray(gradient(320, 480)).convert(mode).save(tmp_path / "big.jpg")
     image = decode_picture(str(tmp_path / "big.jpg"), wanted)
     assert image.shape == (shorter, shorter * 3 // 2, 3)
-    full = Image.fromarray(decode_picture(str(tmp_path / "big.jpg"))).resize(image.shape[1::-1], Image.Resampling.BOX)
+    full = Image.fromarray(decode_picture(str(tmp_path / "big.jpg"))).resize(
+        image.shape[1::-1], Image.Resampling.BOX
+    )
     assert np.abs(image.astype(int) - np.asarray(full)).mean() < 4
 
 
@@ -289,7 +347,9 @@ def damaged(path, kind):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "missing", "float", "jpeg", "png", "gif", "webp", "bmp", "tiff"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "text", "missing", "float", "jpeg", "png", "gif", "webp", "bmp", "tiff"]
+)
 def test_damaged_file_is_a_broken_picture(tmp_path, kind):
     path = tmp_path / "bad.jpg"
     damaged(path, kind)
@@ -307,9 +367,15 @@ def test_damaged_files_do_not_stop_a_run(tmp_path):
     log = BrokenLog()
     source = open_source(f"folder:{tmp_path}", in_memory=True)
     transform = Transform(8, "resize_crop")
-    for batch in make_loader(source, transform, batch_size=4, seed=0, train=True, num_epochs=4, broken=log):
+    for batch in make_loader(
+        source, transform, batch_size=4, seed=0, train=True, num_epochs=4, broken=log
+    ):
         assert np.abs(batch["image"].astype(int) - [200, 100, 50]).max() <= 1
-    assert sorted(os.path.basename(path) for path, _ in log.items) == ["empty.jpg", "jpeg.jpg", "text.jpg"]
+    assert sorted(os.path.basename(path) for path, _ in log.items) == [
+        "empty.jpg",
+        "jpeg.jpg",
+        "text.jpg",
+    ]
 
 
 # TensorFlow Datasets
@@ -318,19 +384,28 @@ def test_damaged_files_do_not_stop_a_run(tmp_path):
 def write_tfds(root, splits):
     """What `tfds build --file_format=array_record` leaves on disk, written without TensorFlow."""
     tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
-    module = pytest.importorskip("array_record.python.array_record_module", reason="array_record is not installed")
+    module = pytest.importorskip(
+        "array_record.python.array_record_module", reason="array_record is not installed"
+    )
     folder = root / "tiny" / "1.0.0"
     folder.mkdir(parents=True)
     features = tfds.features.FeaturesDict(
-        {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(names=["ant", "bee"])}
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["ant", "bee"]),
+        }
     )
     features.save_config(folder)
     infos = []
     for split, count in splits.items():
-        writer = module.ArrayRecordWriter(str(folder / f"tiny-{split}.array_record-00000-of-00001"), "group_size:1")
+        writer = module.ArrayRecordWriter(
+            str(folder / f"tiny-{split}.array_record-00000-of-00001"), "group_size:1"
+        )
         for i in range(count):
             save(root / "picture.png", colour=(i, 2 * i, 3 * i))
-            writer.write(features.serialize_example({"image": str(root / "picture.png"), "label": i % 2}))
+            writer.write(
+                features.serialize_example({"image": str(root / "picture.png"), "label": i % 2})
+            )
         writer.close()
         template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
         infos.append({"name": split, "shardLengths": [str(count)], "filepathTemplate": template})
@@ -342,20 +417,32 @@ def write_tfds(root, splits):
 def test_tfds(tmp_path, validation):
     """Where TensorFlow is not installed, this also shows that it is not needed."""
     write_tfds(tmp_path, {"train": 7, validation: 3})
-    train, validate = (open_source(f"tfds:tiny@{tmp_path}", split) for split in ("train", "validate"))
+    train, validate = (
+        open_source(f"tfds:tiny@{tmp_path}", split) for split in ("train", "validate")
+    )
     assert isinstance(train, Source)
-    assert (len(train), len(validate)) == (7, 3) and train.class_names == ("ant", "bee") and train.name == "tfds:tiny"
+    assert (
+        (len(train), len(validate)) == (7, 3)
+        and train.class_names == ("ant", "bee")
+        and train.name == "tfds:tiny"
+    )
     assert train[5]["label"] == 1 and train[5]["image"].shape == (10, 12, 3)
     assert (train[5]["image"] == [5, 10, 15]).all()
-    batches = list(make_loader(validate, Transform(8, "resize_crop"), batch_size=2, seed=0, train=False))
+    batches = list(
+        make_loader(validate, Transform(8, "resize_crop"), batch_size=2, seed=0, train=False)
+    )
     assert [batch["image"][:, 0, 0, 1].tolist() for batch in batches] == [[0, 2], [4, 0]]
 
 
 def test_tfds_errors(tmp_path):
     write_tfds(tmp_path, {"train": 2})
-    assert_one_line_error(f"tfds:nope@{tmp_path}", "tfds:nope", tmp_path, "tfds build nope --file_format=array_record")
+    assert_one_line_error(
+        f"tfds:nope@{tmp_path}", "tfds:nope", tmp_path, "tfds build nope --file_format=array_record"
+    )
     assert_one_line_error(f"tfds:tiny:9.0.0@{tmp_path}", "tfds:tiny:9.0.0", "not prepared")
-    assert_one_line_error(f"tfds:tiny@{tmp_path}", "has splits train", "validation", split="validate")
+    assert_one_line_error(
+        f"tfds:tiny@{tmp_path}", "has splits train", "validation", split="validate"
+    )
 
 
 def test_tfds_is_imported_only_when_asked_for(monkeypatch):
@@ -372,7 +459,9 @@ def test_sklearn_is_imported_only_when_asked_for(monkeypatch):
 
 
 def test_imagenet_sample(tmp_path):
-    data = pathlib.Path(os.environ.get("HMAR_DATA", pathlib.Path(__file__).parents[1] / "../shared/data"))
+    data = pathlib.Path(
+        os.environ.get("HMAR_DATA", pathlib.Path(__file__).parents[1] / "../shared/data")
+    )
     archive = data / "imagenet_200_288px.zip"
     if not archive.exists():
         pytest.skip(f"no {archive}: set HMAR_DATA to the folder that has it")
@@ -382,7 +471,15 @@ def test_imagenet_sample(tmp_path):
     assert train.class_names[:2] == ("tench", "electric_ray")
     log = BrokenLog()
     batches = list(
-        make_loader(train, Transform(64, "resize_crop"), batch_size=49, seed=0, train=True, num_epochs=1, broken=log)
+        make_loader(
+            train,
+            Transform(64, "resize_crop"),
+            batch_size=49,
+            seed=0,
+            train=True,
+            num_epochs=1,
+            broken=log,
+        )
     )
     images = np.concatenate([batch["image"] for batch in batches])
     assert images.shape == (196, 64, 64, 3) and log.count == 0

@@ -10,7 +10,10 @@ from PIL import Image
 
 pytest.importorskip("gcsfs", reason="gs:// needs gcsfs")
 emulator = pytest.importorskip(
-    "gcp_storage_emulator.server", reason="no emulator: pip install gcp-storage-emulator", exc_type=ImportError)
+    "gcp_storage_emulator.server",
+    reason="no emulator: pip install gcp-storage-emulator",
+    exc_type=ImportError,
+)
 
 from etils import epath
 
@@ -27,7 +30,9 @@ def bucket():
         port = probe.getsockname()[1]
     patch = pytest.MonkeyPatch()
     patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-    patch.setattr("socketserver.BaseServer.handle_error", lambda *_: None)  # clients that hang up early are nothing to tell of
+    patch.setattr(
+        "socketserver.BaseServer.handle_error", lambda *_: None
+    )  # clients that hang up early are nothing to tell of
     for name in ("gcsfs", "fsspec", "gcp_storage_emulator"):
         logging.getLogger(name).setLevel(logging.ERROR)
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
@@ -41,7 +46,10 @@ def test_a_folder_of_pictures(bucket):
     root = epath.Path(bucket) / "pictures"
     rng = np.random.default_rng(0)
     images = {}
-    for split, names in (("train", ("a/1.png", "a/deep/2.png", "b/3.png", "b/notes.txt", "b/.hidden.png")), ("val", ("b/4.png",))):
+    for split, names in (
+        ("train", ("a/1.png", "a/deep/2.png", "b/3.png", "b/notes.txt", "b/.hidden.png")),
+        ("val", ("b/4.png",)),
+    ):
         for name in names:
             images[name] = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
             file = io.BytesIO()
@@ -49,7 +57,11 @@ def test_a_folder_of_pictures(bucket):
             (root / split / name).write_bytes(file.getvalue())
     (root / "class_names.txt").write_text("b Golden retriever, a dog\n")
     train, validate = (open_source(f"folder:{root}", split) for split in ("train", "validate"))
-    assert train.files == ("a/1.png", "a/deep/2.png", "b/3.png") and train.labels.tolist() == [0, 0, 1]
+    assert train.files == ("a/1.png", "a/deep/2.png", "b/3.png") and train.labels.tolist() == [
+        0,
+        0,
+        1,
+    ]
     assert validate.files == ("b/4.png",) and validate.labels.tolist() == [1]
     assert train.class_names == ("a", "Golden_retriever")
     for source in (train, validate):
@@ -72,7 +84,9 @@ def test_a_token_set(bucket, tmp_path, monkeypatch):
     write(tmp_path / "local")
     train, local = open_tokens(directory), open_tokens(tmp_path / "local")
     for crop in range(2):
-        np.testing.assert_array_equal(rows_of(train, crop)["tokens"], rows_of(local, crop)["tokens"])
+        np.testing.assert_array_equal(
+            rows_of(train, crop)["tokens"], rows_of(local, crop)["tokens"]
+        )
 
     shard = epath.Path(directory) / read_info(directory).splits["train"].shards[2]["file"]
     data = bytearray(shard.read_bytes())
@@ -84,4 +98,6 @@ def test_a_token_set(bucket, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="has another checksum"):
         open_tokens(directory)
     write(directory, verify=True)
-    np.testing.assert_array_equal(rows_of(open_tokens(directory), 0)["tokens"], rows_of(local, 0)["tokens"])
+    np.testing.assert_array_equal(
+        rows_of(open_tokens(directory), 0)["tokens"], rows_of(local, 0)["tokens"]
+    )

@@ -24,20 +24,39 @@ STEPS = 80
 class Hosts:
     """A run in so many processes, each with so many devices; `name` of its directory beside `folder`."""
 
-    def __init__(self, folder: pathlib.Path, arguments: list[str], processes: int = 1, devices: int = 1):
+    def __init__(
+        self, folder: pathlib.Path, arguments: list[str], processes: int = 1, devices: int = 1
+    ):
         self.folder, self.workdir = folder, folder / "run"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment = tiny.ENVIRONMENT | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        environment = tiny.ENVIRONMENT | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+        }
         self.processes, self.logs = [], []
         for i in range(processes):
-            meet = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"] if processes > 1 else []
+            meet = (
+                [
+                    f"--coordinator=127.0.0.1:{port}",
+                    f"--num_processes={processes}",
+                    f"--process_id={i}",
+                ]
+                if processes > 1
+                else []
+            )
             self.logs.append(open(folder / f"log_{time.monotonic_ns()}", "w+"))
             record = folder / f"record_{time.monotonic_ns()}_{i}.jsonl"
             command = [sys.executable, "-m", "tests.recorded", str(record), *arguments, *meet]
-            self.processes.append(subprocess.Popen(
-                command, env=environment, cwd=pathlib.Path(__file__).parent.parent, stdout=self.logs[-1], stderr=self.logs[-1]))
+            self.processes.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=pathlib.Path(__file__).parent.parent,
+                    stdout=self.logs[-1],
+                    stderr=self.logs[-1],
+                )
+            )
 
     def said(self, process: int = 0) -> str:
         self.logs[process].seek(0)
@@ -85,13 +104,19 @@ def assert_every_picture_once_an_epoch(folder: pathlib.Path) -> None:
     assert sorted(batches) == list(range(1, STEPS + 1))
     stream = [picture for batch in sorted(batches) for picture in batches[batch]]
     for epoch in range(len(stream) // recorded.COUNT):
-        assert sorted(stream[epoch * recorded.COUNT:(epoch + 1) * recorded.COUNT]) == list(range(recorded.COUNT)), epoch
+        assert sorted(stream[epoch * recorded.COUNT : (epoch + 1) * recorded.COUNT]) == list(
+            range(recorded.COUNT)
+        ), epoch
 
 
 def assert_close_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
-    (step, state), (other_step, wanted) = (checkpoints.load_params_of_run(w, "opt_state", "skipped") for w in (workdir, other))
+    (step, state), (other_step, wanted) = (
+        checkpoints.load_params_of_run(w, "opt_state", "skipped") for w in (workdir, other)
+    )
     assert step == other_step == STEPS
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True
+    ):
         assert np.allclose(a, b, rtol=1e-3, atol=2e-4), jax.tree_util.keystr(path)
 
 
@@ -121,11 +146,18 @@ def test_two_hosts_are_killed_and_go_on_as_one(tmp_path, command, signalled):
         assert "resuming from step 20" in said and "stopped by a signal after step" in said, said
         assert "step" not in hosts.said(1)  # the first process speaks for all
 
-    alone = Hosts(tmp_path, command(mesh__fsdp=2), devices=2) if signalled else Hosts(tmp_path, command())
+    alone = (
+        Hosts(tmp_path, command(mesh__fsdp=2), devices=2)
+        if signalled
+        else Hosts(tmp_path, command())
+    )
     alone.finish()
     assert "resuming from step" in alone.said() and "run complete" in alone.said()
     assert_every_picture_once_an_epoch(tmp_path)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(steps) and set(steps) == set(range(10, STEPS + 1, 10))
 
     if signalled:
@@ -167,16 +199,19 @@ def test_hosts_that_do_not_divide_the_batch(tmp_path, command):
     hosts.finish(status=2)
     for i in range(2):
         lines = [line for line in hosts.said(i).splitlines() if "Gloo" not in line]
-        assert lines == ["hmar train: batch_size=7 cannot be divided over 2 devices (mesh.data=2 x mesh.fsdp=1) of 2 hosts: a "
-                         "multiple of 2 is wanted"]
+        assert lines == [
+            "hmar train: batch_size=7 cannot be divided over 2 devices (mesh.data=2 x mesh.fsdp=1) of 2 hosts: a "
+            "multiple of 2 is wanted"
+        ]
     assert not (tmp_path / "run").exists()
 
 
 def test_flags_that_do_not_fit(tmp_path, capfd):
     for flags, words in (
-            (["--coordinator=here:1"], "--num_processes and --process_id missing"),
-            (["--coordinator=here", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
-            (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "from 0 to 1")):
+        (["--coordinator=here:1"], "--num_processes and --process_id missing"),
+        (["--coordinator=here", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
+        (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "from 0 to 1"),
+    ):
         assert cli.main([*tiny.train(tmp_path / "run", tokenizer="unused"), *flags]) == 2
         assert words in capfd.readouterr().err
     with pytest.raises(InputError, match="alone"):

@@ -32,7 +32,9 @@ def pictures():
 
 def test_a_token_stays_if_its_whole_cell_does():
     hole = np.zeros((1, 12, 12), bool)
-    hole[0, 0, 4] = True  # one pixel of the first row: cell (0, 0) of 2x2, (0, 1) of 3x3, (0, 1) of 4x4
+    hole[0, 0, 4] = (
+        True  # one pixel of the first row: cell (0, 0) of 2x2, (0, 1) of 3x3, (0, 1) of 4x4
+    )
     keep = editing.kept_tokens(ScaleList((1, 2, 3, 4)), hole)[0]
     assert not keep[0]
     assert keep[1:5].reshape(2, 2).tolist() == [[False, True], [True, True]]
@@ -71,7 +73,9 @@ def test_hiding():
     hole[0, :2] = True
     hole[1] = True
     hidden = editing.hide(images, hole)
-    assert np.array_equal(hidden[0, 2:], images[0, 2:]) and np.allclose(hidden[0, :2], images[0, 2:].mean((0, 1)))
+    assert np.array_equal(hidden[0, 2:], images[0, 2:]) and np.allclose(
+        hidden[0, :2], images[0, 2:].mean((0, 1))
+    )
     assert (hidden[1] == 0.5).all()
     other = editing.hide(np.where(hole[..., None], 0.5, images).astype(np.float32), hole)
     assert np.array_equal(hidden[0], other[0])  # whatever was in the hole
@@ -88,16 +92,24 @@ def test_joining(feather):
     assert np.array_equal(joined[0, 4:8, 4:8], generated[0, 4:8, 4:8])
     border = joined[0, 2, 2:10]
     if feather:
-        assert np.allclose(border, images[0, 2, 2:10] * 2 / 3 + generated[0, 2, 2:10] / 3, atol=1e-6)
+        assert np.allclose(
+            border, images[0, 2, 2:10] * 2 / 3 + generated[0, 2, 2:10] / 3, atol=1e-6
+        )
     else:
         assert np.array_equal(border, generated[0, 2, 2:10])
     everything = np.ones((1, 12, 12), bool)
     assert np.array_equal(editing.join(images, generated, everything, feather), generated)
 
 
-@pytest.mark.parametrize("box, words", [
-    ((3, 3, 3, 5), "box 3,3,3,5 is empty"), ((5, 0, 2, 2), "empty"), ((0, 0, 9, 8), "not inside.*8 x 8 pixels: 0,0,8,8"),
-    ((-1, 0, 2, 2), "not inside")])
+@pytest.mark.parametrize(
+    "box, words",
+    [
+        ((3, 3, 3, 5), "box 3,3,3,5 is empty"),
+        ((5, 0, 2, 2), "empty"),
+        ((0, 0, 9, 8), "not inside.*8 x 8 pixels: 0,0,8,8"),
+        ((-1, 0, 2, 2), "not inside"),
+    ],
+)
 def test_bad_boxes(box, words):
     with pytest.raises(InputError, match=words):
         editing.box_hole(box, 8, 8)
@@ -123,16 +135,22 @@ def test_pixels_outside_come_back_untouched(pipe, pictures):
     assert not np.array_equal(edited[:, mask], pictures[:, mask] / np.float32(255))
     other = pictures.copy()
     other[:, mask] = 77
-    assert np.array_equal(pipe.edit(KEY, other, mask, [0, 1, 2]), pipe.edit(KEY, pictures, mask, [0, 1, 2]))  # nothing leaks
+    assert np.array_equal(
+        pipe.edit(KEY, other, mask, [0, 1, 2]), pipe.edit(KEY, pictures, mask, [0, 1, 2])
+    )  # nothing leaks
 
 
 def test_kept_tokens_and_classes(pipe, pictures):
     mask = np.zeros((tiny.SIDE, tiny.SIDE), np.uint8)
     mask[:4, :4] = 255  # one of the four cells of the last scale, and the only one of the first
-    _, tokens = pipe.edit(KEY, pictures[0], mask, ["circle", "cross", "stripes"], return_tokens=True, guidance=5.0)
+    _, tokens = pipe.edit(
+        KEY, pictures[0], mask, ["circle", "cross", "stripes"], return_tokens=True, guidance=5.0
+    )
     hidden = editing.hide(pictures[:1] / np.float32(255), mask[None] >= 128)
     assert (tokens[:, 2:] == pipe.encode(hidden)[0, 2:]).all() and tokens.shape == (3, tiny.LENGTH)
-    _, kept = pipe.edit(KEY, pictures[0], mask, return_tokens=True)  # without a class the coarse scales stay
+    _, kept = pipe.edit(
+        KEY, pictures[0], mask, return_tokens=True
+    )  # without a class the coarse scales stay
     assert kept.shape == (tiny.LENGTH,) and np.array_equal(kept, pipe.encode(hidden)[0])
     _, free = pipe.edit(KEY, pictures[0], mask, None, keep_coarse=False, return_tokens=True)
     assert np.array_equal(free[2:], kept[2:])
@@ -144,18 +162,32 @@ def test_kept_tokens_and_classes(pipe, pictures):
 def test_works_without_stage_2_and_smoothly(pictures):
     pipe = hmar_jax.load(str(tiny.model_run()))
     mask = np.ones((tiny.SIDE, tiny.SIDE), bool)
-    plain, smooth = pipe.edit(KEY, pictures, mask, 1), pipe.edit(KEY, pictures, mask, 1, smooth=True)
+    plain, smooth = (
+        pipe.edit(KEY, pictures, mask, 1),
+        pipe.edit(KEY, pictures, mask, 1, smooth=True),
+    )
     assert plain.shape == smooth.shape and not np.array_equal(plain, smooth)
     with pytest.raises(InputError, match="no stage 2"):
         pipe.edit(KEY, pictures, mask, 1, schedule="default")
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(mask=np.zeros((3, 3), bool)), r"mask of shape \(3, 3\) for a picture of shape \(8, 8, 3\)"),
-    (dict(mask=np.zeros((8, 8), np.float32)), "mask of type float32"), (dict(ring=-1), "ring=-1"), (dict(ring=0.5), "ring=0.5"),
-    (dict(feather=-1), "feather=-1"), (dict(class_id=[0, 1], mask=np.zeros((3, 8, 8), bool)), "2 classes for 3 edits"),
-    (dict(class_id=7), "class 7"), (dict(image=np.zeros((8, 8), np.uint8)), r"^picture of shape \(8, 8\)"),
-    (dict(image=np.zeros((0, 8, 8, 3), np.uint8)), r"^picture of shape \(0, 8, 8, 3\)")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            dict(mask=np.zeros((3, 3), bool)),
+            r"mask of shape \(3, 3\) for a picture of shape \(8, 8, 3\)",
+        ),
+        (dict(mask=np.zeros((8, 8), np.float32)), "mask of type float32"),
+        (dict(ring=-1), "ring=-1"),
+        (dict(ring=0.5), "ring=0.5"),
+        (dict(feather=-1), "feather=-1"),
+        (dict(class_id=[0, 1], mask=np.zeros((3, 8, 8), bool)), "2 classes for 3 edits"),
+        (dict(class_id=7), "class 7"),
+        (dict(image=np.zeros((8, 8), np.uint8)), r"^picture of shape \(8, 8\)"),
+        (dict(image=np.zeros((0, 8, 8, 3), np.uint8)), r"^picture of shape \(0, 8, 8, 3\)"),
+    ],
+)
 def test_wrong_wishes(pipe, pictures, options, words):
     arguments = dict(image=pictures[0], mask=np.zeros((8, 8), bool), class_id=0) | options
     with pytest.raises(InputError, match=words):
@@ -189,7 +221,9 @@ def here(tmp_path, monkeypatch, pictures):
 
 
 def edit(*arguments, image="picture.png"):
-    return cli.main(["edit", f"--model={tiny.masked_run()}", f"--image={image}", "--out=out.png", *arguments])
+    return cli.main(
+        ["edit", f"--model={tiny.masked_run()}", f"--image={image}", "--out=out.png", *arguments]
+    )
 
 
 def pixels(name):
@@ -201,7 +235,9 @@ def test_edit_by_box_and_by_mask(here, pictures, capsys):
     assert capsys.readouterr().out == "out.png; show.png\n"
     by_box, outside = pixels("out.png"), np.ones((8, 8), bool)
     outside[2:5, 2:5] = False
-    assert np.array_equal(by_box[outside], pictures[0][outside]) and not np.array_equal(by_box, pictures[0])
+    assert np.array_equal(by_box[outside], pictures[0][outside]) and not np.array_equal(
+        by_box, pictures[0]
+    )
     sheet = Image.open("show.png")
     assert sheet.width > 3 * 48 and sheet.height > 48
     assert edit("--mask=mask.png", "--class=1") == 0
@@ -214,26 +250,42 @@ def test_edit_by_box_and_by_mask(here, pictures, capsys):
 def test_edit_of_another_size(here, capsys):
     assert edit("--box=0,0,10,15", image="large.png") == 0
     said = capsys.readouterr()
-    assert said.err == "hmar edit: resizing a picture of 20x30 to the model's 8x8\n" and pixels("out.png").shape == (8, 8, 3)
+    assert said.err == "hmar edit: resizing a picture of 20x30 to the model's 8x8\n" and pixels(
+        "out.png"
+    ).shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize("arguments, image, words", [
-    (["--box=2,2,9,5"], "picture.png", ["box 2,2,9,5 is not inside", "8 x 8", "0,0,8,8"]),
-    (["--box=2,2,2,5"], "picture.png", ["box 2,2,2,5 is empty"]), (["--box=1,2,3"], "picture.png", ["'1,2,3'", "x0,y0,x1,y1"]),
-    (["--box=a,b,c,d"], "picture.png", ["'a,b,c,d'"]), ([], "picture.png", ["--box", "--mask"]),
-    (["--box=0,0,2,2", "--mask=mask.png"], "picture.png", ["--mask", "not allowed with"]),
-    (["--box=0,0,8,8", "--mode=outpaint"], "picture.png", ["whole picture"]),
-    (["--mask=black.png"], "picture.png", ["black.png selects nothing", "white"]),
-    (["--mask=mask.png"], "large.png", ["mask.png is 8 x 8", "20 x 30"]),
-    (["--mask=text.png"], "picture.png", ["--mask text.png", "cannot be read as a picture"]),
-    (["--box=0,0,2,2"], "text.png", ["--image text.png", "cannot be read as a picture"]),
-    (["--box=0,0,2,2"], "no.png", ["--image no.png: no such file"]),
-    (["--box=0,0,2,2", "--class=dog"], "picture.png", ["class 'dog'", "circle, cross, stripes"]),
-    (["--box=0,0,2,2", "--ring=-1"], "picture.png", ["--ring", "'-1'"]),
-    (["--box=0,0,2,2", "--feather=-1"], "picture.png", ["feather=-1"]),
-    (["--box=0,0,2,2", "--schedule=[[1],[3]]"], "picture.png", ["scale 1 (2x2) sums to 3, but the scale has 4"]),
-    (["--box=0,0,2,2", "--greedy", "--smooth"], "picture.png", ["greedy and smooth"]),
-    (["--box=0,0,2,2", "--show=no/x.png"], "picture.png", ["no/x.png", "no folder"])])
+@pytest.mark.parametrize(
+    "arguments, image, words",
+    [
+        (["--box=2,2,9,5"], "picture.png", ["box 2,2,9,5 is not inside", "8 x 8", "0,0,8,8"]),
+        (["--box=2,2,2,5"], "picture.png", ["box 2,2,2,5 is empty"]),
+        (["--box=1,2,3"], "picture.png", ["'1,2,3'", "x0,y0,x1,y1"]),
+        (["--box=a,b,c,d"], "picture.png", ["'a,b,c,d'"]),
+        ([], "picture.png", ["--box", "--mask"]),
+        (["--box=0,0,2,2", "--mask=mask.png"], "picture.png", ["--mask", "not allowed with"]),
+        (["--box=0,0,8,8", "--mode=outpaint"], "picture.png", ["whole picture"]),
+        (["--mask=black.png"], "picture.png", ["black.png selects nothing", "white"]),
+        (["--mask=mask.png"], "large.png", ["mask.png is 8 x 8", "20 x 30"]),
+        (["--mask=text.png"], "picture.png", ["--mask text.png", "cannot be read as a picture"]),
+        (["--box=0,0,2,2"], "text.png", ["--image text.png", "cannot be read as a picture"]),
+        (["--box=0,0,2,2"], "no.png", ["--image no.png: no such file"]),
+        (
+            ["--box=0,0,2,2", "--class=dog"],
+            "picture.png",
+            ["class 'dog'", "circle, cross, stripes"],
+        ),
+        (["--box=0,0,2,2", "--ring=-1"], "picture.png", ["--ring", "'-1'"]),
+        (["--box=0,0,2,2", "--feather=-1"], "picture.png", ["feather=-1"]),
+        (
+            ["--box=0,0,2,2", "--schedule=[[1],[3]]"],
+            "picture.png",
+            ["scale 1 (2x2) sums to 3, but the scale has 4"],
+        ),
+        (["--box=0,0,2,2", "--greedy", "--smooth"], "picture.png", ["greedy and smooth"]),
+        (["--box=0,0,2,2", "--show=no/x.png"], "picture.png", ["no/x.png", "no folder"]),
+    ],
+)
 def test_mistakes(here, capsys, arguments, image, words):
     before = sorted(here.rglob("*"))
     try:

@@ -26,7 +26,9 @@ from hmar_jax.evaluation.report import digit_report, format_report
 def digits():
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     threadpoolctl = pytest.importorskip("threadpoolctl")  # scikit-learn needs it too
-    with threadpoolctl.threadpool_limits(1):  # on a busy machine, BLAS threads wait for one another: 40 s, not 8 s
+    with threadpoolctl.threadpool_limits(
+        1
+    ):  # on a busy machine, BLAS threads wait for one another: 40 s, not 8 s
         yield read_all(open_source("digits")), read_all(open_source("digits", "validate"))
 
 
@@ -39,14 +41,18 @@ def some(pictures_and_labels, count, seed=0):
     """`count` of each class, and the rest."""
     images, labels = pictures_and_labels
     rng = np.random.RandomState(seed)
-    chosen = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:count] for c in np.unique(labels)])
+    chosen = np.concatenate(
+        [rng.permutation(np.flatnonzero(labels == c))[:count] for c in np.unique(labels)]
+    )
     rest = np.setdiff1d(np.arange(len(labels)), chosen)
     return (images[chosen], labels[chosen]), (images[rest], labels[rest])
 
 
 def flat(*values, side=8):
     """One-coloured uint8 pictures."""
-    return np.broadcast_to(np.array(values, np.uint8)[:, None, None, None], (len(values), side, side, 3)).copy()
+    return np.broadcast_to(
+        np.array(values, np.uint8)[:, None, None, None], (len(values), side, side, 3)
+    ).copy()
 
 
 # Pictures
@@ -56,7 +62,11 @@ def test_to_pixels():
     image = np.full((1, 8, 8, 3), 0.5, np.float64)
     image[0, 0, 0] = [0, 1, 1.0005]  # rounding of a decoder may leave the range by a little
     pixels = to_pixels(image)
-    assert pixels.dtype == np.uint8 and pixels[0, 0, 0].tolist() == [0, 255, 255] and pixels[0, 1, 1, 0] == 128
+    assert (
+        pixels.dtype == np.uint8
+        and pixels[0, 0, 0].tolist() == [0, 255, 255]
+        and pixels[0, 1, 1, 0] == 128
+    )
     every = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     assert to_pixels(every) is every
     np.testing.assert_array_equal(to_pixels((every / 255).astype(np.float32)), every)
@@ -154,7 +164,10 @@ def gaussian(mean, covariance, count=200, seed=0):
     """Points whose mean and covariance are exactly those given."""
     points = np.random.RandomState(seed).randn(count, len(mean))
     points -= points.mean(0)
-    points = points @ np.linalg.inv(np.linalg.cholesky(np.cov(points.T, ddof=1).reshape(len(mean), -1))).T
+    points = (
+        points
+        @ np.linalg.inv(np.linalg.cholesky(np.cov(points.T, ddof=1).reshape(len(mean), -1))).T
+    )
     return points @ np.linalg.cholesky(np.asarray(covariance, float)).T + mean
 
 
@@ -167,7 +180,9 @@ def test_frechet_of_covariances_that_do_not_commute():
     a, b = np.array([[2, 1], [1, 2]]), np.array([[4, 0], [0, 1]])
     # tr M^(1/2) = (tr M + 2 det(M)^(1/2))^(1/2) for 2x2; tr(ab) = 10, det(ab) = 3 * 4
     wanted = 1 + 4 + (4 + 5 - 2 * np.sqrt(10 + 2 * np.sqrt(12)))
-    assert frechet_distance(gaussian([1, 2], a), gaussian([0, 0], b, 90, 1)) == pytest.approx(wanted)
+    assert frechet_distance(gaussian([1, 2], a), gaussian([0, 0], b, 90, 1)) == pytest.approx(
+        wanted
+    )
 
 
 def test_frechet_of_singular_covariances():
@@ -177,7 +192,9 @@ def test_frechet_of_singular_covariances():
     assert frechet_distance(a, plane) == pytest.approx(1)
     few = np.random.RandomState(0).randn(5, 30)  # fewer points than dimensions
     assert frechet_distance(few, few + 0.5) == pytest.approx(30 * 0.25)
-    assert frechet_distance(few, 3 * few - 2 * few.mean(0)) == pytest.approx(4 * few.var(0, ddof=1).sum())
+    assert frechet_distance(few, 3 * few - 2 * few.mean(0)) == pytest.approx(
+        4 * few.var(0, ddof=1).sum()
+    )
 
 
 def test_frechet_mistakes():
@@ -262,8 +279,12 @@ def test_report_of_held_out_digits(digits):
     assert report["shuffled_labels"] == pytest.approx(0.1, abs=0.02)
     assert report["chance"] == pytest.approx(0.1, abs=1e-3)
     assert report["frechet"] < 0.05 < report["frechet_floor"] < 0.3
-    assert report == digit_report(held_out[0] / 255, held_out[1], train, held_out)  # deterministic; bytes or floats
-    assert report["frechet_floor"] != digit_report(*held_out, train, held_out, seed=1)["frechet_floor"]
+    assert report == digit_report(
+        held_out[0] / 255, held_out[1], train, held_out
+    )  # deterministic; bytes or floats
+    assert (
+        report["frechet_floor"] != digit_report(*held_out, train, held_out, seed=1)["frechet_floor"]
+    )
 
 
 def test_report_of_one_half_of_the_held_out_digits_beside_the_other(digits):
@@ -293,7 +314,9 @@ def test_collapse_shows(digits):
     first = np.stack([held_out[0][held_out[1] == c][0] for c in range(10)])
     report = digit_report(first.repeat(50, 0), np.arange(10).repeat(50), train, held_out)
     assert report["diversity"] == report["diversity_sample"] == 0
-    assert report["near"] == pytest.approx(1, abs=0.1)  # and only there: the ten are new and are read well
+    assert report["near"] == pytest.approx(
+        1, abs=0.1
+    )  # and only there: the ten are new and are read well
     assert report["read_as_asked"] >= 0.9
     assert report["frechet"] > 10 * report["frechet_floor"]
 
@@ -307,7 +330,9 @@ def test_ignored_classes_show(digits):
 
 def test_report_mistakes(digits):
     train, held_out = digits
-    with pytest.raises(InputError, match=r"samples are \(16, 16, 3\), but training pictures are \(32, 32, 3\)"):
+    with pytest.raises(
+        InputError, match=r"samples are \(16, 16, 3\), but training pictures are \(32, 32, 3\)"
+    ):
         digit_report(flat(1, 2, side=16), np.array([0, 0]), train, held_out)
     with pytest.raises(InputError, match="samples lie in"):
         digit_report(held_out[0] / 127.5 - 1, held_out[1], train, held_out)

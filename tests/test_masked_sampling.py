@@ -20,11 +20,19 @@ SCALES = ScaleList((1, 2, 3, 4, 6))
 
 @pytest.fixture(scope="module")
 def parts(golden_state):
-    tokenizer, tokenizer_params = convert.tokenizer_from_state(golden_state("vae", "tokenizer"), SCALES)
-    config, transformer = convert.transformer_from_state(golden_state("next_scale", "transformer"), SCALES)
-    masked = convert.masked_from_state(golden_state("masked", "transformer"), config, ["blocks.2", "blocks.3"], "head")
+    tokenizer, tokenizer_params = convert.tokenizer_from_state(
+        golden_state("vae", "tokenizer"), SCALES
+    )
+    config, transformer = convert.transformer_from_state(
+        golden_state("next_scale", "transformer"), SCALES
+    )
+    masked = convert.masked_from_state(
+        golden_state("masked", "transformer"), config, ["blocks.2", "blocks.3"], "head"
+    )
     params = {"tokenizer": tokenizer_params, "transformer": transformer, "masked": masked}
-    return CombinedModel(ModelSpec(tokenizer, config, masked_depth=2)), jax.tree.map(jnp.asarray, params)
+    return CombinedModel(ModelSpec(tokenizer, config, masked_depth=2)), jax.tree.map(
+        jnp.asarray, params
+    )
 
 
 @pytest.mark.parametrize("case", "abcde")
@@ -32,16 +40,27 @@ def test_every_pass_of(case, parts, load_golden):
     model, params = parts
     z = load_golden("hmar")
     wanted = {"a": "none", "b": str(z["schedule_b"])}.get(case, str(z["schedule_c"]))
-    plan = schedules.plan(schedules.resolve(SCALES, wanted if wanted == "none" else json.loads(wanted)))
+    plan = schedules.plan(
+        schedules.resolve(SCALES, wanted if wanted == "none" else json.loads(wanted))
+    )
     cfg = 0.0 if case == "d" else float(z["cfg"])
     draw = Draw(guided=cfg > 0, greedy=True, top_k=12 if case == "e" else 0, use_top_p=case == "e")
-    keys, ids, strength = picture_keys(jax.random.key(0), 2), jnp.asarray(z["labels"]), Strength(guidance=cfg, top_p=0.995)
+    keys, ids, strength = (
+        picture_keys(jax.random.key(0), 2),
+        jnp.asarray(z["labels"]),
+        Strength(guidance=cfg, top_p=0.995),
+    )
 
     @jax.jit
     def run(params):
         trace = Trace()
         images, tokens = sample(model, params, keys, ids, draw, strength, plan, trace)
-        return images, tokens, [p._replace(scale=jnp.array(p.scale)) for p in trace.passes], trace.f_hats
+        return (
+            images,
+            tokens,
+            [p._replace(scale=jnp.array(p.scale)) for p in trace.passes],
+            trace.f_hats,
+        )
 
     images, tokens, passes, f_hats = run(params)
     assert [int(p.scale) for p in passes] == z[f"{case}/pass_scale"].tolist()
@@ -68,7 +87,9 @@ def test_every_pass_of(case, parts, load_golden):
 
 def test_least_confident():
     confidence = jnp.array([[0.9, 0.1, 0.5, 0.2]])
-    assert least_confident(confidence, jnp.ones((1, 4), bool), 2).tolist() == [[False, True, False, True]]
+    assert least_confident(confidence, jnp.ones((1, 4), bool), 2).tolist() == [
+        [False, True, False, True]
+    ]
     among = jnp.array([[True, False, True, True]])
     assert least_confident(confidence, among, 2).tolist() == [[False, False, True, True]]
     assert not least_confident(confidence, among, 0).any()

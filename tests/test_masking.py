@@ -22,7 +22,7 @@ def test_every_scale_gets_its_share(sides):
     assert masks.shape == (4, scales.length - scales.lengths[0])
     for k in range(1, scales.num_scales):
         start = scales.offsets[k] - scales.lengths[0]
-        counts = masks[:, start:start + scales.lengths[k]].sum(-1)
+        counts = masks[:, start : start + scales.lengths[k]].sum(-1)
         assert counts.tolist() == np.ceil(np.asarray(ratios) * scales.lengths[k]).tolist()
 
 
@@ -43,8 +43,14 @@ def test_ratios():
 def test_shared_or_drawn_for_each_picture(shared):
     scales = (1, 2, 4)
     task = MaskedTask(
-        transformer=TransformerConfig(scales, depth=1, width=8, heads=1), tokenizer=TokenizerConfig(scales), masked_depth=1, steps=1,
-        batch_size=8, learning_rate=1.0, shared_mask=shared)
+        transformer=TransformerConfig(scales, depth=1, width=8, heads=1),
+        tokenizer=TokenizerConfig(scales),
+        masked_depth=1,
+        steps=1,
+        batch_size=8,
+        learning_rate=1.0,
+        shared_mask=shared,
+    )
     ratios, masks = task.draw(KEY, jax.random.key(2), 8)
     assert ratios.shape == (8,) and masks.shape == (8, 20)
     assert len(np.unique(ratios)) == len(np.unique(masks, axis=0)) == (1 if shared else 8)

@@ -63,7 +63,10 @@ def test_every_score_once(seed, pattern):
 @pytest.mark.parametrize("pattern", ["diagonal", "causal"])
 def test_programs_have_equal_work(make, pattern):
     sizes = tuple(side * side for side in (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64))
-    work = [sum(item["steps"] * 128 - (128 - item["last"]) % 128 for item in own) for own in items_of(make(sizes, pattern, 2, 16, 128, 8, 132))]
+    work = [
+        sum(item["steps"] * 128 - (128 - item["last"]) % 128 for item in own)
+        for own in items_of(make(sizes, pattern, 2, 16, 128, 8, 132))
+    ]
     assert max(work) < 1.05 * np.mean(work)
 
 

@@ -69,14 +69,20 @@ def test_small_work_list():
 @every_pattern
 @pytest.mark.parametrize("by_key", [False, True])
 def test_flags_open_and_close_every_sum_once(by_key, pattern):
-    plan = mosaic_tpu._Plan(1, 2, 8, 680, jnp.float32, SIZES_256, pattern, 1.0, TileSizes(128, 256, 1), True)
+    plan = mosaic_tpu._Plan(
+        1, 2, 8, 680, jnp.float32, SIZES_256, pattern, 1.0, TileSizes(128, 256, 1), True
+    )
     q_tiles, k_tiles, flags = plan.visits(by_key)
     own = k_tiles if by_key else q_tiles
     assert (np.diff(own) >= 0).all() and set(own) == set(range(own.max() + 1))
     for tile in set(own):
         of_tile = flags[own == tile]
-        np.testing.assert_array_equal(of_tile & mosaic_tpu._FIRST != 0, np.arange(len(of_tile)) == 0)
-        np.testing.assert_array_equal(of_tile & mosaic_tpu._LAST != 0, np.arange(len(of_tile)) == len(of_tile) - 1)
+        np.testing.assert_array_equal(
+            of_tile & mosaic_tpu._FIRST != 0, np.arange(len(of_tile)) == 0
+        )
+        np.testing.assert_array_equal(
+            of_tile & mosaic_tpu._LAST != 0, np.arange(len(of_tile)) == len(of_tile) - 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,9 @@ def test_flags_open_and_close_every_sum_once(by_key, pattern):
         (SIZES_1024, "causal", 4, TileSizes(256, 256, 4), 907, 1.04),
     ],
 )
-def test_tile_sizes_for_16_heads_of_64(sizes, pattern, itemsize, expected, visits, cells_per_needed):
+def test_tile_sizes_for_16_heads_of_64(
+    sizes, pattern, itemsize, expected, visits, cells_per_needed
+):
     chosen = mosaic_tpu.choose_tiles(sizes, pattern, 16, 64, itemsize)
     assert chosen == expected
     shifted = (chosen.shift, *sizes) if chosen.shift else sizes
@@ -105,7 +113,9 @@ def test_tile_sizes_for_16_heads_of_64(sizes, pattern, itemsize, expected, visit
 
 
 @pytest.mark.parametrize(
-    "pattern, sizes_of_tiles", [("causal", TileSizes(128, 256, 1)), ("diagonal", TileSizes(256, 128, 3))], ids=str
+    "pattern, sizes_of_tiles",
+    [("causal", TileSizes(128, 256, 1)), ("diagonal", TileSizes(256, 128, 3))],
+    ids=str,
 )
 def test_tiles_of_any_shape(pattern, sizes_of_tiles, monkeypatch):
     # Several tiles both ways, steps over the heads, and a last tile that reaches past the end, where interpret mode
@@ -139,11 +149,16 @@ def test_refuses_where_there_is_no_tpu():
     q = jnp.zeros((1, 4, 1, 8))
     if mosaic_tpu.why_not(q) is None:
         pytest.skip("this process has a TPU")
-    with pytest.raises(NotImplementedError, match="'mosaic_tpu' cannot run here: it needs a TPU; this process runs on"):
+    with pytest.raises(
+        NotImplementedError,
+        match="'mosaic_tpu' cannot run here: it needs a TPU; this process runs on",
+    ):
         block_attention(q, q, q, (4,), implementation="mosaic_tpu")
 
 
 def test_refuses_float16():
     q = jnp.zeros((1, 4, 1, 8), "float16")
-    with pytest.raises(NotImplementedError, match="TPUs compute in float32 and bfloat16; q is float16"):
+    with pytest.raises(
+        NotImplementedError, match="TPUs compute in float32 and bfloat16; q is float16"
+    ):
         block_attention(q, q, q, (4,), implementation="mosaic_tpu")

@@ -34,15 +34,28 @@ def chips():
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
         patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         patch.setenv("TPU_LOG_DIR", "disabled")
-        quick = jax.config.read("jax_disable_most_optimizations")  # tests of values on CPU want it; users do not
+        quick = jax.config.read(
+            "jax_disable_most_optimizations"
+        )  # tests of values on CPU want it; users do not
         jax.config.update("jax_disable_most_optimizations", False)
         yield lambda chip: topologies.get_topology_desc(platform="tpu", **CHIPS[chip]).devices
         jax.config.update("jax_disable_most_optimizations", quick)
 
 
-def compiled(sharding, sizes, pattern, dtype="bfloat16", batch=2, heads=16, dim=64, mapped=lambda function: function):
+def compiled(
+    sharding,
+    sizes,
+    pattern,
+    dtype="bfloat16",
+    batch=2,
+    heads=16,
+    dim=64,
+    mapped=lambda function: function,
+):
     """Forward and backward pass, compiled for the devices of the sharding."""
-    attend = functools.partial(mosaic_tpu.attention, block_sizes=sizes, pattern=pattern, scale=dim**-0.5)
+    attend = functools.partial(
+        mosaic_tpu.attention, block_sizes=sizes, pattern=pattern, scale=dim**-0.5
+    )
 
     def run(q, k, v, d_out):
         out, vjp = jax.vjp(mapped(attend), q, k, v)
@@ -62,7 +75,9 @@ def check(program, sizes, pattern, itemsize=2, batch=2, heads=16, dim=64):
     visits = tiles.tile_pairs(shifted, pattern, chosen.queries, chosen.keys)[0].sum()
     flops = 2 * 9 * batch * heads * dim * visits * chosen.queries * chosen.keys
     assert program.cost_analysis()["flops"] == pytest.approx(flops, rel=1e-3)
-    if dim == 64:  # then XLA lays out tokens in the lanes, as the kernels want them: nothing is transposed
+    if (
+        dim == 64
+    ):  # then XLA lays out tokens in the lanes, as the kernels want them: nothing is transposed
         moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
         largest = max((math.prod(map(int, shape.split(","))) for shape in moved), default=0)
         assert largest < batch * heads * dim * sum(sizes)
@@ -91,11 +106,19 @@ def test_heads_of_128_and_float32(sizes, chip, chips):
     options = dict(heads=8, dim=128)
     one = SingleDeviceSharding(chips(chip)[0])
     check(compiled(one, sizes, "diagonal", **options), sizes, "diagonal", **options)
-    check(compiled(one, sizes, "causal", dtype="float32", **options), sizes, "causal", itemsize=4, **options)
+    check(
+        compiled(one, sizes, "causal", dtype="float32", **options),
+        sizes,
+        "causal",
+        itemsize=4,
+        **options,
+    )
 
 
 @every_chip
-@pytest.mark.parametrize("sizes, heads, dim", [((1,), 1, 64), ((7, 129, 3), 3, 32), ((7, 129, 3), 5, 24)], ids=str)
+@pytest.mark.parametrize(
+    "sizes, heads, dim", [((1,), 1, 64), ((7, 129, 3), 3, 32), ((7, 129, 3), 5, 24)], ids=str
+)
 @pytest.mark.slow
 def test_odd_shapes(sizes, heads, dim, chip, chips):
     one = SingleDeviceSharding(chips(chip)[0])
@@ -104,7 +127,9 @@ def test_odd_shapes(sizes, heads, dim, chip, chips):
 
 
 def test_shard_map_over_batch_and_heads(chips):
-    mesh = Mesh(np.reshape(chips("v5e"), (2, 2)), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
+    mesh = Mesh(
+        np.reshape(chips("v5e"), (2, 2)), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2
+    )
     spec = P("batch", None, "heads", None)
     mapped = functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     program = compiled(NamedSharding(mesh, spec), SIZES_256, "diagonal", heads=4, mapped=mapped)
@@ -113,12 +138,16 @@ def test_shard_map_over_batch_and_heads(chips):
 
 def test_vmap_of_remat_and_scan(chips):
     # As in a stack of layers, mapped over one more axis.
-    attend = functools.partial(mosaic_tpu.attention, block_sizes=SIZES_256, pattern="diagonal", scale=0.125)
+    attend = functools.partial(
+        mosaic_tpu.attention, block_sizes=SIZES_256, pattern="diagonal", scale=0.125
+    )
 
     def loss(x):
         x, _ = jax.lax.scan(lambda x, _: (jax.checkpoint(attend)(x, x, x), None), x, length=2)
         return x.astype("float32").sum()
 
-    x = jax.ShapeDtypeStruct((2, 1, 680, 2, 64), "bfloat16", sharding=SingleDeviceSharding(chips("v5e")[0]))
+    x = jax.ShapeDtypeStruct(
+        (2, 1, 680, 2, 64), "bfloat16", sharding=SingleDeviceSharding(chips("v5e")[0])
+    )
     text = jax.jit(jax.vmap(jax.grad(loss))).trace(x).lower().compile().as_text()
     assert "block_attention_forward" in text and "block_attention_d_kv" in text

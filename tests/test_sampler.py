@@ -26,7 +26,7 @@ class Stub:
         return jax.random.normal(jax.random.key(7), (V, Z))
 
     def area(self, params, k, f):
-        return f[:, :self.scales.sides[k], :self.scales.sides[k]].reshape(f.shape[0], -1, Z)
+        return f[:, : self.scales.sides[k], : self.scales.sides[k]].reshape(f.shape[0], -1, Z)
 
     def residual(self, params, k, vectors):
         side = self.scales.sides[k]
@@ -52,13 +52,19 @@ def random_case(seed):
     scales = ScaleList(tuple(int(s) for s in sides))
     rows = [(scales.lengths[0],)]
     for length in scales.lengths[1:]:
-        cuts = np.sort(rng.choice(np.arange(1, length), rng.integers(0, min(length, 6)), replace=False))
+        cuts = np.sort(
+            rng.choice(np.arange(1, length), rng.integers(0, min(length, 6)), replace=False)
+        )
         rows.append(tuple(int(n) for n in np.diff([0, *cuts, length])))
     keep = rng.random((3, scales.length)) < rng.choice([0, 0.2, 0.5, 0.9, 1], (3, 1))
     known = Known(jnp.asarray(rng.integers(0, V, (3, scales.length)), jnp.int32), jnp.asarray(keep))
     draw = Draw(
-        guided=bool(seed % 2), masked_guided=bool(seed % 3), top_k=(0, 5)[seed % 2], smooth=seed % 5 == 0,
-        noisy_confidence=bool(seed % 4))
+        guided=bool(seed % 2),
+        masked_guided=bool(seed % 3),
+        top_k=(0, 5)[seed % 2],
+        smooth=seed % 5 == 0,
+        noisy_confidence=bool(seed % 4),
+    )
     return scales, schedules.resolve(scales, rows), known, draw
 
 
@@ -68,8 +74,16 @@ def test_every_token_is_fixed_once_and_counts_follow_the_schedule(seed):
     trace = Trace()
     strength = Strength(guidance=1.0, masked_guidance=0.5, confidence_noise=3.0)
     f_hat, tokens = draw_scales(
-        Stub(scales), PARAMS, picture_keys(jax.random.key(seed), 3), jnp.array([0, 1, CLASSES]), draw, strength,
-        schedules.plan(schedule), known, trace)
+        Stub(scales),
+        PARAMS,
+        picture_keys(jax.random.key(seed), 3),
+        jnp.array([0, 1, CLASSES]),
+        draw,
+        strength,
+        schedules.plan(schedule),
+        known,
+        trace,
+    )
     tokens, keep = np.asarray(tokens), np.asarray(known.keep)
     assert np.array_equal(tokens[keep], np.asarray(known.tokens)[keep]) and np.isfinite(f_hat).all()
     assert [p.scale for p in trace.passes] == [k for k, row in enumerate(schedule) for _ in row]
@@ -81,7 +95,7 @@ def test_every_token_is_fixed_once_and_counts_follow_the_schedule(seed):
         open_before = [free, *(np.asarray(p.masked) for p in passes[1:]), np.zeros_like(free)]
         for j, (before, after) in enumerate(zip(open_before, open_before[1:])):
             assert not (after & ~before).any(), "a fixed token is open again"
-            left = sum(row[j + 1:]) * free.sum(-1) // length
+            left = sum(row[j + 1 :]) * free.sum(-1) // length
             assert np.array_equal(after.sum(-1), left), (k, j)
             fixed = before & ~after
             final = tokens[:, part]
@@ -94,15 +108,30 @@ def test_loop_and_record_agree(seed):
     """The compiled loop over masked passes does what the unrolled passes do, for schedules that it was not compiled for."""
     scales, schedule, known, draw = random_case(seed)
     arguments = (
-        Stub(scales), PARAMS, picture_keys(jax.random.key(seed), 3), jnp.array([0, 1, CLASSES]), draw, Strength(0.5, 0.5, 1.0, 1.0))
+        Stub(scales),
+        PARAMS,
+        picture_keys(jax.random.key(seed), 3),
+        jnp.array([0, 1, CLASSES]),
+        draw,
+        Strength(0.5, 0.5, 1.0, 1.0),
+    )
     compiled = jax.jit(lambda plan: draw_scales(*arguments, plan, known))
     for count in (1, 2, 3):
-        rows = [row if len(row) == 1 else (*range(1, 1 + min(count, len(row) - 1)),) for row in schedule]
-        rows = tuple(row if len(row) == 1 or sum(part) >= sum(row) else (*part, sum(row) - sum(part)) for row, part in zip(schedule, rows))
+        rows = [
+            row if len(row) == 1 else (*range(1, 1 + min(count, len(row) - 1)),) for row in schedule
+        ]
+        rows = tuple(
+            row if len(row) == 1 or sum(part) >= sum(row) else (*part, sum(row) - sum(part))
+            for row, part in zip(schedule, rows)
+        )
         plan = schedules.plan(schedules.resolve(scales, rows))
         f_hat, tokens = draw_scales(*arguments, plan, known, Trace())
-        assert np.array_equal(compiled(plan)[1], tokens) and np.allclose(compiled(plan)[0], f_hat, atol=1e-5)
-    assert compiled._cache_size() <= 2  # what is compiled anew is which scales have masked passes, and nothing else
+        assert np.array_equal(compiled(plan)[1], tokens) and np.allclose(
+            compiled(plan)[0], f_hat, atol=1e-5
+        )
+    assert (
+        compiled._cache_size() <= 2
+    )  # what is compiled anew is which scales have masked passes, and nothing else
 
 
 def test_confidence_decides_what_stays():
@@ -112,8 +141,15 @@ def test_confidence_decides_what_stays():
     for noise in (0.0, 50.0):
         trace[noise] = Trace()
         draw_scales(
-            Stub(scales), PARAMS, picture_keys(jax.random.key(0), 3), jnp.zeros(3, jnp.int32),
-            Draw(guided=False, noisy_confidence=noise > 0), Strength(confidence_noise=noise), schedules.plan(((1,), (8, 8))), trace=trace[noise])
+            Stub(scales),
+            PARAMS,
+            picture_keys(jax.random.key(0), 3),
+            jnp.zeros(3, jnp.int32),
+            Draw(guided=False, noisy_confidence=noise > 0),
+            Strength(confidence_noise=noise),
+            schedules.plan(((1,), (8, 8))),
+            trace=trace[noise],
+        )
     first, second = trace[0.0].passes[1:]
     least_sure_fixed = np.where(second.masked, 2, first.confidence).min(-1)
     surest_open = np.where(second.masked, first.confidence, -1).max(-1)
@@ -127,9 +163,18 @@ def test_smooth_codes_approach_the_tokens_at_the_last_scale():
     model = Stub(scales)
     trace = Trace()
     f_hat, tokens = draw_scales(
-        model, PARAMS, picture_keys(jax.random.key(0), 3), jnp.zeros(3, jnp.int32), Draw(guided=False, smooth=True), Strength(),
-        schedules.plan(((1,), (2, 2), (16,))), trace=trace)
-    added = [np.asarray(b - a) for a, b in zip([jnp.zeros_like(f_hat), *trace.f_hats], trace.f_hats)]
+        model,
+        PARAMS,
+        picture_keys(jax.random.key(0), 3),
+        jnp.zeros(3, jnp.int32),
+        Draw(guided=False, smooth=True),
+        Strength(),
+        schedules.plan(((1,), (2, 2), (16,))),
+        trace=trace,
+    )
+    added = [
+        np.asarray(b - a) for a, b in zip([jnp.zeros_like(f_hat), *trace.f_hats], trace.f_hats)
+    ]
     distance = []
     for k in range(3):
         hard = model.residual(PARAMS, k, model.codebook(PARAMS)[tokens[:, scales.slice(k)]])

@@ -36,12 +36,17 @@ def test_resizes_agree_with_recorded(load_golden, size):
         if f"{size}/area_{side}" not in z:
             continue
         checked += 1
-        for kind, matrix, source in (("area", scales.area(k), "area_in"), ("bicubic", scales.bicubic(k), f"bicubic_in_{side}")):
+        for kind, matrix, source in (
+            ("area", scales.area(k), "area_in"),
+            ("bicubic", scales.bicubic(k), f"bicubic_in_{side}"),
+        ):
             x, wanted = z[f"{size}/{source}"], z[f"{size}/{kind}_{side}"]
             np.testing.assert_allclose(matrix @ x @ matrix.T, wanted, atol=1e-5)
             if f"{size}/{kind}_grad_{side}" in z:  # the gradient of a linear map is its transpose
                 cotangent = z[f"{size}/{kind}_cot_{side}"]
-                np.testing.assert_allclose(matrix.T @ cotangent @ matrix, z[f"{size}/{kind}_grad_{side}"], atol=1e-5)
+                np.testing.assert_allclose(
+                    matrix.T @ cotangent @ matrix, z[f"{size}/{kind}_grad_{side}"], atol=1e-5
+                )
     assert checked >= 5
 
 

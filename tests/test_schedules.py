@@ -16,8 +16,16 @@ def test_published_defaults():
 
 def test_defaults_of_other_lists():
     assert schedules.resolve(ScaleList((1, 2, 3, 4, 6)), "default") == (
-        (1,), (1, 1, 1, 1), (1, 2, 3, 3), (2, 3, 5, 6), (36,))
-    assert schedules.resolve(ScaleList((2, 3)), "default") == ((4,), (1, 2, 3, 3))  # the first scale is never masked
+        (1,),
+        (1, 1, 1, 1),
+        (1, 2, 3, 3),
+        (2, 3, 5, 6),
+        (36,),
+    )
+    assert schedules.resolve(ScaleList((2, 3)), "default") == (
+        (4,),
+        (1, 2, 3, 3),
+    )  # the first scale is never masked
 
 
 def test_cosine():
@@ -29,7 +37,9 @@ def test_cosine():
     assert rows == ((1,), (2, 2), (2, 3, 5, 6))
 
 
-@pytest.mark.parametrize("sides", [*PUBLISHED_SIDES.values(), (1, 2, 3, 4), (3, 5), (7,), (2, 9, 10)])
+@pytest.mark.parametrize(
+    "sides", [*PUBLISHED_SIDES.values(), (1, 2, 3, 4), (3, 5), (7,), (2, 9, 10)]
+)
 @pytest.mark.parametrize("wanted", ["none", "default", "cosine:1", "cosine:3", "cosine:50"])
 def test_every_row_sums_to_its_scale(sides, wanted):
     scales = ScaleList(sides)
@@ -38,17 +48,30 @@ def test_every_row_sums_to_its_scale(sides, wanted):
     assert schedules.resolve(scales, [list(row) for row in rows]) == rows
 
 
-@pytest.mark.parametrize("wanted,message", [
-    ("fast", "known are none, default"), ("cosine:1,2", "2 numbers, the model 3 scales"), ("cosine:1,,2", "cosine:N"), ("cosine:0", "cosine:N"), ("cosine:x", "cosine:N"), (3, "list of lists"),
-    ([[1], [4]], "2 rows, the model 3 scales"), ([[1], [1, 2], [9]], r"scale 1 \(2x2\) sums to 3, but the scale has 4"),
-    ([[1], [0, 4], [9]], r"scale 1 \(2x2\) is \[0, 4\]"), ([[1], [4], []], "scale 2")])
+@pytest.mark.parametrize(
+    "wanted,message",
+    [
+        ("fast", "known are none, default"),
+        ("cosine:1,2", "2 numbers, the model 3 scales"),
+        ("cosine:1,,2", "cosine:N"),
+        ("cosine:0", "cosine:N"),
+        ("cosine:x", "cosine:N"),
+        (3, "list of lists"),
+        ([[1], [4]], "2 rows, the model 3 scales"),
+        ([[1], [1, 2], [9]], r"scale 1 \(2x2\) sums to 3, but the scale has 4"),
+        ([[1], [0, 4], [9]], r"scale 1 \(2x2\) is \[0, 4\]"),
+        ([[1], [4], []], "scale 2"),
+    ],
+)
 def test_bad_schedules(wanted, message):
     with pytest.raises(InputError, match=message):
         schedules.resolve(ScaleList((1, 2, 3)), wanted)
 
 
 def test_the_first_scale_has_no_masked_passes():
-    with pytest.raises(InputError, match=r"scale 0 \(2x2\) is \[1, 3\]: the first scale has no masked passes"):
+    with pytest.raises(
+        InputError, match=r"scale 0 \(2x2\) is \[1, 3\]: the first scale has no masked passes"
+    ):
         schedules.resolve(ScaleList((2, 3)), [[1, 3], [9]])
 
 

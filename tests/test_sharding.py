@@ -23,7 +23,13 @@ from tests import tiny
 def on_eight_devices(*cases: str) -> dict:
     command = [sys.executable, "-m", "tests.on_a_mesh", *cases]
     done = subprocess.run(
-        command, env=tiny.ENVIRONMENT, cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+        command,
+        env=tiny.ENVIRONMENT,
+        cwd=pathlib.Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "Involuntary full rematerialization" not in done.stderr
     return json.loads(done.stdout)
@@ -31,7 +37,9 @@ def on_eight_devices(*cases: str) -> dict:
 
 def check(found: dict) -> None:
     for case, figures in found.items():
-        assert figures["loss"] < 1e-5 and figures["gradient"] < 1e-5 and figures["largest"] > 1e-4, (case, figures)
+        assert (
+            figures["loss"] < 1e-5 and figures["gradient"] < 1e-5 and figures["largest"] > 1e-4
+        ), (case, figures)
         assert not figures["metrics"] and not figures["evaluated"], (case, figures)
 
 
@@ -44,9 +52,21 @@ def test_a_step_on_a_mixed_mesh_is_that_of_one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["stage1", "stage2", "tokenizer"])
 def test_a_step_on_every_mesh_is_that_of_one_device(task):
-    cases = [f"{task}:{mesh}" for mesh in ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "data=4,fsdp=2,evaluate=1")]
+    cases = [
+        f"{task}:{mesh}"
+        for mesh in (
+            "data=8",
+            "fsdp=8",
+            "tensor=8",
+            "data=2,fsdp=2,tensor=2",
+            "data=4,fsdp=2,evaluate=1",
+        )
+    ]
     if task != "tokenizer":
-        cases += [f"{task}:data=2,fsdp=2,tensor=2,accumulate=2,remat=blocks", f"{task}:fsdp=4,data=2,accumulate=2"]
+        cases += [
+            f"{task}:data=2,fsdp=2,tensor=2,accumulate=2,remat=blocks",
+            f"{task}:fsdp=4,data=2,accumulate=2",
+        ]
     found = on_eight_devices(*cases)
     check(found)
     assert found[f"{task}:data=8"]["held"] == 1
@@ -55,7 +75,9 @@ def test_a_step_on_every_mesh_is_that_of_one_device(task):
 
 def test_every_large_parameter_is_divided():
     """Of the published architecture: what is copied is under 2 % of it."""
-    config = TransformerConfig(scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, width=1024, heads=16)
+    config = TransformerConfig(
+        scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, width=1024, heads=16
+    )
     params = jax.eval_shape(NextScaleTransformer(config).init, jax.random.key(0))
     mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 4, "tensor": 4})
     copied = {}
@@ -68,7 +90,11 @@ def test_every_large_parameter_is_divided():
 
 def test_the_first_rule_that_fits_counts():
     mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 2, "tensor": 3})
-    rules = ((r"b/kernel$", ("fsdp", None)), (r"kernel$", (None, ("fsdp", "tensor"))), (r"bias$", ("tensor",)))
+    rules = (
+        (r"b/kernel$", ("fsdp", None)),
+        (r"kernel$", (None, ("fsdp", "tensor"))),
+        (r"bias$", ("tensor",)),
+    )
     spec = lambda name, *shape: sharding._spec(name, shape, rules, mesh)
     assert spec("opt_state/0/mu/b/kernel", 4, 6) == P("fsdp", None)
     assert spec("opt_state/0/mu/c/kernel", 4, 6) == P(None, ("fsdp", "tensor"))
@@ -78,12 +104,15 @@ def test_the_first_rule_that_fits_counts():
         spec("c/kernel", 4)
 
 
-@pytest.mark.parametrize("sizes, words", [
-    (dict(data=3), "data=3 x fsdp=1 x tensor=1: there are 1 devices"),
-    (dict(data=-1, fsdp=2), "there are 1 devices"),
-    (dict(data=0), "1 or more"),
-    (dict(data=-1, fsdp=-1), "one of them may be -1"),
-])
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        (dict(data=3), "data=3 x fsdp=1 x tensor=1: there are 1 devices"),
+        (dict(data=-1, fsdp=2), "there are 1 devices"),
+        (dict(data=0), "1 or more"),
+        (dict(data=-1, fsdp=-1), "one of them may be -1"),
+    ],
+)
 def test_a_mesh_that_does_not_fit(sizes, words):
     with pytest.raises(InputError, match=words):
         sharding.make_mesh(**sizes)
@@ -100,7 +129,9 @@ def test_a_batch_that_does_not_divide():
     devices = np.array([types.SimpleNamespace(process_index=i // 4) for i in range(8)])
     mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2, "tensor": 1}, devices=devices)
     sharding.check_batch(mesh, 32, accumulate=4)
-    with pytest.raises(InputError, match=r"batch_size=12 .* 8 devices .* of 2 hosts: a multiple of 8"):
+    with pytest.raises(
+        InputError, match=r"batch_size=12 .* 8 devices .* of 2 hosts: a multiple of 8"
+    ):
         sharding.check_batch(mesh, 12)
     with pytest.raises(InputError, match=r"in 4 parts \(accumulate=4\): a multiple of 32"):
         sharding.check_batch(mesh, 48, accumulate=4)
@@ -118,4 +149,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     for parts in (2, 3, 12):
         grads, found = recipe.gradients(loss, params, rows, jax.random.key(1), parts)
         assert np.allclose(grads["w"], whole["w"], rtol=1e-6)
-        assert np.isclose(found["loss"], metrics["loss"]) and np.allclose(found["weighted"], metrics["weighted"])
+        assert np.isclose(found["loss"], metrics["loss"]) and np.allclose(
+            found["weighted"], metrics["weighted"]
+        )

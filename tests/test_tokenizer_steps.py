@@ -15,8 +15,16 @@ from tests import tiny
 
 KEY = jax.random.key(0)
 TINY = TokenizerConfig(
-    scales=(1, 2), vocab_size=4, z_channels=3, channels=8, channel_multipliers=(1,), num_res_blocks=0, patch_size=4,
-    attention=False, groups=2)
+    scales=(1, 2),
+    vocab_size=4,
+    z_channels=3,
+    channels=8,
+    channel_multipliers=(1,),
+    num_res_blocks=0,
+    patch_size=4,
+    attention=False,
+    groups=2,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +44,18 @@ def make_state(task, step, pictures, last_hit):
     rng = np.random.default_rng(0)
     draw = lambda x: jnp.asarray(rng.normal(size=x.shape) + 5, x.dtype)  # so that no number is 0
     state = jax.tree.map(draw, jax.eval_shape(task.init, KEY))
-    return state.replace(step=jnp.int32(step), pictures=jnp.int32(pictures), last_hit=jnp.array(last_hit, jnp.int32))
+    return state.replace(
+        step=jnp.int32(step), pictures=jnp.int32(pictures), last_hit=jnp.array(last_hit, jnp.int32)
+    )
 
 
 def moments(state):
     """Adam's two moments of the codebook."""
-    found = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state) if "codebook" in str(path)]
+    found = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if "codebook" in str(path)
+    ]
     assert len(found) == 2
     return found
 
@@ -49,7 +63,9 @@ def moments(state):
 def without_codebook(state):
     """All the numbers that reviving must leave alone."""
     tree = (state.params, state.opt_state, state.step, state.pictures)
-    return [x for path, x in jax.tree_util.tree_leaves_with_path(tree) if "codebook" not in str(path)]
+    return [
+        x for path, x in jax.tree_util.tree_leaves_with_path(tree) if "codebook" not in str(path)
+    ]
 
 
 # The codebook
@@ -58,15 +74,23 @@ def without_codebook(state):
 def test_the_codebook_is_drawn_from_data_at_the_last_unquantized_step(experiment):
     task = experiment.task
     assert task.unquantized_steps == 15
-    step, state, batches = jax.jit(task.train_step), jax.jit(task.init)(KEY), iter(experiment.loader())
+    step, state, batches = (
+        jax.jit(task.train_step),
+        jax.jit(task.init)(KEY),
+        iter(experiment.loader()),
+    )
     books = [state.params["quantizer"]["codebook"]]
     for _ in range(16):
         state, metrics = step(state, next(batches), KEY)
         books.append(state.params["quantizer"]["codebook"])
         assert np.isfinite(metrics["loss"])
-    assert np.abs(books[14]).max() <= 1 / tiny.VOCAB  # as it was initialised: nothing has trained it
+    assert (
+        np.abs(books[14]).max() <= 1 / tiny.VOCAB
+    )  # as it was initialised: nothing has trained it
     assert np.array_equal(books[14], books[0])
-    assert len(np.unique(np.round(books[15], 6), axis=0)) == tiny.VOCAB  # drawn at step 15, all different
+    assert (
+        len(np.unique(np.round(books[15], 6), axis=0)) == tiny.VOCAB
+    )  # drawn at step 15, all different
     assert np.abs(books[15]).max() > 2 / tiny.VOCAB
     assert 0 < np.abs(books[16] - books[15]).max() < 0.1  # trained from then on
 
@@ -76,17 +100,27 @@ def test_drawn_entries_are_residuals_of_the_features():
     state = make_state(task, 5, 10, np.zeros((2, 4)))
     f = jax.random.normal(jax.random.key(1), (3, 2, 2, 3))
     drawn = task._draw_codebook(state, f, KEY)
-    rests = task.model.apply({"params": state.params}, f, method=lambda t, f: t.quantizer.unquantized_rests(f))
-    distances = np.linalg.norm(drawn.params["quantizer"]["codebook"][:, None] - rests.reshape(-1, 3), axis=-1)
+    rests = task.model.apply(
+        {"params": state.params}, f, method=lambda t, f: t.quantizer.unquantized_rests(f)
+    )
+    distances = np.linalg.norm(
+        drawn.params["quantizer"]["codebook"][:, None] - rests.reshape(-1, 3), axis=-1
+    )
     assert distances.min(1).max() < 0.1 * float(rests.std())
     assert all((m == 0).all() for m in moments(drawn))
-    assert all(np.array_equal(a, b) for a, b in zip(without_codebook(drawn), without_codebook(state)))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(without_codebook(drawn), without_codebook(state))
+    )
     other = task._draw_codebook(state.replace(step=jnp.int32(6)), f, KEY)
-    assert np.array_equal(other.params["quantizer"]["codebook"], state.params["quantizer"]["codebook"])
+    assert np.array_equal(
+        other.params["quantizer"]["codebook"], state.params["quantizer"]["codebook"]
+    )
 
 
 def test_dead_entries_are_replaced_by_current_residuals():
-    task = TokenizerTask(TINY, steps=1000, batch_size=2, unquantized_steps=5, revive_every=10, revive_after=100)
+    task = TokenizerTask(
+        TINY, steps=1000, batch_size=2, unquantized_steps=5, revive_every=10, revive_after=100
+    )
     # Entry 0: hit by scale 0 just now. 1: by scale 1 exactly 100 pictures ago. 2: 101 pictures ago. 3: never.
     last_hit = [[500, 0, 399, -(2**30)], [0, 400, 0, -(2**30)]]
     state = make_state(task, 100, 500, last_hit)
@@ -95,17 +129,27 @@ def test_dead_entries_are_replaced_by_current_residuals():
     old, new = state.params["quantizer"]["codebook"], revived.params["quantizer"]["codebook"]
     assert count == 2
     assert np.array_equal(new[:2], old[:2]) and not np.isclose(new[2:], old[2:]).any()
-    assert np.linalg.norm(new[2:, None] - z.reshape(-1, 3), axis=-1).min(1).max() < 0.1 * float(z.std())
+    assert np.linalg.norm(new[2:, None] - z.reshape(-1, 3), axis=-1).min(1).max() < 0.1 * float(
+        z.std()
+    )
     for before, after in zip(moments(state), moments(revived)):
-        assert np.array_equal(after[:2], before[:2]) and (after[2:] == 0).all() and (before != 0).all()
+        assert (
+            np.array_equal(after[:2], before[:2]) and (after[2:] == 0).all() and (before != 0).all()
+        )
     assert revived.last_hit[:, 2:].tolist() == [[500, 500], [500, 500]]
     assert np.array_equal(revived.last_hit[:, :2], state.last_hit[:, :2])
-    assert all(np.array_equal(a, b) for a, b in zip(without_codebook(revived), without_codebook(state)))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(without_codebook(revived), without_codebook(state))
+    )
 
 
-@pytest.mark.parametrize("step, why", [(101, "not a multiple of revive_every"), (50, "drawn less than 100 pictures ago")])
+@pytest.mark.parametrize(
+    "step, why", [(101, "not a multiple of revive_every"), (50, "drawn less than 100 pictures ago")]
+)
 def test_nothing_is_revived_out_of_time(step, why):
-    task = TokenizerTask(TINY, steps=1000, batch_size=2, unquantized_steps=5, revive_every=10, revive_after=100)
+    task = TokenizerTask(
+        TINY, steps=1000, batch_size=2, unquantized_steps=5, revive_every=10, revive_after=100
+    )
     state = make_state(task, step, 500, np.full((2, 4), -(2**30)))
     same, count = task._revive(state, jnp.ones((3, 5, 3)), KEY)
     assert count == 0, why
@@ -117,13 +161,20 @@ def test_usage_counts_the_last_pictures_of_each_scale():
     task = TokenizerTask(TINY, steps=10, batch_size=2, usage_window=100)
     # Pictures 401 to 500 are the last 100. Scale 0 used entries 0 and 1 of 4, scale 1 used 1, 2 and 3; all were used.
     state = make_state(task, 8, 500, [[500, 401, 400, 0], [-(2**30), 450, 499, 402]])
-    assert {k: float(v) for k, v in task.usage(state).items()} == {"usage/1x1": 0.5, "usage/2x2": 0.75, "usage/any": 1.0}
+    assert {k: float(v) for k, v in task.usage(state).items()} == {
+        "usage/1x1": 0.5,
+        "usage/2x2": 0.75,
+        "usage/any": 1.0,
+    }
 
 
 def test_hits_are_marked_by_scale():
     task = TokenizerTask(TINY, steps=10, batch_size=2)
     tokens = jnp.array([[3, 0, 0, 1, 1], [3, 0, 1, 0, 0]])  # one token of scale 0, four of scale 1
-    assert task._hits(jnp.full((2, 4), -7), tokens, 20).tolist() == [[-7, -7, -7, 20], [20, 20, -7, -7]]
+    assert task._hits(jnp.full((2, 4), -7), tokens, 20).tolist() == [
+        [-7, -7, -7, 20],
+        [20, 20, -7, -7],
+    ]
 
 
 # Optional losses
@@ -132,26 +183,57 @@ def test_hits_are_marked_by_scale():
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("network") / "network.npz"
-    np.savez(path, **{
-        "conv0/kernel": rng.normal(size=(3, 3, 3, 4)).astype(np.float32), "conv0/bias": np.zeros(4, np.float32),
-        "taps": np.array([0]), "pools": np.array([], int), "shift": np.zeros(3), "scale": np.ones(3)})
+    np.savez(
+        path,
+        **{
+            "conv0/kernel": rng.normal(size=(3, 3, 3, 4)).astype(np.float32),
+            "conv0/bias": np.zeros(4, np.float32),
+            "taps": np.array([0]),
+            "pools": np.array([], int),
+            "shift": np.zeros(3),
+            "scale": np.ones(3),
+        },
+    )
     return path
 
 
-BATCH = {"image": np.stack([tiny.picture(label, np.random.default_rng(label), tiny.SIDE) for label in (0, 1, 2, 0, 1, 2)])}
+BATCH = {
+    "image": np.stack(
+        [
+            tiny.picture(label, np.random.default_rng(label), tiny.SIDE)
+            for label in (0, 1, 2, 0, 1, 2)
+        ]
+    )
+}
 WITH_BOTH = dict(
-    adversarial_weight=0.5, adversarial_start=2, discriminator_channels=16, discriminator_layers=1, perceptual_weight=0.5)
+    adversarial_weight=0.5,
+    adversarial_start=2,
+    discriminator_channels=16,
+    discriminator_layers=1,
+    perceptual_weight=0.5,
+)
 
 
 def test_losses_of_weight_0_are_left_out(experiment, network):
     plain = experiment.task
-    state, metrics = jax.eval_shape(lambda s, b: plain.train_step(s, b, KEY), jax.eval_shape(plain.init, KEY), BATCH)
-    assert not {"adversarial", "adaptive_weight", "discriminator_loss", "perceptual"} & metrics.keys()
+    state, metrics = jax.eval_shape(
+        lambda s, b: plain.train_step(s, b, KEY), jax.eval_shape(plain.init, KEY), BATCH
+    )
+    assert (
+        not {"adversarial", "adaptive_weight", "discriminator_loss", "perceptual"} & metrics.keys()
+    )
     assert not jax.tree.leaves(state.discriminator)
     perceptual = dataclasses.replace(plain, perceptual_weight=0.5, revive_every=0)
     state, metrics = jax.eval_shape(
-        lambda s, b, n: perceptual.train_step(s, b, KEY, n), jax.eval_shape(plain.init, KEY), BATCH, load_perceptual(network))
-    assert "perceptual" in metrics and not {"adversarial", "discriminator_loss", "revived"} & metrics.keys()
+        lambda s, b, n: perceptual.train_step(s, b, KEY, n),
+        jax.eval_shape(plain.init, KEY),
+        BATCH,
+        load_perceptual(network),
+    )
+    assert (
+        "perceptual" in metrics
+        and not {"adversarial", "discriminator_loss", "revived"} & metrics.keys()
+    )
 
 
 def test_adversarial_and_perceptual_losses_train(experiment, network):
@@ -171,20 +253,33 @@ def test_adversarial_and_perceptual_losses_train(experiment, network):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
     assert losses[14]["l2"] < losses[0]["l2"] and losses[14]["perceptual"] < losses[0]["perceptual"]
     for layer, trained in state.discriminator.items():
-        assert "kernel" not in trained or not np.array_equal(trained["kernel"], start.discriminator[layer]["kernel"])
+        assert "kernel" not in trained or not np.array_equal(
+            trained["kernel"], start.discriminator[layer]["kernel"]
+        )
 
     # The discriminator's opinion counts from adversarial_start on: nothing else in these two steps differs.
-    (early, a), (late, b) = (step(start.replace(step=jnp.int32(i)), BATCH, KEY, network) for i in (1, 2))
+    (early, a), (late, b) = (
+        step(start.replace(step=jnp.int32(i)), BATCH, KEY, network) for i in (1, 2)
+    )
     assert a["loss"] == b["loss"] and not np.isclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
-    same = lambda part: [np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (part(early), part(late))))]
+    same = lambda part: [
+        np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (part(early), part(late))))
+    ]
     assert all(same(lambda s: s.discriminator))  # it learns all along
     assert not all(same(lambda s: s.params["decoder"]))
 
 
 def test_the_command_takes_the_network_by_name(network):
-    config = tiny.config_of(tiny.train_tokenizer(
-        "unused", perceptual_network=network, recipe__perceptual_weight=0.5, recipe__adversarial_weight=0.1,
-        recipe__discriminator_layers=1, recipe__discriminator_channels=16))
+    config = tiny.config_of(
+        tiny.train_tokenizer(
+            "unused",
+            perceptual_network=network,
+            recipe__perceptual_weight=0.5,
+            recipe__adversarial_weight=0.1,
+            recipe__discriminator_layers=1,
+            recipe__discriminator_channels=16,
+        )
+    )
     built = experiments.build(config)
     assert built.task.perceptual_weight == 0.5 and built.task.discriminator.num_layers == 1
     pictures = jnp.asarray(BATCH["image"] / 127.5 - 1, jnp.float32)

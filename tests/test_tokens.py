@@ -27,7 +27,16 @@ from hmar_jax.data.pipeline import Transform, derive_seed, restore_state, state_
 from hmar_jax.data.sources import BrokenPicture
 from hmar_jax.data.tokenize import count_unfinished, write_token_set
 from hmar_jax.data.tokens import (
-    SplitInfo, TokenSetInfo, TokensInMemory, make_token_loader, open_tokens, pack, read_info, record_bytes, unpack)
+    SplitInfo,
+    TokenSetInfo,
+    TokensInMemory,
+    make_token_loader,
+    open_tokens,
+    pack,
+    read_info,
+    record_bytes,
+    unpack,
+)
 from hmar_jax.errors import InputError
 from hmar_jax.models.tokenizer import Tokenizer, fingerprint
 from hmar_jax.sampling.pipeline import load_parts
@@ -60,7 +69,10 @@ class Pictures:
         time.sleep(self.slow)
         if index in self.broken:
             raise BrokenPicture(f"{index}.jpg", "truncated")
-        return {"image": np.random.default_rng(index).integers(0, 256, (6, 7, 3), dtype=np.uint8), "label": index % 2}
+        return {
+            "image": np.random.default_rng(index).integers(0, 256, (6, 7, 3), dtype=np.uint8),
+            "label": index % 2,
+        }
 
 
 _WEIGHTS = np.random.default_rng(5).integers(0, 4096, (SIDE * SIDE * 3, LENGTH))
@@ -76,21 +88,42 @@ TRANSFORM = Transform(SIDE, "random_crop")
 
 def info(n=50, held_out=20, crops=2, **changes):
     base = TokenSetInfo(
-        tokenizer="none", fingerprint="0" * 16, dtype="float32", scales=SCALES, vocab_size=4096, image_side=SIDE, source="noise",
-        class_names=("even", "odd"), transform=dataclasses.asdict(TRANSFORM), seed=3, shard_size=SHARD,
-        splits={"train": SplitInfo(n, crops), "validate": SplitInfo(held_out, 1)})
+        tokenizer="none",
+        fingerprint="0" * 16,
+        dtype="float32",
+        scales=SCALES,
+        vocab_size=4096,
+        image_side=SIDE,
+        source="noise",
+        class_names=("even", "odd"),
+        transform=dataclasses.asdict(TRANSFORM),
+        seed=3,
+        shard_size=SHARD,
+        splits={"train": SplitInfo(n, crops), "validate": SplitInfo(held_out, 1)},
+    )
     return dataclasses.replace(base, **changes)
 
 
 def write(directory, n=50, held_out=20, broken=(), crops=2, changes=None, **options):
     sources = {"train": Pictures(n, broken), "validate": Pictures(held_out)}
     return write_token_set(
-        directory, encode, sources, TRANSFORM, info(n, held_out, crops, **(changes or {})), batch_size=8, threads=0, **options)
+        directory,
+        encode,
+        sources,
+        TRANSFORM,
+        info(n, held_out, crops, **(changes or {})),
+        batch_size=8,
+        threads=0,
+        **options,
+    )
 
 
 def files_of(directory):
     """Checksums of all shards."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pathlib.Path(directory).glob("*.array_record")}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in pathlib.Path(directory).glob("*.array_record")
+    }
 
 
 def rows_of(source, crop):
@@ -101,7 +134,9 @@ def rows_of(source, crop):
 # Records
 
 
-@pytest.mark.parametrize("vocab, size", [(2, 684), (256, 684), (257, 1024), (4096, 1024), (4097, 1364), (65537, 2724)])
+@pytest.mark.parametrize(
+    "vocab, size", [(2, 684), (256, 684), (257, 1024), (4096, 1024), (4097, 1364), (65537, 2724)]
+)
 @pytest.mark.parametrize("length", [680, 679, 1, 2])
 def test_records_come_back(vocab, size, length):
     rng = np.random.default_rng(length)
@@ -122,10 +157,20 @@ def test_imagenet_fits_in_3_gb_a_crop(tmp_path):
     n, length = 2000, 680
     rng = np.random.default_rng(0)
     made = dataclasses.replace(
-        info(n), scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), shard_size=8192, splits={"train": SplitInfo(n, 1)})
+        info(n),
+        scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        shard_size=8192,
+        splits={"train": SplitInfo(n, 1)},
+    )
     write_token_set(
-        tmp_path / "set", lambda images: rng.integers(0, 4096, (len(images), length)), {"train": Pictures(n)}, TRANSFORM, made,
-        batch_size=500, threads=0)
+        tmp_path / "set",
+        lambda images: rng.integers(0, 4096, (len(images), length)),
+        {"train": Pictures(n)},
+        TRANSFORM,
+        made,
+        batch_size=500,
+        threads=0,
+    )
     (shard,) = (tmp_path / "set").glob("*.array_record")
     assert shard.stat().st_size / n * 1_281_167 < 1.6e9
 
@@ -137,7 +182,13 @@ def test_a_token_set_holds_every_crop_of_every_picture(tmp_path):
     made = write(tmp_path / "set")
     assert made.complete and read_info(tmp_path / "set") == made
     train, validate = (open_tokens(tmp_path / "set", split) for split in ("train", "validate"))
-    assert (len(train), train.crops, len(validate), validate.crops, train.class_names) == (50, 2, 20, 1, ("even", "odd"))
+    assert (len(train), train.crops, len(validate), validate.crops, train.class_names) == (
+        50,
+        2,
+        20,
+        1,
+        ("even", "odd"),
+    )
     for source, crops in ((train, 2), (validate, 1)):
         rows = [rows_of(source, crop) for crop in range(crops)]
         for i in range(len(source)):
@@ -160,10 +211,16 @@ def test_neither_parts_nor_batches_nor_crops_added_later_change_a_bit(tmp_path):
     one = write(tmp_path / "later", crops=1)
     assert one.complete and len(one.splits["train"].shards) == 4
     write(tmp_path / "later", crops=2)
-    assert files_of(tmp_path / "whole") == files_of(tmp_path / "parts") == files_of(tmp_path / "later")
-    described = [(tmp_path / name / "tokens.json").read_text() for name in ("whole", "parts", "later")]
+    assert (
+        files_of(tmp_path / "whole") == files_of(tmp_path / "parts") == files_of(tmp_path / "later")
+    )
+    described = [
+        (tmp_path / name / "tokens.json").read_text() for name in ("whole", "parts", "later")
+    ]
     assert len(set(described)) == 1 and len(files_of(tmp_path / "whole")) == 10
-    assert write(tmp_path / "later", crops=1).splits["train"].crops == 2  # never fewer: others may be reading them
+    assert (
+        write(tmp_path / "later", crops=1).splits["train"].crops == 2
+    )  # never fewer: others may be reading them
     other = write(tmp_path / "other", changes={"seed": 4})
     assert other.complete and files_of(tmp_path / "other") != files_of(tmp_path / "whole")
 
@@ -191,8 +248,10 @@ def kill_and_go_on(directory, kills, seed):
     finished = []
     for kill in range(kills + 1):
         with subprocess.Popen(
-                [sys.executable, "-c", textwrap.dedent(_SLOW_WRITER), str(directory)], env=tiny.ENVIRONMENT,
-                stdout=subprocess.PIPE) as process:
+            [sys.executable, "-c", textwrap.dedent(_SLOW_WRITER), str(directory)],
+            env=tiny.ENVIRONMENT,
+            stdout=subprocess.PIPE,
+        ) as process:
             process.stdout.readline()  # ready
             if kill < kills:
                 wanted = min(8, notes() + int(rng.integers(1, 4 if kills > 1 else 7)))
@@ -211,7 +270,9 @@ def check_killed(tmp_path, kills, seed):
     assert finished[-1] == 10 and finished == sorted(finished)
     assert all(0 < count < 10 for count in finished[:-1]), finished  # it was killed on the way
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert (tmp_path / "killed" / "tokens.json").read_text() == (tmp_path / "whole" / "tokens.json").read_text()
+    assert (tmp_path / "killed" / "tokens.json").read_text() == (
+        tmp_path / "whole" / "tokens.json"
+    ).read_text()
     assert not list((tmp_path / "killed").glob(".*.tmp"))  # nothing is left over
 
 
@@ -243,12 +304,27 @@ def test_two_processes_of_jax_distributed_share_the_work(tmp_path):
         assert cli.main(command(tmp_path / "one")) == 0
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(_DISTRIBUTED), address, str(i), *command(tmp_path / "two")], env=tiny.ENVIRONMENT,
-            stdout=subprocess.PIPE, text=True) for i in range(2)]
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(_DISTRIBUTED),
+                address,
+                str(i),
+                *command(tmp_path / "two"),
+            ],
+            env=tiny.ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
     told = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told
     assert any("36 pictures to train in 2 crops" in text for text in told), told
-    assert files_of(tmp_path / "two") == files_of(tmp_path / "one") and len(files_of(tmp_path / "one")) == 5
+    assert (
+        files_of(tmp_path / "two") == files_of(tmp_path / "one")
+        and len(files_of(tmp_path / "one")) == 5
+    )
     assert read_info(tmp_path / "two") == read_info(tmp_path / "one")
 
 
@@ -260,7 +336,9 @@ def test_damage_is_found_and_mended(tmp_path, damage):
     data = bytearray(shard.read_bytes())
     if damage == "flip":
         train = open_tokens(tmp_path / "set")
-        record = pack(*(rows_of(train, 1)[key][40:41] for key in ("tokens", "label")), 4096).tobytes()
+        record = pack(
+            *(rows_of(train, 1)[key][40:41] for key in ("tokens", "label")), 4096
+        ).tobytes()
         data[data.find(record) + 5] ^= 1
         shard.write_bytes(data)
         source = open_tokens(tmp_path / "set")  # the size is right
@@ -305,29 +383,43 @@ def test_broken_pictures_are_left_out_and_named(tmp_path):
     np.testing.assert_array_equal(memory["tokens"], rows["tokens"])
 
     write(tmp_path / "set")  # the two have been mended meanwhile
-    assert files_of(tmp_path / "set") == files_of(tmp_path / "sound") and len(open_tokens(tmp_path / "set")) == 50
+    assert (
+        files_of(tmp_path / "set") == files_of(tmp_path / "sound")
+        and len(open_tokens(tmp_path / "set")) == 50
+    )
 
 
 def test_too_many_broken_pictures_stop_it_and_what_is_done_stays(tmp_path):
     broken = tuple(range(30, 41))
-    with pytest.raises(InputError, match="noise: 11 of the 50 pictures cannot be read .*first: 30.jpg, 31.jpg, 32.jpg.*goes on"):
+    with pytest.raises(
+        InputError,
+        match="noise: 11 of the 50 pictures cannot be read .*first: 30.jpg, 31.jpg, 32.jpg.*goes on",
+    ):
         write(tmp_path / "set", broken=broken)
     sound = {name: sha for name, sha in files_of(tmp_path / "set").items() if "-00000-of" in name}
     assert len(sound) == 1 and not list((tmp_path / "set").glob(".*.tmp"))
     time_of = lambda name: (tmp_path / "set" / name).stat().st_mtime_ns
     before = {name: time_of(name) for name in sound}
     write(tmp_path / "set")
-    assert sound.items() <= files_of(tmp_path / "set").items() and before == {name: time_of(name) for name in sound}
+    assert sound.items() <= files_of(tmp_path / "set").items() and before == {
+        name: time_of(name) for name in sound
+    }
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"fingerprint": "1" * 16, "tokenizer": "other"}, "another tokenizer: 'none' with fingerprint 0+, not 'other' with 1+"),
+        (
+            {"fingerprint": "1" * 16, "tokenizer": "other"},
+            "another tokenizer: 'none' with fingerprint 0+, not 'other' with 1+",
+        ),
         ({"seed": 5}, "another seed: 3 there and 5 here"),
         ({"shard_size": 5}, "another shard_size"),
         ({"source": "folder:x"}, "another source: 'noise' there and 'folder:x' here"),
-        ({"class_names": ("even", "odd", "more")}, "another class_names: '2 classes' there and '3 classes' here"),
+        (
+            {"class_names": ("even", "odd", "more")},
+            "another class_names: '2 classes' there and '3 classes' here",
+        ),
         ({"transform": {}}, "another transform"),
     ],
 )
@@ -381,8 +473,12 @@ def test_every_picture_once_an_epoch_and_crops_take_turns(tokens):
     for epoch in epochs:
         for picture, crop in epoch:
             seen.setdefault(picture, set()).add(crop)
-    distinct = {i: len({tuple(rows_of(tokens, crop)["tokens"][i]) for crop in range(3)}) for i in range(50)}
-    assert {i: len(crops) for i, crops in seen.items()} == distinct  # all crops of each picture in three epochs
+    distinct = {
+        i: len({tuple(rows_of(tokens, crop)["tokens"][i]) for crop in range(3)}) for i in range(50)
+    }
+    assert {
+        i: len(crops) for i, crops in seen.items()
+    } == distinct  # all crops of each picture in three epochs
 
 
 def test_the_order_is_that_of_grains_shuffle(tokens):
@@ -394,7 +490,12 @@ def test_the_order_is_that_of_grains_shuffle(tokens):
 
 def test_shards_of_the_loader_are_parts_of_one_stream(tokens):
     whole = iter(make_token_loader(tokens, batch_size=12, seed=0))
-    parts = [iter(make_token_loader(tokens, batch_size=4, seed=0, shard_index=s, shard_count=3, threads=s)) for s in range(3)]
+    parts = [
+        iter(
+            make_token_loader(tokens, batch_size=4, seed=0, shard_index=s, shard_count=3, threads=s)
+        )
+        for s in range(3)
+    ]
     for _ in range(10):
         batch = next(whole)
         for shard, part in enumerate(parts):
@@ -420,13 +521,19 @@ def test_the_loaders_state_restores_its_batches(tokens, in_memory):
 
 def test_validation_tokens(tokens):
     parts = [
-        batch for shard in range(3)
-        for batch in make_token_loader(tokens, batch_size=4, train=False, shard_index=shard, shard_count=3)]
+        batch
+        for shard in range(3)
+        for batch in make_token_loader(
+            tokens, batch_size=4, train=False, shard_index=shard, shard_count=3
+        )
+    ]
     assert len(parts) == 3 * 5
     valid = np.concatenate([batch["valid"] for batch in parts])
     rows = np.concatenate([batch["tokens"] for batch in parts])[valid]
     assert valid.sum() == 50
-    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, rows_of(tokens, 0)["tokens"].tolist()))
+    assert sorted(map(tuple, rows.tolist())) == sorted(
+        map(tuple, rows_of(tokens, 0)["tokens"].tolist())
+    )
 
 
 def test_one_row_is_a_data_set():
@@ -449,8 +556,16 @@ def made(tmp_path_factory):
 
 def command(out, *more, tokenizer=None):
     return [
-        "tokenize", f"--tokenizer={tokenizer or tiny.tokenizer_run()}", f"--data=folder:{tiny.pictures()}", f"--out={out}",
-        "--crops=2", "--transform=random_crop", "--batch_size=8", "--shard_size=20", *more]
+        "tokenize",
+        f"--tokenizer={tokenizer or tiny.tokenizer_run()}",
+        f"--data=folder:{tiny.pictures()}",
+        f"--out={out}",
+        "--crops=2",
+        "--transform=random_crop",
+        "--batch_size=8",
+        "--shard_size=20",
+        *more,
+    ]
 
 
 def test_tokenize(made, capsys):
@@ -464,19 +579,26 @@ def test_tokenize(made, capsys):
     before = files_of(made)
     with tiny.cached():
         assert cli.main(command(made, "--verify")) == 0
-    assert "36 pictures to train in 2 crops, 9 pictures to validate; 3 classes" in capsys.readouterr().out
+    assert (
+        "36 pictures to train in 2 crops, 9 pictures to validate; 3 classes"
+        in capsys.readouterr().out
+    )
     assert files_of(made) == before
 
 
 def test_training_from_tokens_needs_no_encoder(made, tmp_path):
-    experiment = experiments.build(tiny.config_of(tiny.train(tmp_path / "run", data__source=f"tokens:{made}")))
-    known, = experiment.extra
+    experiment = experiments.build(
+        tiny.config_of(tiny.train(tmp_path / "run", data__source=f"tokens:{made}"))
+    )
+    (known,) = experiment.extra
     assert known.keys() == {"decoder", "post_quant_conv", "quantizer"}
     assert "encoder" in experiment.frozen.params["tokenizer"]  # the run keeps it, for editing
     assert experiment.spec.class_names == tiny.CLASSES
     task, batch, rng = experiment.task, next(iter(experiment.loader())), jax.random.key(0)
     tokens = rows_of(open_tokens(made), 0)["tokens"], rows_of(open_tokens(made), 1)["tokens"]
-    assert {tuple(row) for row in batch["tokens"]} <= {tuple(row) for crop in tokens for row in crop}
+    assert {tuple(row) for row in batch["tokens"]} <= {
+        tuple(row) for crop in tokens for row in crop
+    }
     # Traced, not run: whatever the programs take from the tokenizer, they find.
     state = jax.eval_shape(task.init, rng, known)
     jax.eval_shape(task.train_step, state, batch, rng, known)
@@ -490,13 +612,24 @@ def test_both_stages_from_tokens_on_disk_and_in_memory(made, tmp_path):
     steps = dict(data__source=f"tokens:{made}", eval_every=3, sample_every=3, checkpoint_every=3)
     with tiny.cached():
         assert cli.main(tiny.train(tmp_path / "whole", **steps, steps=6)) == 0
-        assert cli.main(tiny.train(tmp_path / "memory", **steps, steps=6, data__in_memory=True)) == 0
-        assert cli.main(tiny.train_masked(tmp_path / "masked", **steps, steps=3, init_from=tmp_path / "whole")) == 0
+        assert (
+            cli.main(tiny.train(tmp_path / "memory", **steps, steps=6, data__in_memory=True)) == 0
+        )
+        assert (
+            cli.main(
+                tiny.train_masked(
+                    tmp_path / "masked", **steps, steps=3, init_from=tmp_path / "whole"
+                )
+            )
+            == 0
+        )
         (_, whole), (_, memory) = (load_parts(str(tmp_path / name)) for name in ("whole", "memory"))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(memory)):
         np.testing.assert_array_equal(a, b)
     assert len(list((tmp_path / "masked" / "samples").iterdir())) == 1
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert any("validation/loss" in line for line in lines)
 
 
@@ -505,14 +638,21 @@ def other_tokenizer(tmp_path_factory):
     """The tiny tokenizer with one number changed."""
     directory = tmp_path_factory.mktemp("tokenizer") / "other"
     spec, params = load_parts(str(tiny.tokenizer_run()))
-    params["tokenizer"]["quantizer"]["codebook"] = np.array(params["tokenizer"]["quantizer"]["codebook"])
+    params["tokenizer"]["quantizer"]["codebook"] = np.array(
+        params["tokenizer"]["quantizer"]["codebook"]
+    )
     params["tokenizer"]["quantizer"]["codebook"][3, 0] += 0.01
     save_model(directory, spec.to_json(), params, "")
     return directory
 
 
 def test_tokens_of_another_tokenizer(made, other_tokenizer, tmp_path, capsys):
-    assert cli.main(tiny.train(tmp_path / "run", data__source=f"tokens:{made}", tokenizer=other_tokenizer)) == 2
+    assert (
+        cli.main(
+            tiny.train(tmp_path / "run", data__source=f"tokens:{made}", tokenizer=other_tokenizer)
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "was made by another tokenizer" in error
     assert read_info(made).fingerprint in error and str(other_tokenizer) in error
@@ -520,7 +660,11 @@ def test_tokens_of_another_tokenizer(made, other_tokenizer, tmp_path, capsys):
     before = files_of(made)
     assert cli.main(command(made, tokenizer=other_tokenizer)) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "tokens of another tokenizer" in error and files_of(made) == before
+    assert (
+        error.count("\n") == 1
+        and "tokens of another tokenizer" in error
+        and files_of(made) == before
+    )
 
 
 def test_bad_input(made, tmp_path, capsys):
@@ -528,15 +672,31 @@ def test_bad_input(made, tmp_path, capsys):
     shutil.copytree(tiny.pictures() / "train" / "circle", flat)
     run, tokenizer = tmp_path / "run", tiny.tokenizer_run()
     for arguments, message in (
-            (tiny.train(run, data__source=f"folder:{flat}"), f"{flat} has pictures but no class folders: {flat}/CLASS/"),
-            (["tokenize", f"--tokenizer={tokenizer}", f"--data=folder:{flat}", f"--out={run}"], "has pictures but no class folders"),
-            (tiny.train(run, data__source="tokens:nowhere"), "there is no token set nowhere"),
-            (tiny.train(run, data__source=f"tokens:{flat}"), "is not a token set: it has no tokens.json"),
-            (tiny.train_tokenizer(run, data__source=f"tokens:{made}"), "is a set of tokens: pictures are wanted here"),
-            (tiny.train(run, data__source=f"tokens:{made}", batch_size=37), "batch_size=37: .* has 36 pictures"),
-            (command(run, "--splits=test"), "--splits=test: train, validate or both"),
-            (command(run, "--transform=crop"), "unknown transform kind 'crop'"),
-            (command(made, "--seed=1"), "another seed")):
+        (
+            tiny.train(run, data__source=f"folder:{flat}"),
+            f"{flat} has pictures but no class folders: {flat}/CLASS/",
+        ),
+        (
+            ["tokenize", f"--tokenizer={tokenizer}", f"--data=folder:{flat}", f"--out={run}"],
+            "has pictures but no class folders",
+        ),
+        (tiny.train(run, data__source="tokens:nowhere"), "there is no token set nowhere"),
+        (
+            tiny.train(run, data__source=f"tokens:{flat}"),
+            "is not a token set: it has no tokens.json",
+        ),
+        (
+            tiny.train_tokenizer(run, data__source=f"tokens:{made}"),
+            "is a set of tokens: pictures are wanted here",
+        ),
+        (
+            tiny.train(run, data__source=f"tokens:{made}", batch_size=37),
+            "batch_size=37: .* has 36 pictures",
+        ),
+        (command(run, "--splits=test"), "--splits=test: train, validate or both"),
+        (command(run, "--transform=crop"), "unknown transform kind 'crop'"),
+        (command(made, "--seed=1"), "another seed"),
+    ):
         assert cli.main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and re.search(message, error), error

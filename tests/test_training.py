@@ -21,7 +21,11 @@ from hmar_jax.training import experiments, loop, metrics
 from tests import tiny
 
 # tensorboardX imports torch where it finds it: two seconds that these processes need not take.
-_HMAR = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from hmar_jax.cli import run; run()"]
+_HMAR = [
+    sys.executable,
+    "-c",
+    "import sys; sys.modules['torch'] = None; from hmar_jax.cli import run; run()",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -39,26 +43,43 @@ def lines(workdir) -> tuple[list[dict], list[dict]]:
 def assert_same_end(workdir, uninterrupted):
     """The same saved state, bit for bit, and each logged step exactly once, with the same last figures."""
     (step, state), (other_step, other) = (
-        checkpoints.load_params_of_run(w, "opt_state", "step") for w in (workdir, uninterrupted))
+        checkpoints.load_params_of_run(w, "opt_state", "step") for w in (workdir, uninterrupted)
+    )
     assert step == other_step == 80
     assert jax.tree.structure(state) == jax.tree.structure(other)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other)):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
-    (training, validation), (other_training, other_validation) = lines(workdir), lines(uninterrupted)
-    assert [x["step"] for x in training] == [x["step"] for x in other_training] == list(range(10, 81, 10))
+    (training, validation), (other_training, other_validation) = (
+        lines(workdir),
+        lines(uninterrupted),
+    )
+    assert (
+        [x["step"] for x in training]
+        == [x["step"] for x in other_training]
+        == list(range(10, 81, 10))
+    )
     assert [x["step"] for x in validation] == [x["step"] for x in other_validation] == [40, 80]
     assert validation[-1] == other_validation[-1]
-    assert (workdir / "samples/step_000080.png").read_bytes() == (uninterrupted / "samples/step_000080.png").read_bytes()
+    assert (workdir / "samples/step_000080.png").read_bytes() == (
+        uninterrupted / "samples/step_000080.png"
+    ).read_bytes()
 
 
 class Process:
     """A run in a process of its own."""
 
     def __init__(self, arguments):
-        self.workdir = pathlib.Path(next(a for a in arguments if a.startswith("--workdir=")).removeprefix("--workdir="))
+        self.workdir = pathlib.Path(
+            next(a for a in arguments if a.startswith("--workdir=")).removeprefix("--workdir=")
+        )
         self.log = open(self.workdir.with_suffix(".log"), "a+")
         self.process = subprocess.Popen(
-            [*_HMAR, *arguments], env=tiny.ENVIRONMENT, cwd=self.workdir.parent, stdout=self.log, stderr=self.log)
+            [*_HMAR, *arguments],
+            env=tiny.ENVIRONMENT,
+            cwd=self.workdir.parent,
+            stdout=self.log,
+            stderr=self.log,
+        )
 
     def said(self) -> str:
         self.log.seek(0)
@@ -76,7 +97,10 @@ def kill_after_first_checkpoint(arguments):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.2))
         run.process.kill()
-        if run.process.wait(60) == -signal.SIGKILL and not (run.workdir / "checkpoints/80").exists():
+        if (
+            run.process.wait(60) == -signal.SIGKILL
+            and not (run.workdir / "checkpoints/80").exists()
+        ):
             return
         assert run.process.returncode in (0, -signal.SIGKILL), run.said()
         shutil.rmtree(run.workdir)  # it was over before the signal came: again
@@ -89,14 +113,18 @@ def kill_after_first_checkpoint(arguments):
 def test_a_tokenizer_learns():
     training, validation = lines(tiny.tokenizer_run())
     assert training[-1]["loss"] < 0.7 * training[0]["loss"]
-    assert validation[-1]["validation/psnr"] > validation[0]["validation/psnr"] > training[0]["psnr"]
+    assert (
+        validation[-1]["validation/psnr"] > validation[0]["validation/psnr"] > training[0]["psnr"]
+    )
 
 
 def test_a_transformer_learns():
     training, validation = lines(tiny.model_run())
     assert 0.8 * np.log(tiny.VOCAB) < training[0]["loss"] < 1.1 * np.log(tiny.VOCAB)
     assert training[-1]["loss"] < 0.7 * training[0]["loss"]
-    assert validation[-1]["validation/loss"] < validation[0]["validation/loss"] < training[0]["loss"]
+    assert (
+        validation[-1]["validation/loss"] < validation[0]["validation/loss"] < training[0]["loss"]
+    )
 
 
 def test_stage_2_learns_and_nothing_else_changes():
@@ -104,7 +132,10 @@ def test_stage_2_learns_and_nothing_else_changes():
     assert training[-1]["loss"] < 0.9 * training[0]["loss"]
     assert validation[-1]["validation/loss"] < validation[0]["validation/loss"]
     tenths = [f"loss/ratio_{t / 10:.1f}-{(t + 1) / 10:.1f}" for t in range(10)]
-    assert {f"validation/{name}" for name in tenths} | {"validation/loss/2x2", "validation/accuracy"} <= validation[-1].keys()
+    assert {f"validation/{name}" for name in tenths} | {
+        "validation/loss/2x2",
+        "validation/accuracy",
+    } <= validation[-1].keys()
     assert set().union(*training) >= {*tenths, "loss", "accuracy", "grad_norm"}
     by_tenth = [validation[-1][f"validation/{name}"] for name in tenths]
     assert np.isclose(np.mean(by_tenth), validation[-1]["validation/loss"], rtol=1e-4)
@@ -115,7 +146,9 @@ def test_stage_2_learns_and_nothing_else_changes():
     for part in ("tokenizer", "transformer"):
         for a, b in zip(jax.tree.leaves(params[part]), jax.tree.leaves(stage1[part]), strict=True):
             assert np.array_equal(a, b), part
-    assert not np.array_equal(params["masked"]["head"]["kernel"], params["transformer"]["head"]["kernel"])
+    assert not np.array_equal(
+        params["masked"]["head"]["kernel"], params["transformer"]["head"]["kernel"]
+    )
 
 
 def test_stage_2_of_a_model_without_class_names(tmp_path):
@@ -137,16 +170,44 @@ def test_what_is_frozen_has_no_optimizer_state():
 
 def test_what_a_run_directory_has():
     training, validation = lines(tiny.model_run())
-    assert {"step", "time", "loss", "accuracy", "lr", "grad_norm", "images_per_second", "device_seconds", "host_wait_seconds",
-            "loss/1x1", "loss/2x2", "accuracy/1x1", "accuracy/2x2"} <= training[0].keys()
+    assert {
+        "step",
+        "time",
+        "loss",
+        "accuracy",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "device_seconds",
+        "host_wait_seconds",
+        "loss/1x1",
+        "loss/2x2",
+        "accuracy/1x1",
+        "accuracy/2x2",
+    } <= training[0].keys()
     assert {"validation/loss", "validation/accuracy", "validation/loss/2x2"} <= validation[0].keys()
-    assert {"l1", "l2", "psnr", "usage/1x1", "usage/2x2", "usage/any", "revived"} <= lines(tiny.tokenizer_run())[0][0].keys()
+    assert {"l1", "l2", "psnr", "usage/1x1", "usage/2x2", "usage/any", "revived"} <= lines(
+        tiny.tokenizer_run()
+    )[0][0].keys()
     config = json.loads((tiny.model_run() / "config.json").read_text())
-    assert config["config"]["model"]["depth"] == 2 and config["model"]["class_names"] == list(tiny.CLASSES)
+    assert config["config"]["model"]["depth"] == 2 and config["model"]["class_names"] == list(
+        tiny.CLASSES
+    )
     for run, frozen in ((tiny.model_run(), "tokenizer"), (tiny.masked_run(), "stage1")):
         found = {p.name for p in run.iterdir()}
-        assert found == {"config.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints", "log.txt", frozen}
-    assert sorted(p.name for p in (tiny.model_run() / "checkpoints").iterdir()) == ["60", "80"]  # keep_checkpoints=2
+        assert found == {
+            "config.json",
+            "metrics.jsonl",
+            "tensorboard",
+            "samples",
+            "checkpoints",
+            "log.txt",
+            frozen,
+        }
+    assert sorted(p.name for p in (tiny.model_run() / "checkpoints").iterdir()) == [
+        "60",
+        "80",
+    ]  # keep_checkpoints=2
 
 
 # Interruptions
@@ -154,7 +215,11 @@ def test_what_a_run_directory_has():
 
 def test_killed_and_started_again_ends_as_if_nothing_had_happened(tmp_path):
     uninterrupted = [tiny.tokenizer_run(), tiny.model_run(), tiny.masked_run()]
-    commands = [tiny.train_tokenizer(tmp_path / "tokenizer"), tiny.train(tmp_path / "model"), tiny.train_masked(tmp_path / "masked")]
+    commands = [
+        tiny.train_tokenizer(tmp_path / "tokenizer"),
+        tiny.train(tmp_path / "model"),
+        tiny.train_masked(tmp_path / "masked"),
+    ]
     with concurrent.futures.ThreadPoolExecutor() as together:
         list(together.map(kill_after_first_checkpoint, commands))
     runs = [Process(command) for command in commands]
@@ -181,7 +246,9 @@ def test_goes_on_with_tokens_made_beforehand():
 
 @pytest.mark.slow
 def test_killed_with_tokens_made_beforehand(tmp_path):
-    commands = [tiny.train(tmp_path / name, data__cached_copies=2) for name in ("run", "uninterrupted")]
+    commands = [
+        tiny.train(tmp_path / name, data__cached_copies=2) for name in ("run", "uninterrupted")
+    ]
     assert cli.main(commands[1]) == 0
     kill_after_first_checkpoint(commands[0])
     Process(commands[0]).finish()
@@ -207,13 +274,18 @@ def test_sigterm_saves_and_ends_well(tmp_path, monkeypatch, capfd):
     monkeypatch.undo()
     assert cli.main(tiny.train(tmp_path / "run")) == 0
     said = capfd.readouterr()
-    assert "resuming from step 30" in said.err and said.out == f"{tmp_path}/run: next_scale run complete\n"
+    assert (
+        "resuming from step 30" in said.err
+        and said.out == f"{tmp_path}/run: next_scale run complete\n"
+    )
     assert_same_end(tmp_path / "run", tiny.model_run())
 
 
 def test_a_finished_run_does_nothing_and_says_so(tmp_path, capfd):
     run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
-    files = lambda: {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "log.txt"}
+    files = lambda: {
+        p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "log.txt"
+    }
     before = files()
     assert cli.main(tiny.train_tokenizer(run)) == 0
     assert "this run is done: step 80 of 80" in capfd.readouterr().err
@@ -222,7 +294,9 @@ def test_a_finished_run_does_nothing_and_says_so(tmp_path, capfd):
 
 def test_what_does_not_change_the_result_may_change(tmp_path):
     run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
-    assert cli.main(tiny.train_tokenizer(run, log_every=7, data__threads=0, keep_checkpoints=1)) == 0
+    assert (
+        cli.main(tiny.train_tokenizer(run, log_every=7, data__threads=0, keep_checkpoints=1)) == 0
+    )
     assert json.loads((run / "config.json").read_text())["config"]["log_every"] == 7
 
 
@@ -231,7 +305,9 @@ def test_goes_on_from_the_last_good_checkpoint(tmp_path, capfd):
     damage(run / "checkpoints/80")
     assert cli.main(tiny.train_tokenizer(run)) == 0
     said = capfd.readouterr().err
-    assert "checkpoint of step 80" in said and "is damaged" in said and "resuming from step 60" in said
+    assert (
+        "checkpoint of step 80" in said and "is damaged" in said and "resuming from step 60" in said
+    )
     assert "Traceback" not in said
     assert_same_end(run, tiny.tokenizer_run())
 
@@ -249,20 +325,25 @@ def test_a_kill_while_the_directory_is_made(tmp_path):
     assert cli.main(tiny.train(run)) == 0
     _, kept = checkpoints.load_model(run / "tokenizer")
     _, trained = checkpoints.load_params_of_run(tiny.tokenizer_run())
-    assert np.array_equal(kept["tokenizer"]["quantizer"]["codebook"], trained["params"]["quantizer"]["codebook"])
+    assert np.array_equal(
+        kept["tokenizer"]["quantizer"]["codebook"], trained["params"]["quantizer"]["codebook"]
+    )
 
     (tmp_path / "new").mkdir()
     (tmp_path / "new/.config.json.0123abcd.tmp").write_text("{")
     config = tiny.config_of(tiny.train_tokenizer("unused"))
     loop._prepare(tmp_path / "new", config, experiments.build(config))
-    assert json.loads((tmp_path / "new/config.json").read_text())["config"] == configs.to_dict(config)
+    assert json.loads((tmp_path / "new/config.json").read_text())["config"] == configs.to_dict(
+        config
+    )
 
 
 def test_a_run_keeps_what_it_was_begun_with(tmp_path, capfd):
     gone = tmp_path / "gone"
     for source, frozen, command in (
-            (tiny.model_run(), tiny.tokenizer_run(), lambda run: tiny.train(run, tokenizer=gone)),
-            (tiny.masked_run(), tiny.model_run(), lambda run: tiny.train_masked(run, init_from=gone))):
+        (tiny.model_run(), tiny.tokenizer_run(), lambda run: tiny.train(run, tokenizer=gone)),
+        (tiny.masked_run(), tiny.model_run(), lambda run: tiny.train_masked(run, init_from=gone)),
+    ):
         run = shutil.copytree(source, tmp_path / source.name)
         config = (run / "config.json").read_text()
         (run / "config.json").write_text(config.replace(str(frozen), str(gone)))
@@ -275,12 +356,18 @@ def test_a_run_keeps_what_it_was_begun_with(tmp_path, capfd):
 
 def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 0.5}\n{"step": 30, "loss": 0.2}\n{"step": 40, "lo')
+    path.write_text(
+        '{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 0.5}\n{"step": 30, "loss": 0.2}\n{"step": 40, "lo'
+    )
     writer = metrics.MetricsWriter(tmp_path, 20)
     writer.write(30, {"loss": 0.25})
     writer.close()
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert found == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.5}, {"step": 30, "loss": 0.25}]
+    assert found == [
+        {"step": 10, "loss": 1.0},
+        {"step": 20, "loss": 0.5},
+        {"step": 30, "loss": 0.25},
+    ]
 
 
 def test_what_is_not_finite_is_left_out_of_the_means():

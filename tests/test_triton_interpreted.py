@@ -33,7 +33,10 @@ def case(sizes, pattern, dtype="float32", dim=16, scale=None, **options):
 
 CASES = [
     *(case(s, p, t) for s in ([1], [7, 50, 3]) for p in ("diagonal", "causal") for t in TOLERANCE),
-    *(case(random_sizes(n), ("diagonal", "causal")[n % 2], list(TOLERANCE)[n // 2 % 2]) for n in range(4)),
+    *(
+        case(random_sizes(n), ("diagonal", "causal")[n % 2], list(TOLERANCE)[n // 2 % 2])
+        for n in range(4)
+    ),
     case([1, 4, 40], "causal", dim=8),  # fewer columns than the matrix units take
     case([5, 40], "diagonal", dim=24, batch=3, heads=3),  # columns that fill no power of two
     case([1, 4, 40], "causal", scale=-0.5),

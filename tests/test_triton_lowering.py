@@ -14,7 +14,9 @@ from pallas_kernels import triton, triton_plan
 try:
     import jax_triton  # noqa: F401
 except ImportError as error:
-    pytest.skip(f"jax_triton cannot be imported: {str(error).splitlines()[0]}", allow_module_level=True)
+    pytest.skip(
+        f"jax_triton cannot be imported: {str(error).splitlines()[0]}", allow_module_level=True
+    )
 
 
 def squares(*sides):
@@ -48,8 +50,12 @@ def check(sizes, pattern, gpu=90, dtype="float16", dim=64):
     plan = problem(sizes, pattern, gpu, dtype, dim)
     attend = functools.partial(triton.attend, call=triton.Call(plan, compute_capability=gpu))
     shape = (2, sum(sizes), 4, dim)
-    text = lower(functools.partial(forward_backward, attend), *[jax.ShapeDtypeStruct(shape, dtype)] * 4)
-    launches = triton_plan.forward_launches(plan, shape, dtype) + triton_plan.backward_launches(plan, shape, dtype)
+    text = lower(
+        functools.partial(forward_backward, attend), *[jax.ShapeDtypeStruct(shape, dtype)] * 4
+    )
+    launches = triton_plan.forward_launches(plan, shape, dtype) + triton_plan.backward_launches(
+        plan, shape, dtype
+    )
     assert text.count("@triton_kernel_call") == len(launches)
 
 
@@ -60,7 +66,9 @@ def test_lists(gpu, length, pattern):
     check(LISTS[length], pattern, gpu)
 
 
-@pytest.mark.parametrize("dtype, dim", [("bfloat16", 64), ("float32", 64), ("float16", 128), ("float16", 32)])
+@pytest.mark.parametrize(
+    "dtype, dim", [("bfloat16", 64), ("float32", 64), ("float16", 128), ("float16", 32)]
+)
 def test_dtypes_and_head_dims(dtype, dim):
     check((3, 70, 300), "diagonal", dtype=dtype, dim=dim)
 

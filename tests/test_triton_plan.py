@@ -8,8 +8,22 @@ from pallas_kernels.reference import block_mask
 from pallas_kernels.triton_plan import Tile, Tuning
 
 TUNINGS = (
-    Tuning((Tile(16, 16, 4, 1), Tile(32, 8, 4, 1)), (Tile(8, 16, 4, 1),), Tile(16, 8, 4, 1), Tile(8, 16, 4, 1), 2, 4),
-    Tuning((Tile(8, 32, 4, 1),), (Tile(16, 16, 4, 1), Tile(32, 8, 4, 1)), Tile(32, 16, 4, 1), Tile(16, 8, 4, 1), 4, 2),
+    Tuning(
+        (Tile(16, 16, 4, 1), Tile(32, 8, 4, 1)),
+        (Tile(8, 16, 4, 1),),
+        Tile(16, 8, 4, 1),
+        Tile(8, 16, 4, 1),
+        2,
+        4,
+    ),
+    Tuning(
+        (Tile(8, 32, 4, 1),),
+        (Tile(16, 16, 4, 1), Tile(32, 8, 4, 1)),
+        Tile(32, 16, 4, 1),
+        Tile(16, 8, 4, 1),
+        4,
+        2,
+    ),
 )
 
 
@@ -53,13 +67,17 @@ def test_every_score_once(seed, tuning, pattern):
     problem = triton_plan.Problem(sizes, pattern, 1.0, tuning)
     shape = (3, sum(sizes), 6, 64)
     forward = triton_plan.forward_launches(problem, shape, "float16")
-    np.testing.assert_array_equal(sum(visited(launch, sizes, pattern, 0) for launch in forward), mask)
+    np.testing.assert_array_equal(
+        sum(visited(launch, sizes, pattern, 0) for launch in forward), mask
+    )
 
     by_kernel = {}
     for launch in triton_plan.backward_launches(problem, shape, "float16"):
         by_kernel.setdefault(launch.kernel, []).append(launch)
         assert launch.grid == 3 * 6 * len(launch.table)
-    whole = sum(visited(launch, sizes, pattern, 0) for launch in by_kernel.get("backward_whole", []))
+    whole = sum(
+        visited(launch, sizes, pattern, 0) for launch in by_kernel.get("backward_whole", [])
+    )
     for kernel, axis in (("backward_keys", 1), ("backward_queries", 0)):
         counts = sum(visited(launch, sizes, pattern, axis) for launch in by_kernel.get(kernel, []))
         np.testing.assert_array_equal(whole + counts, mask)
@@ -74,7 +92,17 @@ def test_pieces_cover_what_the_programs_read(seed, pattern):
     pieces = [launch.table for launch in launches if launch.kernel == "prepare"][0]
     for launch in launches:
         if launch.kernel in ("backward_keys", "backward_queries"):
-            for own_start, own_stop, start, _, _, stop, first, last, own_piece in launch.table.tolist():
+            for (
+                own_start,
+                own_stop,
+                start,
+                _,
+                _,
+                stop,
+                first,
+                last,
+                own_piece,
+            ) in launch.table.tolist():
                 rows = {row for piece in pieces[first:last] for row in range(piece[0], piece[1])}
                 assert rows >= {*range(start, stop)}
                 if launch.kernel == "backward_queries":
@@ -97,8 +125,15 @@ def test_bounds():
 
 @pytest.mark.parametrize(
     "kind, name",
-    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H100"), ("NVIDIA GH200 480GB", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"),
-     ("NVIDIA L4", "L4"), ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"), ("cpu", "cpu")],
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H100"),
+        ("NVIDIA GH200 480GB", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"),
+        ("cpu", "cpu"),
+    ],
 )
 def test_gpu_names(kind, name):
     assert triton_plan.gpu_name(kind) == name

@@ -27,22 +27,50 @@ SIDE, LENGTH, VOCAB = 8, 5, 16  # scales 1, 2 at 4 pixels a token
 FOLDER = pathlib.Path(os.environ.get("HMAR_TINY_FOLDER") or tempfile.mkdtemp(prefix="hmar_tiny_"))
 CACHE = FOLDER / "compiled"
 ENVIRONMENT = dict(
-    os.environ, JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(CACHE), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0", JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    PYTHONPATH=str(pathlib.Path(__file__).resolve().parent.parent))
+    os.environ,
+    JAX_PLATFORMS="cpu",
+    JAX_COMPILATION_CACHE_DIR=str(CACHE),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    PYTHONPATH=str(pathlib.Path(__file__).resolve().parent.parent),
+)
 
-_STEPS = dict(steps=80, batch_size=6, log_every=10, eval_every=40, sample_every=80, checkpoint_every=20)
+_STEPS = dict(
+    steps=80, batch_size=6, log_every=10, eval_every=40, sample_every=80, checkpoint_every=20
+)
 TOKENIZER = _STEPS | {
-    "data.transform.kind": "random_crop", "model.scales": "1,2", "model.vocab_size": VOCAB, "model.z_channels": 4,
-    "model.channels": 8, "model.channel_multipliers": "1", "model.groups": 2, "model.num_res_blocks": 0,
+    "data.transform.kind": "random_crop",
+    "model.scales": "1,2",
+    "model.vocab_size": VOCAB,
+    "model.z_channels": 4,
+    "model.channels": 8,
+    "model.channel_multipliers": "1",
+    "model.groups": 2,
+    "model.num_res_blocks": 0,
     "recipe.unquantized_steps": 15,
-    "recipe.warmup_steps": 5, "recipe.learning_rate": 5e-3, "recipe.revive_after": 60, "recipe.usage_window": 60}
+    "recipe.warmup_steps": 5,
+    "recipe.learning_rate": 5e-3,
+    "recipe.revive_after": 60,
+    "recipe.usage_window": 60,
+}
 TRANSFORMER = _STEPS | {
-    "data.transform.kind": "random_crop", "image_side": 0, "data.cached_copies": 0, "model.depth": 2, "model.width": 32,
-    "model.heads": 2, "sampling.guidance": 1.0}
+    "data.transform.kind": "random_crop",
+    "image_side": 0,
+    "data.cached_copies": 0,
+    "model.depth": 2,
+    "model.width": 32,
+    "model.heads": 2,
+    "sampling.guidance": 1.0,
+}
 
 MASKED = _STEPS | {
-    "data.transform.kind": "random_crop", "image_side": 0, "data.cached_copies": 0, "model.masked_depth": 1, "sampling.guidance": 1.0}
+    "data.transform.kind": "random_crop",
+    "image_side": 0,
+    "data.cached_copies": 0,
+    "model.masked_depth": 1,
+    "sampling.guidance": 1.0,
+}
 
 
 def made_once(make):
@@ -66,8 +94,11 @@ def made_once(make):
 def cached():
     """Programs are compiled quickly and kept in CACHE, or taken from there; the log is put back as it was."""
     wanted = dict(
-        jax_compilation_cache_dir=str(CACHE), jax_persistent_cache_min_compile_time_secs=0.0,
-        jax_persistent_cache_min_entry_size_bytes=0, jax_disable_most_optimizations=True)
+        jax_compilation_cache_dir=str(CACHE),
+        jax_persistent_cache_min_compile_time_secs=0.0,
+        jax_persistent_cache_min_entry_size_bytes=0,
+        jax_disable_most_optimizations=True,
+    )
     before = {name: jax.config.values[name] for name in wanted}
     log = logging.getLogger("hmar_jax")
     handlers, level, propagate = list(log.handlers), log.level, log.propagate
@@ -86,7 +117,11 @@ def cached():
 def picture(label: int, rng: np.random.Generator, side: int = 10) -> np.ndarray:
     """A noisy circle, cross or set of stripes, uint8 (side, side, 3)."""
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
-    shape = (x**2 + y**2 < (side / 2.6) ** 2, (abs(x) < 1) | (abs(y) < 1), np.mgrid[:side, :side][0] % 4 < 2)[label]
+    shape = (
+        x**2 + y**2 < (side / 2.6) ** 2,
+        (abs(x) < 1) | (abs(y) < 1),
+        np.mgrid[:side, :side][0] % 4 < 2,
+    )[label]
     return (200 * shape[..., None] + rng.uniform(0, 55, (side, side, 3))).astype(np.uint8)
 
 
@@ -108,7 +143,12 @@ def overrides(values: dict) -> list[str]:
 def train_tokenizer(workdir, **changes) -> list[str]:
     """Arguments of the command; a change's dots are written as two underscores."""
     values = TOKENIZER | {"data.source": f"folder:{pictures()}"} | _dotted(changes)
-    return ["train-tokenizer", "--config=configs/tokenizer.py:digits", f"--workdir={workdir}", *overrides(values)]
+    return [
+        "train-tokenizer",
+        "--config=configs/tokenizer.py:digits",
+        f"--workdir={workdir}",
+        *overrides(values),
+    ]
 
 
 def train(workdir, **changes) -> list[str]:
@@ -122,7 +162,12 @@ def train_masked(workdir, **changes) -> list[str]:
     values = MASKED | {"data.source": f"folder:{pictures()}"} | _dotted(changes)
     if "init_from" not in values:
         values["init_from"] = model_run()
-    return ["train", "--config=configs/hmar.py:digits,stage=masked", f"--workdir={workdir}", *overrides(values)]
+    return [
+        "train",
+        "--config=configs/hmar.py:digits,stage=masked",
+        f"--workdir={workdir}",
+        *overrides(values),
+    ]
 
 
 def config_of(arguments: list[str]) -> ConfigDict:

@@ -12,11 +12,11 @@ import torch
 from triton.runtime import interpreter
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-from torch_launch import TorchAttention  # noqa: E402
+from torch_launch import TorchAttention
 
-from pallas_kernels import triton_plan  # noqa: E402
-from pallas_kernels.reference import block_mask  # noqa: E402
-from pallas_kernels.triton_plan import Tile, Tuning  # noqa: E402
+from pallas_kernels import triton_plan
+from pallas_kernels.reference import block_mask
+from pallas_kernels.triton_plan import Tile, Tuning
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -70,7 +70,9 @@ def errors(sizes, pattern, scale, dim, dtype, tuning, spread=1.0, d_out_size=1.0
 def main():
     cases = json.loads(sys.argv[1])
     small = dict(tuning=SMALL_TILES)
-    print(json.dumps([errors(**{**small, **case, "sizes": tuple(case["sizes"])}) for case in cases]))
+    print(
+        json.dumps([errors(**{**small, **case, "sizes": tuple(case["sizes"])}) for case in cases])
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ class BrokenPicture(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode_picture(file: str | BinaryIO, decode_side: int | None = None, path: str | None = None) -> np.ndarray:
+def decode_picture(
+    file: str | BinaryIO, decode_side: int | None = None, path: str | None = None
+) -> np.ndarray:
     """Decodes any picture that PIL reads to RGB.
 
     CMYK, palette and 16-bit grey pictures are converted, transparency is laid over white, the first frame of an
@@ -42,7 +44,9 @@ def decode_picture(file: str | BinaryIO, decode_side: int | None = None, path: s
             return np.array(_to_rgb(_upright(picture)))
     except MemoryError:
         raise  # the machine's fault, not the picture's
-    except Exception as error:  # PIL's decoders raise nearly every built-in exception on damaged input
+    except (
+        Exception
+    ) as error:  # PIL's decoders raise nearly every built-in exception on damaged input
         reason = " ".join(str(error).split()) or type(error).__name__
         if path is None:
             path = str(file)
@@ -60,11 +64,15 @@ def _upright(picture: Image.Image) -> Image.Image:
 def _to_rgb(picture: Image.Image) -> Image.Image:
     mode = picture.mode
     if mode == "F":
-        raise ValueError("floating-point pixels, whose range is not known; save it with 8 or 16 bits")
+        raise ValueError(
+            "floating-point pixels, whose range is not known; save it with 8 or 16 bits"
+        )
     if mode == "I" or mode.startswith("I;16"):  # "I" is what some 16-bit formats open as
         grey = np.clip(np.array(picture).astype(np.int64), 0, 65535)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+            "RGB"
+        )
     return picture if mode == "RGB" else picture.convert("RGB")

@@ -16,10 +16,16 @@ from hmar_jax.errors import InputError
 from hmar_jax.files import is_local
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_NAME_LISTS = ("class_names.txt", "LOC_synset_mapping.txt", "synset_words.txt")  # ours, and as ImageNet is handed out
+_NAME_LISTS = (
+    "class_names.txt",
+    "LOC_synset_mapping.txt",
+    "synset_words.txt",
+)  # ours, and as ImageNet is handed out
 _VALIDATE_FOLDERS = ("validate", "val", "validation")
 _LISTING_THREADS = 32  # of folders in object stores
-_HELD_OUT = 0.02  # share of the files that validate when a folder has no validation pictures of its own
+_HELD_OUT = (
+    0.02  # share of the files that validate when a folder has no validation pictures of its own
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +69,32 @@ def open_folder(root: str, split: str, decode_side: int | None, need_classes: bo
     try:
         is_folder = root.is_dir()
     except ImportError as error:
-        raise InputError(f"{spec} needs gcsfs (for gs://) or s3fs (for s3://): pip install \"hmar_jax[gcs]\"") from error
+        raise InputError(
+            f'{spec} needs gcsfs (for gs://) or s3fs (for s3://): pip install "hmar_jax[gcs]"'
+        ) from error
     if not is_folder:
         what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise InputError(f"{root} {what}: folder:DIR takes a folder with pictures in DIR/train/CLASS, DIR/CLASS or DIR")
+        raise InputError(
+            f"{root} {what}: folder:DIR takes a folder with pictures in DIR/train/CLASS, DIR/CLASS or DIR"
+        )
 
     has_train = (root / "train").is_dir()
     train_root = root / "train" if has_train else root
     classes = _list_classes(train_root)
     if not any(classes.values()):
-        raise InputError(f"no pictures in {train_root}: wanted files ending in {' '.join(EXTENSIONS)}")
+        raise InputError(
+            f"no pictures in {train_root}: wanted files ending in {' '.join(EXTENSIONS)}"
+        )
     if need_classes and "" in classes:
         raise InputError(
             f"{train_root} has pictures but no class folders: {train_root}/CLASS/{classes[''][0]} is wanted; to train "
-            "without classes, put all of them into one folder")
+            "without classes, put all of them into one folder"
+        )
     listed = _listed_names(root)
     names = tuple(
-        "all" if folder == "" else listed.get(folder) or _readable_name(folder, files) for folder, files in classes.items())
+        "all" if folder == "" else listed.get(folder) or _readable_name(folder, files)
+        for folder, files in classes.items()
+    )
 
     validate_root = None
     if has_train:
@@ -90,21 +105,36 @@ def open_folder(root: str, split: str, decode_side: int | None, need_classes: bo
     if validate_root is None:
         held_out = _held_out([file for files in classes.values() for file in files], train_root)
         keep_held_out = split == "validate"
-        classes = {folder: [f for f in files if (f in held_out) == keep_held_out] for folder, files in classes.items()}
+        classes = {
+            folder: [f for f in files if (f in held_out) == keep_held_out]
+            for folder, files in classes.items()
+        }
     elif split == "validate":
         found = _list_classes(validate_root)
         unknown = sorted(set(found) - set(classes))
         if unknown:
-            first = f"class folder {unknown[0]!r}" if unknown[0] else "pictures outside of class folders"
-            raise InputError(f"{validate_root} has {first}, which {train_root} has not: both need the same classes")
+            first = (
+                f"class folder {unknown[0]!r}"
+                if unknown[0]
+                else "pictures outside of class folders"
+            )
+            raise InputError(
+                f"{validate_root} has {first}, which {train_root} has not: both need the same classes"
+            )
         if not any(found.values()):
-            raise InputError(f"no pictures in {validate_root}: fill it, or remove it to hold out 2 % of {train_root}")
+            raise InputError(
+                f"no pictures in {validate_root}: fill it, or remove it to hold out 2 % of {train_root}"
+            )
         classes = {folder: found.get(folder, []) for folder in classes}
         files_root = validate_root
 
     files = tuple(file for files in classes.values() for file in files)
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()])
-    return FolderSource(f"folder:{os.fspath(root)}", names, os.fspath(files_root), files, labels, decode_side)
+    labels = np.repeat(
+        np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()]
+    )
+    return FolderSource(
+        f"folder:{os.fspath(root)}", names, os.fspath(files_root), files, labels, decode_side
+    )
 
 
 def _list_classes(root: epath.Path) -> dict[str, list[str]]:
@@ -146,7 +176,10 @@ def _entries(folder: epath.Path) -> list[tuple[str, bool]]:
     else:  # asking an object store of every name whether it is a folder would take hours
         found = [(path.name, "." not in path.name) for path in folder.iterdir()]
     return sorted(
-        (name, is_folder) for name, is_folder in found if not name.startswith(".") and (is_folder or _is_picture(name)))
+        (name, is_folder)
+        for name, is_folder in found
+        if not name.startswith(".") and (is_folder or _is_picture(name))
+    )
 
 
 def _real(folder: epath.Path) -> str:
@@ -177,10 +210,16 @@ def _listed_names(root: epath.Path) -> dict[str, str]:
         path = root / file
         if not path.exists():
             continue
-        lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.split(maxsplit=1)
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
         wrong = next((number for number, line in enumerate(lines, 1) if len(line) != 2), None)
         if wrong:
-            raise InputError(f"{path}, line {wrong}: a class folder and its name are wanted, such as n02099601 golden_retriever")
+            raise InputError(
+                f"{path}, line {wrong}: a class folder and its name are wanted, such as n02099601 golden_retriever"
+            )
         return {folder: "_".join(names.split(",")[0].split()) for folder, names in lines}
     return {}
 
@@ -188,6 +227,12 @@ def _listed_names(root: epath.Path) -> dict[str, str]:
 def _held_out(files: list[str], root: epath.Path) -> set[str]:
     """The 2 % of the files that validate: those whose names hash lowest, so adding pictures moves few of the others."""
     if len(files) < 2:
-        raise InputError(f"{root} has only one picture: at least two are needed, as one is held out to validate")
+        raise InputError(
+            f"{root} has only one picture: at least two are needed, as one is held out to validate"
+        )
     count = max(1, round(_HELD_OUT * len(files)))
-    return set(sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(file), digest_size=8).digest())[:count])
+    return set(
+        sorted(files, key=lambda file: hashlib.blake2b(os.fsencode(file), digest_size=8).digest())[
+            :count
+        ]
+    )

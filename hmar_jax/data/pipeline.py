@@ -25,7 +25,9 @@ from hmar_jax.errors import InputError
 
 KINDS = ("resize_crop", "random_crop", "affine")
 
-_MAX_ASPECT = 16  # longer pictures are shortened first: a 1 x 10000 one would become gigabytes when enlarged
+_MAX_ASPECT = (
+    16  # longer pictures are shortened first: a 1 x 10000 one would become gigabytes when enlarged
+)
 _BROKEN_SHARE = 0.01  # a run stops when more of its pictures are broken, ...
 _BROKEN_FILES = 10  # ... and more files than this
 _SHUFFLE, _AUGMENT = 0, 1  # which random numbers of a seed
@@ -52,7 +54,9 @@ class Transform:
     side: int  # pixels
     kind: str
     resize_ratio: float = 1.125  # resize_crop only
-    flip: bool = False  # mirror half of the training pictures left to right; the published recipe does not
+    flip: bool = (
+        False  # mirror half of the training pictures left to right; the published recipe does not
+    )
     rotate: float = 6.0  # affine only: degrees
     shift: float = 1.0  # affine only: pixels, in x and in y
     scale: float = 0.03  # affine only: relative
@@ -60,11 +64,15 @@ class Transform:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise InputError(f"unknown transform kind {self.kind!r}: it is one of {', '.join(KINDS)}")
+            raise InputError(
+                f"unknown transform kind {self.kind!r}: it is one of {', '.join(KINDS)}"
+            )
         if self.side < 1:
             raise InputError(f"transform side {self.side}: it must be at least 1 pixel")
         if self.resize_ratio < 1:
-            raise InputError(f"transform resize_ratio {self.resize_ratio}: it must be at least 1, or no crop fits")
+            raise InputError(
+                f"transform resize_ratio {self.resize_ratio}: it must be at least 1, or no crop fits"
+            )
         if not 0 <= self.scale < 1:
             raise InputError(f"transform scale {self.scale}: it must be in [0, 1)")
 
@@ -108,7 +116,11 @@ class Transform:
         offset = centre - inverse @ (centre + shift)
         coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
         picture = Image.fromarray(image).transform(
-            (self.side, self.side), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=0
+            (self.side, self.side),
+            Image.Transform.AFFINE,
+            coefficients,
+            Image.Resampling.BICUBIC,
+            fillcolor=0,
         )
         return np.asarray(picture)
 
@@ -184,9 +196,16 @@ class _Reader:
             except BrokenPicture as error:
                 self._broken[candidate] = error
                 continue
-            return {"image": example["image"], "label": example["label"], "picture": index, "skipped": step}
+            return {
+                "image": example["image"],
+                "label": example["label"],
+                "picture": index,
+                "skipped": step,
+            }
         first = ", ".join(error.path for error in list(self._broken.values())[:3])
-        raise InputError(f"{self.source.name}: none of its {len(self)} pictures can be read; the first: {first}")
+        raise InputError(
+            f"{self.source.name}: none of its {len(self)} pictures can be read; the first: {first}"
+        )
 
     def why(self, index: int) -> BrokenPicture:
         """What is wrong with a broken picture; read again where another process met it."""
@@ -196,7 +215,9 @@ class _Reader:
             except BrokenPicture as error:
                 self._broken[index] = error
             else:
-                self._broken[index] = BrokenPicture(f"{self.source.name}[{index}]", "was unreadable once, and is readable now")
+                self._broken[index] = BrokenPicture(
+                    f"{self.source.name}[{index}]", "was unreadable once, and is readable now"
+                )
         return self._broken[index]
 
 
@@ -235,11 +256,14 @@ class _Watch:
         allowed = _BROKEN_SHARE * self._share
         allowed += 4 * allowed**0.5 if self._share < len(self._reader) else 0
         for count, of, most in (
-                (len(self._met), len(self._reader), _BROKEN_SHARE * len(self._reader)), (self._missed, self._share, allowed)):
+            (len(self._met), len(self._reader), _BROKEN_SHARE * len(self._reader)),
+            (self._missed, self._share, allowed),
+        ):
             if count > max(_BROKEN_FILES, most):
                 raise InputError(
                     f"{self._reader.source.name}: {count} of the {of} pictures cannot be read "
-                    f"(at most {_BROKEN_SHARE:.0%} may be broken); the first: {', '.join(list(self._met.values())[:3])}")
+                    f"(at most {_BROKEN_SHARE:.0%} may be broken); the first: {', '.join(list(self._met.values())[:3])}"
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,10 +319,22 @@ def make_loader(
     """
     n = len(source)
     check_loader(
-        n, source.name, batch_size=batch_size, seed=seed, train=train, num_epochs=num_epochs, shard_index=shard_index,
-        shard_count=shard_count, threads=threads, workers=workers, pad=pad)
+        n,
+        source.name,
+        batch_size=batch_size,
+        seed=seed,
+        train=train,
+        num_epochs=num_epochs,
+        shard_index=shard_index,
+        shard_count=shard_count,
+        threads=threads,
+        workers=workers,
+        pad=pad,
+    )
     if workers and isinstance(source, InMemory):
-        raise InputError(f"data workers {workers} with pictures kept in memory: each process would keep all of them; 0 is wanted")
+        raise InputError(
+            f"data workers {workers} with pictures kept in memory: each process would keep all of them; 0 is wanted"
+        )
     whole = batch_size * shard_count  # pictures in one batch of all shards
     reader = _Reader(source)
 
@@ -307,7 +343,9 @@ def make_loader(
         return {"image": image, "label": np.int32(example["label"]), **numbers}
 
     if train:
-        shuffle_seed, augment_seed = (derive_seed(seed, purpose) for purpose in (_SHUFFLE, _AUGMENT))
+        shuffle_seed, augment_seed = (
+            derive_seed(seed, purpose) for purpose in (_SHUFFLE, _AUGMENT)
+        )
 
         def augment(example, rng):
             return as_arrays(example, transform(example["image"], rng))
@@ -322,7 +360,9 @@ def make_loader(
         def example_at(position):
             if position >= n:
                 image = np.zeros((transform.side, transform.side, 3), np.uint8)
-                return as_arrays({"label": 0, "picture": 0, "skipped": 0}, image) | {"valid": np.bool_(False)}
+                return as_arrays({"label": 0, "picture": 0, "skipped": 0}, image) | {
+                    "valid": np.bool_(False)
+                }
             example = reader[position]
             valid = np.bool_(example["skipped"] == 0)
             return as_arrays(example, transform(example["image"], None)) | {"valid": valid}
@@ -334,7 +374,12 @@ def make_loader(
 
 
 def shard_and_batch(
-    dataset: grain.MapDataset, batch_size: int, shard_index: int, shard_count: int, threads: int, workers: int = 0
+    dataset: grain.MapDataset,
+    batch_size: int,
+    shard_index: int,
+    shard_count: int,
+    threads: int,
+    workers: int = 0,
 ) -> grain.IterDataset:
     """The batches of one shard of a stream with one element a position."""
     batches = dataset.batch(batch_size, drop_remainder=True)[shard_index::shard_count]
@@ -344,13 +389,31 @@ def shard_and_batch(
 def iterate(batches: grain.MapDataset, threads: int, workers: int = 0) -> grain.IterDataset:
     """Batches one after the other, read ahead as `make_loader` says; the state is {"next_index": batches given}."""
     # One element for Grain is a whole batch, so its buffer is counted in batches.
-    read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
-    return ByProcesses(batches, read_ahead, workers) if workers else batches.to_iter_dataset(read_ahead)
+    read_ahead = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0
+    )
+    return (
+        ByProcesses(batches, read_ahead, workers)
+        if workers
+        else batches.to_iter_dataset(read_ahead)
+    )
 
 
 def check_loader(
-    n: int, name: str, *, batch_size: int, seed: int, train: bool, num_epochs: int | None, shard_index: int, shard_count: int,
-    threads: int, workers: int = 0, pad: bool, what: str = "pictures") -> None:
+    n: int,
+    name: str,
+    *,
+    batch_size: int,
+    seed: int,
+    train: bool,
+    num_epochs: int | None,
+    shard_index: int,
+    shard_count: int,
+    threads: int,
+    workers: int = 0,
+    pad: bool,
+    what: str = "pictures",
+) -> None:
     """Raises InputError where a loader of n examples, called `what`, cannot be made so."""
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: it must be at least 1")
@@ -361,7 +424,9 @@ def check_loader(
     if workers < 0:
         raise InputError(f"data workers {workers}: it must be 0 or more")
     if shard_count < 1 or not 0 <= shard_index < shard_count:
-        raise InputError(f"shard {shard_index} of {shard_count}: the index must be from 0 to the count - 1")
+        raise InputError(
+            f"shard {shard_index} of {shard_count}: the index must be from 0 to the count - 1"
+        )
     if num_epochs is not None and not train:
         raise InputError(f"num_epochs {num_epochs} with validation: validation is always one pass")
     if num_epochs is not None and num_epochs < 1:
@@ -369,8 +434,14 @@ def check_loader(
     if n == 0:
         raise InputError(f"{name} has no {what}")
     if (train or not pad) and batch_size > n // shard_count:
-        share = f"the {n // shard_count} in each of {shard_count} shards" if shard_count > 1 else f"its {n} {what}"
-        raise InputError(f"{name}: batch size {batch_size} is more than {share}; make it {n // shard_count} or less")
+        share = (
+            f"the {n // shard_count} in each of {shard_count} shards"
+            if shard_count > 1
+            else f"its {n} {what}"
+        )
+        raise InputError(
+            f"{name}: batch size {batch_size} is more than {share}; make it {n // shard_count} or less"
+        )
 
 
 def derive_seed(seed: int, purpose: int) -> int:
@@ -399,10 +470,14 @@ def restore_state(iterator: grain.DatasetIterator, data: bytes) -> None:
     try:
         state = json.loads(data)
     except ValueError as error:
-        raise InputError("the saved data position is damaged (not JSON): start the data from the beginning") from error
+        raise InputError(
+            "the saved data position is damaged (not JSON): start the data from the beginning"
+        ) from error
     if not isinstance(state, Mapping) or state.keys() != iterator.get_state().keys():
         raise InputError(f"the saved data position {state!r} is not one of this loader")
     try:
         iterator.set_state(state)
     except (IndexError, TypeError, ValueError) as error:
-        raise InputError(f"the saved data position {state!r} does not fit this loader: {error}") from error
+        raise InputError(
+            f"the saved data position {state!r} does not fit this loader: {error}"
+        ) from error

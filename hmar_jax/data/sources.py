@@ -26,14 +26,25 @@ from hmar_jax.data.folder import EXTENSIONS, open_folder
 from hmar_jax.errors import InputError
 
 __all__ = [
-    "EXTENSIONS", "SPLITS", "ArraySource", "BrokenPicture", "InMemory", "Source", "TfdsSource", "decode_picture", "open_source"]
+    "EXTENSIONS",
+    "SPLITS",
+    "ArraySource",
+    "BrokenPicture",
+    "InMemory",
+    "Source",
+    "TfdsSource",
+    "decode_picture",
+    "open_source",
+]
 
 SPLITS = ("train", "validate")
 KNOWN_SPECS = "digits, folder:DIR, tfds:NAME, tfds:NAME@DATA_DIR"
 
 _TFDS_VALIDATE_SPLITS = ("validation", "validate", "val", "test")
 _DIGITS_VALIDATE = 360  # 1,437 are left to train
-_DIGITS_SPLIT_SEED = 0  # fixed: two runs with different seeds must still be compared on the same digits
+_DIGITS_SPLIT_SEED = (
+    0  # fixed: two runs with different seeds must still be compared on the same digits
+)
 
 
 @runtime_checkable
@@ -45,7 +56,9 @@ class Source(Protocol):
     """
 
     name: str
-    class_names: tuple[str, ...]  # by label; two classes may share a name (ImageNet has two called "crane")
+    class_names: tuple[
+        str, ...
+    ]  # by label; two classes may share a name (ImageNet has two called "crane")
 
     @property
     def num_classes(self) -> int: ...
@@ -56,8 +69,13 @@ class Source(Protocol):
 
 
 def open_source(
-    spec: str, split: str = "train", *, in_memory: bool = False, decode_side: int | None = None,
-    need_classes: bool = False) -> Source:
+    spec: str,
+    split: str = "train",
+    *,
+    in_memory: bool = False,
+    decode_side: int | None = None,
+    need_classes: bool = False,
+) -> Source:
     """Opens a source of pictures.
 
     Args:
@@ -93,7 +111,9 @@ def open_source(
     elif kind == "tokens" and rest:
         raise InputError(f"{spec} is a set of tokens: pictures are wanted here, {KNOWN_SPECS}")
     else:
-        raise InputError(f"unknown data {spec!r}: it is one of {KNOWN_SPECS}, and to train a transformer tokens:DIR")
+        raise InputError(
+            f"unknown data {spec!r}: it is one of {KNOWN_SPECS}, and to train a transformer tokens:DIR"
+        )
     return InMemory(source) if in_memory else source
 
 
@@ -137,7 +157,9 @@ def _open_digits(split: str) -> ArraySource:
 def _enlarge_digit(digit: np.ndarray) -> np.ndarray:
     """(8, 8) with values 0..16 to uint8 (32, 32, 3)."""
     picture = Image.fromarray((digit * (255 / 16)).astype(np.float32))
-    grey = np.array(picture.resize((32, 32), Image.Resampling.BICUBIC))  # bicubic overshoots, hence the clip
+    grey = np.array(
+        picture.resize((32, 32), Image.Resampling.BICUBIC)
+    )  # bicubic overshoots, hence the clip
     grey = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
 
@@ -149,7 +171,9 @@ def _stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     share = np.floor(quota).astype(int)
     by_remainder = np.argsort(share - quota, kind="stable")
     share[by_remainder[: count - share.sum()]] += 1
-    rng = np.random.RandomState(seed)  # numpy promises this old generator's stream for good, unlike default_rng's
+    rng = np.random.RandomState(
+        seed
+    )  # numpy promises this old generator's stream for good, unlike default_rng's
     chosen = np.zeros(len(labels), bool)
     for label, n in enumerate(share):
         chosen[rng.permutation(np.flatnonzero(labels == label))[:n]] = True
@@ -190,7 +214,9 @@ def _open_tfds(rest: str, split: str, decode_side: int | None) -> TfdsSource:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise InputError(f"tfds:{rest} needs tensorflow-datasets: pip install tensorflow-datasets") from error
+        raise InputError(
+            f"tfds:{rest} needs tensorflow-datasets: pip install tensorflow-datasets"
+        ) from error
     name, _, data_dir = rest.partition("@")
     where = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     not_prepared = (
@@ -199,7 +225,9 @@ def _open_tfds(rest: str, split: str, decode_side: int | None) -> TfdsSource:
     )
     try:
         builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
-    except Exception as error:  # unknown name, no such version, another file format: all are answered the same way
+    except (
+        Exception
+    ) as error:  # unknown name, no such version, another file format: all are answered the same way
         raise InputError(not_prepared) from error
     splits = builder.info.splits
     if not splits:
@@ -207,16 +235,22 @@ def _open_tfds(rest: str, split: str, decode_side: int | None) -> TfdsSource:
 
     features = builder.info.features
     if "image" not in features or "label" not in features:
-        raise InputError(f"tfds:{name} has features {', '.join(features)}: it needs `image` and `label`")
+        raise InputError(
+            f"tfds:{name} has features {', '.join(features)}: it needs `image` and `label`"
+        )
     wanted = ("train",) if split == "train" else _TFDS_VALIDATE_SPLITS
     tfds_split = next((candidate for candidate in wanted if candidate in splits), None)
     if tfds_split is None:
-        raise InputError(f"tfds:{name} has splits {', '.join(splits)}: to {split}, it needs one of {', '.join(wanted)}")
+        raise InputError(
+            f"tfds:{name} has splits {', '.join(splits)}: to {split}, it needs one of {', '.join(wanted)}"
+        )
     try:
         records = builder.as_data_source(tfds_split, decoders={"image": tfds.decode.SkipDecoding()})
     except Exception as error:
         raise InputError(not_prepared) from error
-    return TfdsSource(f"tfds:{name}", tuple(features["label"].names), tfds_split, records, decode_side)
+    return TfdsSource(
+        f"tfds:{name}", tuple(features["label"].names), tfds_split, records, decode_side
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +277,9 @@ class InMemory:
     def __getitem__(self, index: int) -> dict:
         example = self._examples[index]
         if example is None:
-            example = self.source[index]  # outside of the lock: two threads may read the same picture, harmlessly
+            example = self.source[
+                index
+            ]  # outside of the lock: two threads may read the same picture, harmlessly
             example["image"].setflags(write=False)
             with self._lock:
                 self._examples[index] = example

@@ -15,7 +15,8 @@ import os
 import secrets
 import tempfile
 import time
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -28,7 +29,15 @@ from tqdm import tqdm
 
 from hmar_jax.data.pipeline import Transform, derive_seed, make_loader, shard_and_batch
 from hmar_jax.data.sources import BrokenPicture, Source
-from hmar_jax.data.tokens import INFO_FILE, PROGRESS_FOLDER, SplitInfo, TokenSetInfo, TokensInMemory, pack, read_info
+from hmar_jax.data.tokens import (
+    INFO_FILE,
+    PROGRESS_FOLDER,
+    SplitInfo,
+    TokenSetInfo,
+    TokensInMemory,
+    pack,
+    read_info,
+)
 from hmar_jax.errors import InputError
 from hmar_jax.files import absolute, is_local, read_json, write_by_rename
 from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, fingerprint, to_float
@@ -42,8 +51,14 @@ _LOG_SECONDS = 60
 
 
 def tokenize(
-    encode: Callable[[np.ndarray], jax.Array], source: Source, transform: Transform, *, copies: int, seed: int,
-    batch_size: int = 64, progress: bool = False,
+    encode: Callable[[np.ndarray], jax.Array],
+    source: Source,
+    transform: Transform,
+    *,
+    copies: int,
+    seed: int,
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> TokensInMemory:
     """Encodes every picture of a source `copies` times, each time cropped and turned anew.
 
@@ -57,12 +72,22 @@ def tokenize(
       len(source) * copies rows of tokens, less at most a thousandth that does not fill the last batch.
     """
     rows = len(source) * copies
-    batch_size = next(b for b in range(min(batch_size, len(source)), 0, -1) if rows % b <= rows // 1000)
+    batch_size = next(
+        b for b in range(min(batch_size, len(source)), 0, -1) if rows % b <= rows // 1000
+    )
     loader = make_loader(
-        source, transform, batch_size=batch_size, seed=derive_seed(seed, _ENCODE), train=True, num_epochs=copies)
+        source,
+        transform,
+        batch_size=batch_size,
+        seed=derive_seed(seed, _ENCODE),
+        train=True,
+        num_epochs=copies,
+    )
     total = rows // batch_size
     tokens, labels = [], []
-    for batch in tqdm(loader, total=total, desc="tokens", disable=None if progress else True, leave=False):
+    for batch in tqdm(
+        loader, total=total, desc="tokens", disable=None if progress else True, leave=False
+    ):
         tokens.append(np.asarray(encode(batch["image"])))
         labels.append(batch["label"])
     return TokensInMemory.of(np.concatenate(tokens), np.concatenate(labels))
@@ -83,29 +108,59 @@ class Shard(NamedTuple):
 
 
 def describe(
-    name: str, config: TokenizerConfig, params: dict, spec: str, sources: Mapping[str, Source], transform: Transform, *,
-    crops: int, seed: int, shard_size: int) -> TokenSetInfo:
+    name: str,
+    config: TokenizerConfig,
+    params: dict,
+    spec: str,
+    sources: Mapping[str, Source],
+    transform: Transform,
+    *,
+    crops: int,
+    seed: int,
+    shard_size: int,
+) -> TokenSetInfo:
     """What a token set of these sources and this tokenizer shall be; `name` and `spec` are what they were called."""
     kind, _, place = spec.partition(":")
     if kind == "folder":  # the same from any current directory
         spec = f"folder:{absolute(epath.Path(place).expanduser())}"
-    splits = {split: SplitInfo(len(source), crops if split == "train" else 1) for split, source in sources.items()}
+    splits = {
+        split: SplitInfo(len(source), crops if split == "train" else 1)
+        for split, source in sources.items()
+    }
     return TokenSetInfo(
-        tokenizer=name, fingerprint=fingerprint(config, params), dtype=config.dtype, scales=config.scales,
-        vocab_size=config.vocab_size, image_side=config.image_side, source=spec,
-        class_names=next(iter(sources.values())).class_names, transform=dataclasses.asdict(transform), seed=seed,
-        shard_size=shard_size, splits=splits)
+        tokenizer=name,
+        fingerprint=fingerprint(config, params),
+        dtype=config.dtype,
+        scales=config.scales,
+        vocab_size=config.vocab_size,
+        image_side=config.image_side,
+        source=spec,
+        class_names=next(iter(sources.values())).class_names,
+        transform=dataclasses.asdict(transform),
+        seed=seed,
+        shard_size=shard_size,
+        splits=splits,
+    )
 
 
-def make_encoder(config: TokenizerConfig, params: dict, batch_size: int, devices: Sequence[jax.Device]):
+def make_encoder(
+    config: TokenizerConfig, params: dict, batch_size: int, devices: Sequence[jax.Device]
+):
     """`encode` as `write_token_set` takes it, a batch divided among the devices, and its batch size, rounded up to fit."""
     mesh = Mesh(np.array(devices), ("data",))
-    by_picture, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    by_picture, whole = (
+        NamedSharding(mesh, PartitionSpec("data")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
     known = {part: params[part] for part in ("encoder", "quant_conv", "quantizer")}
     known = jax.device_put(jax.tree.map(jnp.asarray, known), whole)
     run = jax.jit(
-        lambda known, images: Tokenizer(config).apply({"params": known}, to_float(images), method="encode"),
-        in_shardings=(whole, by_picture), out_shardings=by_picture)
+        lambda known, images: Tokenizer(config).apply(
+            {"params": known}, to_float(images), method="encode"
+        ),
+        in_shardings=(whole, by_picture),
+        out_shardings=by_picture,
+    )
     return (lambda images: run(known, images)), -(-batch_size // len(devices)) * len(devices)
 
 
@@ -113,15 +168,32 @@ def shards_of(split: str, pictures: int, crops: int, shard_size: int) -> list[Sh
     """All shards of a split, those of crop 0 first. Names do not depend on the number of crops: more can be added."""
     count = -(-pictures // shard_size)
     return [
-        Shard(split, crop, i * shard_size, min(pictures, (i + 1) * shard_size),
-              f"{split}-crop{crop:02d}-{i:05d}-of-{count:05d}.array_record")
-        for crop in range(crops) for i in range(count)]
+        Shard(
+            split,
+            crop,
+            i * shard_size,
+            min(pictures, (i + 1) * shard_size),
+            f"{split}-crop{crop:02d}-{i:05d}-of-{count:05d}.array_record",
+        )
+        for crop in range(crops)
+        for i in range(count)
+    ]
 
 
 def write_token_set(
-    directory: os.PathLike | str, encode: Callable[[np.ndarray], jax.Array], sources: Mapping[str, Source],
-    transform: Transform, info: TokenSetInfo, *, batch_size: int = 64, part: tuple[int, int] = (0, 1), threads: int = 2,
-    workers: int = 0, verify: bool = False, progress: bool = False) -> TokenSetInfo:
+    directory: os.PathLike | str,
+    encode: Callable[[np.ndarray], jax.Array],
+    sources: Mapping[str, Source],
+    transform: Transform,
+    info: TokenSetInfo,
+    *,
+    batch_size: int = 64,
+    part: tuple[int, int] = (0, 1),
+    threads: int = 2,
+    workers: int = 0,
+    verify: bool = False,
+    progress: bool = False,
+) -> TokenSetInfo:
     """Writes one part of a token set, or what is missing of it.
 
     Whoever finds all shards finished, whichever part that is, marks the set complete.
@@ -150,7 +222,18 @@ def write_token_set(
         shards = shards_of(split, asked.pictures, asked.crops, info.shard_size)[part[0] :: part[1]]
         todo = [shard for shard in shards if not _is_finished(folder, shard, source, verify)]
         if todo:
-            _write_shards(folder, encode, source, transform, info, todo, batch_size, threads, workers, progress)
+            _write_shards(
+                folder,
+                encode,
+                source,
+                transform,
+                info,
+                todo,
+                batch_size,
+                threads,
+                workers,
+                progress,
+            )
     return finish(folder, info)
 
 
@@ -163,18 +246,23 @@ def _begin(folder: epath.Path, info: TokenSetInfo) -> TokenSetInfo:
             # More crops may be asked for than there are, never fewer: others may be reading them.
             splits = {
                 name: dataclasses.replace(split, crops=max(split.crops, found.splits[name].crops))
-                for name, split in info.splits.items()}
+                for name, split in info.splits.items()
+            }
             info = dataclasses.replace(info, tokenizer=found.tokenizer, splits=splits)
             if all(found.splits[name].crops == split.crops for name, split in splits.items()):
                 return dataclasses.replace(info, complete=found.complete)
         elif folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
-            raise InputError(f"{folder} is neither empty nor a token set (no {INFO_FILE}): take another --out")
+            raise InputError(
+                f"{folder} is neither empty nor a token set (no {INFO_FILE}): take another --out"
+            )
         elif folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file: name a directory")
         (folder / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
         _write_info(folder, info)
     except OSError as error:
-        raise InputError(f"the token set {folder} cannot be written: {error.strerror or error}") from None
+        raise InputError(
+            f"the token set {folder} cannot be written: {error.strerror or error}"
+        ) from None
     return info
 
 
@@ -182,21 +270,29 @@ def _check_same(folder: epath.Path, found: TokenSetInfo, asked: TokenSetInfo) ->
     if found.fingerprint != asked.fingerprint:
         raise InputError(
             f"{folder} holds tokens of another tokenizer: {found.tokenizer!r} with fingerprint {found.fingerprint}, not "
-            f"{asked.tokenizer!r} with {asked.fingerprint}; take another --out")
+            f"{asked.tokenizer!r} with {asked.fingerprint}; take another --out"
+        )
     for field in ("source", "dtype", "seed", "shard_size", "transform", "class_names"):
         theirs, ours = getattr(found, field), getattr(asked, field)
         if theirs != ours:
             if field == "class_names":
-                theirs, ours = (f"{len(names)} classes" if len(theirs) != len(ours) else names for names in (theirs, ours))
-            raise InputError(f"{folder} holds a token set with another {field}: {theirs!r} there and {ours!r} here; take another --out")
+                theirs, ours = (
+                    f"{len(names)} classes" if len(theirs) != len(ours) else names
+                    for names in (theirs, ours)
+                )
+            raise InputError(
+                f"{folder} holds a token set with another {field}: {theirs!r} there and {ours!r} here; take another --out"
+            )
     if found.splits.keys() != asked.splits.keys():
         raise InputError(
-            f"{folder} holds a token set of the splits {', '.join(found.splits)}, not {', '.join(asked.splits)}; take another --out")
+            f"{folder} holds a token set of the splits {', '.join(found.splits)}, not {', '.join(asked.splits)}; take another --out"
+        )
     for name, split in asked.splits.items():
         if found.splits[name].pictures != split.pictures:
             raise InputError(
                 f"{folder} was begun when {asked.source} had {found.splits[name].pictures} pictures to {name}; it has "
-                f"{split.pictures} now: take another --out")
+                f"{split.pictures} now: take another --out"
+            )
 
 
 def finish(directory: os.PathLike | str, info: TokenSetInfo) -> TokenSetInfo:
@@ -207,13 +303,20 @@ def finish(directory: os.PathLike | str, info: TokenSetInfo) -> TokenSetInfo:
     """
     folder, splits = epath.Path(directory), {}
     for name, split in info.splits.items():
-        notes = [_note(folder, shard) for shard in shards_of(name, split.pictures, split.crops, info.shard_size)]
+        notes = [
+            _note(folder, shard)
+            for shard in shards_of(name, split.pictures, split.crops, info.shard_size)
+        ]
         if not all(notes):
             return dataclasses.replace(info, complete=False)
         broken = {entry[0]: tuple(entry) for note in notes for entry in note["broken"]}
         _check_broken(folder, info.source, list(broken.values()), split.pictures)
-        shards = tuple({key: note[key] for key in ("file", "records", "bytes", "sha256")} for note in notes)
-        splits[name] = SplitInfo(split.pictures, split.crops, tuple(broken[i] for i in sorted(broken)), shards)
+        shards = tuple(
+            {key: note[key] for key in ("file", "records", "bytes", "sha256")} for note in notes
+        )
+        splits[name] = SplitInfo(
+            split.pictures, split.crops, tuple(broken[i] for i in sorted(broken)), shards
+        )
     info = dataclasses.replace(info, splits=splits, complete=True)
     _write_info(folder, info)
     return info
@@ -221,7 +324,11 @@ def finish(directory: os.PathLike | str, info: TokenSetInfo) -> TokenSetInfo:
 
 def count_unfinished(directory: os.PathLike | str, info: TokenSetInfo) -> tuple[int, int]:
     """Shards still to be made, by any part, and shards in all."""
-    shards = [s for name, split in info.splits.items() for s in shards_of(name, split.pictures, split.crops, info.shard_size)]
+    shards = [
+        s
+        for name, split in info.splits.items()
+        for s in shards_of(name, split.pictures, split.crops, info.shard_size)
+    ]
     return sum(_note(epath.Path(directory), shard) is None for shard in shards), len(shards)
 
 
@@ -236,7 +343,9 @@ def _note_path(folder: epath.Path, shard: Shard) -> epath.Path:
 def _note(folder: epath.Path, shard: Shard) -> dict[str, Any] | None:
     """What is noted of a finished shard."""
     path = _note_path(folder, shard)
-    return read_json(path, f"the note on a shard of the token set {folder}") if path.exists() else None
+    return (
+        read_json(path, f"the note on a shard of the token set {folder}") if path.exists() else None
+    )
 
 
 def _is_finished(folder: epath.Path, shard: Shard, source: Source, verify: bool) -> bool:
@@ -276,7 +385,8 @@ def _check_broken(folder, source: str, broken: list, pictures: int) -> None:
     if len(broken) > max(_BROKEN_FILES, _BROKEN_SHARE * pictures):
         raise InputError(
             f"{source}: {len(broken)} of the {pictures} pictures cannot be read (at most {_BROKEN_SHARE:.0%} may be broken); the "
-            f"first: {', '.join(path for _, path, _ in broken[:3])}. What is done of {folder} is kept: mend them, and the same command goes on")
+            f"first: {', '.join(path for _, path, _ in broken[:3])}. What is done of {folder} is kept: mend them, and the same command goes on"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,13 +394,28 @@ def _check_broken(folder, source: str, broken: list, pictures: int) -> None:
 
 
 def _write_shards(
-    folder: epath.Path, encode: Callable, source: Source, transform: Transform, info: TokenSetInfo, todo: list[Shard],
-    batch_size: int, threads: int, workers: int, progress: bool) -> None:
+    folder: epath.Path,
+    encode: Callable,
+    source: Source,
+    transform: Transform,
+    info: TokenSetInfo,
+    todo: list[Shard],
+    batch_size: int,
+    threads: int,
+    workers: int,
+    progress: bool,
+) -> None:
     split, pictures = todo[0].split, sum(shard.stop - shard.start for shard in todo)
     rows = _records(encode, source, transform, info, todo, batch_size, threads, workers)
     broken: dict[int, tuple[int, str, str]] = {}
     started, done, told = time.monotonic(), 0, time.monotonic()
-    with tqdm(total=pictures, desc=f"{split}", unit="picture", disable=None if progress else True, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=pictures,
+        desc=f"{split}",
+        unit="picture",
+        disable=None if progress else True,
+        dynamic_ncols=True,
+    ) as bar:
         for number, shard in enumerate(todo, 1):
             writer = _ShardWriter(folder, shard)
             try:
@@ -307,15 +432,23 @@ def _write_shards(
                     bar.update()
                 writer.commit()
             except OSError as error:
-                raise InputError(f"the token set {folder} cannot be written: {error.strerror or error}; the same command goes on") from error
+                raise InputError(
+                    f"the token set {folder} cannot be written: {error.strerror or error}; the same command goes on"
+                ) from error
             finally:
                 writer.close()
             done += shard.stop - shard.start
             if bar.disable and (time.monotonic() - told > _LOG_SECONDS or number == len(todo)):
                 told = time.monotonic()
                 _log.info(
-                    "%s: %d of %d shards, %d of %d pictures, %.0f a second", split, number, len(todo), done, pictures,
-                    done / (told - started))
+                    "%s: %d of %d shards, %d of %d pictures, %.0f a second",
+                    split,
+                    number,
+                    len(todo),
+                    done,
+                    pictures,
+                    done / (told - started),
+                )
 
 
 def _reason(source: Source, index: int) -> tuple[int, str, str]:
@@ -328,8 +461,15 @@ def _reason(source: Source, index: int) -> tuple[int, str, str]:
 
 
 def _records(
-    encode: Callable, source: Source, transform: Transform, info: TokenSetInfo, todo: list[Shard], batch_size: int, threads: int,
-    workers: int) -> Iterator[bytes | None]:
+    encode: Callable,
+    source: Source,
+    transform: Transform,
+    info: TokenSetInfo,
+    todo: list[Shard],
+    batch_size: int,
+    threads: int,
+    workers: int,
+) -> Iterator[bytes | None]:
     """The record of every picture of the shards, in order; None of those that cannot be read."""
     crops = np.concatenate([np.full(shard.stop - shard.start, shard.crop) for shard in todo])
     pictures = np.concatenate([np.arange(shard.start, shard.stop) for shard in todo])
@@ -349,11 +489,23 @@ def _records(
         return {"image": image, "label": np.int64(label), "readable": np.bool_(readable)}
 
     batches = -(-len(pictures) // batch_size)
-    loader = iter(shard_and_batch(grain.MapDataset.range(batches * batch_size).map(example_at), batch_size, 0, 1, threads, workers))
+    loader = iter(
+        shard_and_batch(
+            grain.MapDataset.range(batches * batch_size).map(example_at),
+            batch_size,
+            0,
+            1,
+            threads,
+            workers,
+        )
+    )
 
     def rows(batch, tokens):
         packed = pack(np.asarray(tokens), batch["label"], info.vocab_size)
-        yield from (row.tobytes() if readable else None for row, readable in zip(packed, batch["readable"].tolist()))
+        yield from (
+            row.tobytes() if readable else None
+            for row, readable in zip(packed, batch["readable"].tolist())
+        )
 
     before = None
     for batch in loader:  # the device works on one batch while the one before is written
@@ -396,8 +548,12 @@ class _ShardWriter:
         with open(self._temporary, "rb") as file:
             os.fsync(file.fileno())
         note = {
-            "file": self._shard.file, "records": self._records, "bytes": os.path.getsize(self._temporary),
-            "sha256": _sha256(self._temporary), "broken": self._broken}
+            "file": self._shard.file,
+            "records": self._records,
+            "bytes": os.path.getsize(self._temporary),
+            "sha256": _sha256(self._temporary),
+            "broken": self._broken,
+        }
         target = self._folder / self._shard.file
         if is_local(self._folder):
             os.replace(self._temporary, target)

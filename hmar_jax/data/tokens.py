@@ -16,7 +16,8 @@ import hashlib
 import os
 import tempfile
 import threading
-from typing import Any, Mapping, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -32,7 +33,11 @@ INFO_FILE, PROGRESS_FOLDER = "tokens.json", "progress"
 _ORDER = 3  # which random numbers of a seed; pipeline.py and tokenize.py have the others
 _LABEL_BYTES = 4
 _ENDLESS = 2**40  # batches
-_READ_ERRORS = (RuntimeError, OSError, IndexError)  # what ArrayRecord and Riegeli raise on files that changed
+_READ_ERRORS = (
+    RuntimeError,
+    OSError,
+    IndexError,
+)  # what ArrayRecord and Riegeli raise on files that changed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,12 +58,23 @@ def pack(tokens: np.ndarray, labels: np.ndarray, vocab_size: int) -> np.ndarray:
     """(B, L) tokens and (B,) labels to uint8 (B, record_bytes): a row is a record."""
     bits = token_bits(vocab_size)
     if bits == 12:  # two tokens in three bytes, the first in the lower half
-        low, high = np.pad(tokens, ((0, 0), (0, tokens.shape[1] % 2))).astype(np.uint16).reshape(len(tokens), -1, 2).transpose(2, 0, 1)
-        body = np.stack([low & 255, low >> 8 | (high & 15) << 4, high >> 4], axis=-1).astype(np.uint8)
-        body = body.reshape(len(tokens), -1)[:, : record_bytes(tokens.shape[1], vocab_size) - _LABEL_BYTES]
+        low, high = (
+            np.pad(tokens, ((0, 0), (0, tokens.shape[1] % 2)))
+            .astype(np.uint16)
+            .reshape(len(tokens), -1, 2)
+            .transpose(2, 0, 1)
+        )
+        body = np.stack([low & 255, low >> 8 | (high & 15) << 4, high >> 4], axis=-1).astype(
+            np.uint8
+        )
+        body = body.reshape(len(tokens), -1)[
+            :, : record_bytes(tokens.shape[1], vocab_size) - _LABEL_BYTES
+        ]
     else:
         body = np.ascontiguousarray(tokens.astype(f"<u{bits // 8}")).view(np.uint8)
-    return np.concatenate([np.ascontiguousarray(labels.astype("<u4"))[:, None].view(np.uint8), body], axis=1)
+    return np.concatenate(
+        [np.ascontiguousarray(labels.astype("<u4"))[:, None].view(np.uint8), body], axis=1
+    )
 
 
 def unpack(records: np.ndarray, length: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,8 +100,12 @@ class SplitInfo:
 
     pictures: int  # N, those that cannot be read included
     crops: int
-    broken: tuple[tuple[int, str, str], ...] = ()  # index, path and reason of pictures that cannot be read
-    shards: tuple[dict, ...] = ()  # {"file", "records", "bytes", "sha256"}: those of crop 0 in order, of crop 1, …
+    broken: tuple[
+        tuple[int, str, str], ...
+    ] = ()  # index, path and reason of pictures that cannot be read
+    shards: tuple[
+        dict, ...
+    ] = ()  # {"file", "records", "bytes", "sha256"}: those of crop 0 in order, of crop 1, …
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,26 +139,43 @@ class TokenSetInfo:
         """Raises InputError unless `data` is what to_json wrote; `where` names the file."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise InputError(f"{where}: not the description of a token set (format {found!r}, expected {FORMAT!r})")
+            raise InputError(
+                f"{where}: not the description of a token set (format {found!r}, expected {FORMAT!r})"
+            )
         fields = {key: value for key, value in data.items() if key != "format"}
         try:
             splits = {
-                name: SplitInfo(**{**split, "broken": tuple(map(tuple, split["broken"])), "shards": tuple(split["shards"])})
-                for name, split in fields.pop("splits").items()}
+                name: SplitInfo(
+                    **{
+                        **split,
+                        "broken": tuple(map(tuple, split["broken"])),
+                        "shards": tuple(split["shards"]),
+                    }
+                )
+                for name, split in fields.pop("splits").items()
+            }
             tuples = {name: tuple(fields.pop(name)) for name in ("scales", "class_names")}
             return cls(**fields, **tuples, splits=splits)
         except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{where}: not a description that this version understands ({error})") from None
+            raise InputError(
+                f"{where}: not a description that this version understands ({error})"
+            ) from None
 
 
 def read_info(directory: os.PathLike | str) -> TokenSetInfo:
     """The description of a token set, complete or not."""
     path = epath.Path(directory) / INFO_FILE
     if not epath.Path(directory).is_dir():
-        raise InputError(f"there is no token set {directory}: hmar tokenize --out={directory} makes one")
+        raise InputError(
+            f"there is no token set {directory}: hmar tokenize --out={directory} makes one"
+        )
     if not path.exists():
-        raise InputError(f"{directory} is not a token set: it has no {INFO_FILE}; hmar tokenize makes one")
-    return TokenSetInfo.from_json(read_json(path, f"the description of the token set {directory}"), str(path))
+        raise InputError(
+            f"{directory} is not a token set: it has no {INFO_FILE}; hmar tokenize makes one"
+        )
+    return TokenSetInfo.from_json(
+        read_json(path, f"the description of the token set {directory}"), str(path)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +205,9 @@ class TokensInMemory:
     name: str = "the tokens"
 
     @classmethod
-    def of(cls, tokens: np.ndarray, labels: np.ndarray, vocab_size: int = 2**32) -> "TokensInMemory":
+    def of(
+        cls, tokens: np.ndarray, labels: np.ndarray, vocab_size: int = 2**32
+    ) -> "TokensInMemory":
         """Of (N, L) and (N,), each row a picture of its own."""
         return cls(pack(tokens, labels, vocab_size)[None], tokens.shape[1], vocab_size)
 
@@ -197,11 +236,15 @@ class TokenSet:
         self.crops = self._split.crops
         broken = np.array([index for index, *_ in self._split.broken], np.int64)
         self._readable = np.setdiff1d(np.arange(self._split.pictures), broken)
-        folder = self._directory if is_local(directory) else _local_copy(self._directory, info, split)
+        folder = (
+            self._directory if is_local(directory) else _local_copy(self._directory, info, split)
+        )
         self._paths = [os.path.join(folder, shard["file"]) for shard in self._split.shards]
         for shard, path in zip(self._split.shards, self._paths):
             _check_size(path, shard["bytes"], self._directory)
-        self._readers: list[Any] = [None] * len(self._paths)  # opened when needed; each may be used by several threads
+        self._readers: list[Any] = [None] * len(
+            self._paths
+        )  # opened when needed; each may be used by several threads
         self._lock = threading.Lock()
 
     @property
@@ -222,7 +265,9 @@ class TokenSet:
         try:
             # As ranges of one: for a list of places, ArrayRecord goes through all records of the file, each time.
             records = [
-                self._reader(shard).read(place, place + 1)[0] for shard, place in zip((shards + crops * per_crop).tolist(), places.tolist())]
+                self._reader(shard).read(place, place + 1)[0]
+                for shard, place in zip((shards + crops * per_crop).tolist(), places.tolist())
+            ]
         except _READ_ERRORS as error:
             raise self._damaged(error) from error
         size = record_bytes(self.info.length, self.info.vocab_size)
@@ -245,18 +290,27 @@ class TokenSet:
                 reader.close()
             except _READ_ERRORS as error:
                 raise self._damaged(error) from error
-            packed[crop, start : start + len(records)] = np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
-        return TokensInMemory(packed[:, ~broken] if broken.any() else packed, self.info.length, self.info.vocab_size)
+            packed[crop, start : start + len(records)] = np.frombuffer(
+                b"".join(records), np.uint8
+            ).reshape(-1, size)
+        return TokensInMemory(
+            packed[:, ~broken] if broken.any() else packed, self.info.length, self.info.vocab_size
+        )
 
     def _damaged(self, error: Exception) -> InputError:
-        return InputError(f"{self._directory} is damaged: {' '.join(str(error).split())}; hmar tokenize with --verify makes it whole")
+        return InputError(
+            f"{self._directory} is damaged: {' '.join(str(error).split())}; hmar tokenize with --verify makes it whole"
+        )
 
     def _reader(self, shard: int):
         if self._readers[shard] is None:
             with self._lock:
                 if self._readers[shard] is None:
                     self._readers[shard] = array_record_module.ArrayRecordReader(
-                        self._paths[shard], options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2048)
+                        self._paths[shard],
+                        options="readahead_buffer_size:0,max_parallelism:0",
+                        file_reader_buffer_size=2048,
+                    )
         return self._readers[shard]
 
 
@@ -271,7 +325,9 @@ def open_tokens(directory: os.PathLike | str, split: str = "train") -> TokenSet 
     """
     info = read_info(directory)
     if not info.complete:
-        raise InputError(f"the token set {directory} is not complete: run the same hmar tokenize again, which goes on")
+        raise InputError(
+            f"the token set {directory} is not complete: run the same hmar tokenize again, which goes on"
+        )
     return TokenSet(directory, info, split) if split in info.splits else None
 
 
@@ -279,7 +335,9 @@ def _check_size(path: str, size: int, directory: str) -> None:
     found = os.path.getsize(path) if os.path.isfile(path) else None
     if found != size:
         problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
-        raise InputError(f"the token set {directory} is damaged: {os.path.basename(path)} {problem}; the same hmar tokenize again makes it anew")
+        raise InputError(
+            f"the token set {directory} is damaged: {os.path.basename(path)} {problem}; the same hmar tokenize again makes it anew"
+        )
 
 
 def _local_copy(directory: str, info: TokenSetInfo, split: str) -> str:
@@ -293,7 +351,9 @@ def _local_copy(directory: str, info: TokenSetInfo, split: str) -> str:
             continue
         data = (epath.Path(directory) / shard["file"]).read_bytes()
         if hashlib.sha256(data).hexdigest() != shard["sha256"]:
-            raise InputError(f"the token set {directory} is damaged: {shard['file']} has another checksum; hmar tokenize with --verify makes it anew")
+            raise InputError(
+                f"the token set {directory} is damaged: {shard['file']} has another checksum; hmar tokenize with --verify makes it anew"
+            )
         write_by_rename(target, data)
     return folder
 
@@ -303,8 +363,15 @@ def _local_copy(directory: str, info: TokenSetInfo, split: str) -> str:
 
 
 def make_token_loader(
-    source: Tokens, *, batch_size: int, seed: int = 0, train: bool = True, shard_index: int = 0, shard_count: int = 1,
-    threads: int = 0) -> grain.IterDataset:
+    source: Tokens,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    train: bool = True,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    threads: int = 0,
+) -> grain.IterDataset:
     """Batches {"tokens": int32 (B, L), "label": int32 (B,)} of one shard (usually one host) of a source.
 
     Training: endless, every picture once an epoch over all shards together, in a new order each; a picture's crops take
@@ -319,17 +386,34 @@ def make_token_loader(
     """
     n, crops = len(source), source.crops
     check_loader(
-        n, source.name, batch_size=batch_size, seed=seed, train=train, num_epochs=None, shard_index=shard_index,
-        shard_count=shard_count, threads=threads, pad=True, what="rows of tokens" if crops == 1 else "pictures")
+        n,
+        source.name,
+        batch_size=batch_size,
+        seed=seed,
+        train=train,
+        num_epochs=None,
+        shard_index=shard_index,
+        shard_count=shard_count,
+        threads=threads,
+        pad=True,
+        what="rows of tokens" if crops == 1 else "pictures",
+    )
     order_seed, whole = derive_seed(seed, _ORDER), batch_size * shard_count
-    own = shard_index * batch_size + np.arange(batch_size)  # positions of this shard in a batch of all shards
+    own = shard_index * batch_size + np.arange(
+        batch_size
+    )  # positions of this shard in a batch of all shards
 
     def training_batch(number):
         epochs, places = np.divmod(number * whole + own, n)
         # What MapDataset.shuffle does, for a whole batch: one element at a time costs as much again as reading the tokens.
-        pictures = np.array([
-            grain.experimental.index_shuffle(place, max_index=n - 1, seed=(order_seed + epoch) % 2**32, rounds=4)
-            for epoch, place in zip(epochs.tolist(), places.tolist())])
+        pictures = np.array(
+            [
+                grain.experimental.index_shuffle(
+                    place, max_index=n - 1, seed=(order_seed + epoch) % 2**32, rounds=4
+                )
+                for epoch, place in zip(epochs.tolist(), places.tolist())
+            ]
+        )
         return source.read(pictures, (epochs + pictures) % crops)
 
     def validation_batch(number):

@@ -19,10 +19,14 @@ class ByProcesses(grain.IterDataset):
 
     def start(self, index: int) -> grain.DatasetIterator:
         """The batches from that one on."""
-        if not flags.FLAGS.is_parsed():  # Grain's workers read some of its flags; in a program that parses none, their defaults
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # Grain's workers read some of its flags; in a program that parses none, their defaults
             flags.FLAGS.mark_as_parsed()
         rest = self._dataset[index:].to_iter_dataset(self._read_ahead)
-        options = grain.MultiprocessingOptions(num_workers=min(self._workers, len(self._dataset) - index), per_worker_buffer_size=1)
+        options = grain.MultiprocessingOptions(
+            num_workers=min(self._workers, len(self._dataset) - index), per_worker_buffer_size=1
+        )
         return iter(rest.mp_prefetch(options))
 
     def check(self, index: int) -> None:
@@ -33,7 +37,11 @@ class ByProcesses(grain.IterDataset):
 class _Iterator(grain.DatasetIterator):
     def __init__(self, dataset: ByProcesses):
         super().__init__()
-        self._dataset, self._index, self._inner = dataset, 0, None  # the processes start at the first batch
+        self._dataset, self._index, self._inner = (
+            dataset,
+            0,
+            None,
+        )  # the processes start at the first batch
 
     def __next__(self):
         if self._inner is None:

@@ -39,15 +39,21 @@ def to_pixels(images: np.ndarray, name: str = "images") -> np.ndarray:
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise InputError(f"{name} have shape {images.shape}: wanted (N, h, w, 3) with at least one picture")
+        raise InputError(
+            f"{name} have shape {images.shape}: wanted (N, h, w, 3) with at least one picture"
+        )
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind not in "fV":  # V: bfloat16
-        raise InputError(f"{name} are {images.dtype}: wanted uint8 in 0..255 or floating-point in [0, 1]")
+        raise InputError(
+            f"{name} are {images.dtype}: wanted uint8 in 0..255 or floating-point in [0, 1]"
+        )
     images = images.astype(np.float32)
     low, high = float(images.min()), float(images.max())
     if not (low >= -_SLACK and high <= 1 + _SLACK):  # also when they are NaN
-        raise InputError(f"{name} lie in [{low:g}, {high:g}]: floating-point pixels must lie in [0, 1]")
+        raise InputError(
+            f"{name} lie in [{low:g}, {high:g}]: floating-point pixels must lie in [0, 1]"
+        )
     return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
@@ -80,8 +86,12 @@ def read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{source.name} has no pictures")
     shapes = sorted({example["image"].shape[:2] for example in examples})
     if len(shapes) > 1:
-        raise InputError(f"the pictures of {source.name} differ in size ({shapes[0]}, {shapes[-1]}): wanted one size")
-    return np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples], np.int64)
+        raise InputError(
+            f"the pictures of {source.name} differ in size ({shapes[0]}, {shapes[-1]}): wanted one size"
+        )
+    return np.stack([e["image"] for e in examples]), np.array(
+        [e["label"] for e in examples], np.int64
+    )
 
 
 def block_means(images: np.ndarray, grey: bool) -> np.ndarray:
@@ -135,12 +145,16 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Classifier:
     try:
         from sklearn.svm import SVC
     except ImportError as error:
-        raise InputError('the classifier needs scikit-learn: pip install "hmar_jax[demo]"') from error
+        raise InputError(
+            'the classifier needs scikit-learn: pip install "hmar_jax[demo]"'
+        ) from error
     pixels = to_pixels(images)
     labels = to_labels(labels, len(pixels))
     classes = np.unique(labels)
     if len(classes) < 2:
-        raise InputError(f"every training picture has label {classes[0]}: a classifier needs at least two classes")
+        raise InputError(
+            f"every training picture has label {classes[0]}: a classifier needs at least two classes"
+        )
     grey = bool((pixels == pixels[..., :1]).all())
     svc = SVC(C=_C, kernel="rbf", gamma="scale", decision_function_shape="ovo")
     return Classifier(svc.fit(block_means(pixels, grey), labels), grey, classes)
@@ -165,7 +179,9 @@ def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> 
     labels = to_labels(labels, len(images))
     unknown = np.setdiff1d(labels, classifier.classes)
     if len(unknown):
-        raise InputError(f"label {unknown[0]} does not occur among the pictures that the classifier was fitted on")
+        raise InputError(
+            f"label {unknown[0]} does not occur among the pictures that the classifier was fitted on"
+        )
     return float(np.mean(read(classifier, images) == labels))
 
 
@@ -213,12 +229,16 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """
     a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise InputError(f"features have shapes {a.shape} and {b.shape}: wanted (N, F) twice, with N at least 2")
+        raise InputError(
+            f"features have shapes {a.shape} and {b.shape}: wanted (N, F) twice, with N at least 2"
+        )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise InputError("a feature is not finite")
     root_a, root_b = _covariance_root(a), _covariance_root(b)
     shared = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    distance = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * shared
+    distance = (
+        np.sum((a.mean(0) - b.mean(0)) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * shared
+    )
     return max(float(distance), 0.0)  # rounding may leave -1e-15
 
 

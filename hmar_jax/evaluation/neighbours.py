@@ -88,7 +88,9 @@ def neighbour_distances(
     diversity_sample = _diversity(samples, asked, counts, seed, draws)
     diversity_held_out = _diversity(real, labels, counts, seed, draws)
     if diversity_held_out == 0:
-        raise InputError("the held-out pictures of each class are all alike: there is no diversity to compare with")
+        raise InputError(
+            "the held-out pictures of each class are all alike: there is no diversity to compare with"
+        )
     return {
         "near": near_sample / near_held_out,
         "near_sample": near_sample,
@@ -113,25 +115,36 @@ def equal_counts(asked: np.ndarray, held_out: np.ndarray) -> dict[int, int]:
     """
     counts = {}
     for label in np.unique(asked):
-        found = {"samples": int(np.sum(asked == label)), "held-out pictures": int(np.sum(held_out == label))}
+        found = {
+            "samples": int(np.sum(asked == label)),
+            "held-out pictures": int(np.sum(held_out == label)),
+        }
         for what, count in found.items():
             if count < 2:
-                raise InputError(f"class {label} has {count} {what}: at least 2 of each asked-for class are needed")
+                raise InputError(
+                    f"class {label} has {count} {what}: at least 2 of each asked-for class are needed"
+                )
         counts[int(label)] = min(found.values())
     return counts
 
 
 def draw(labels: np.ndarray, counts: dict[int, int], rng: np.random.RandomState) -> np.ndarray:
     """Indices into labels (N,) of `counts[c]` different pictures of each class c, or of all where there are fewer."""
-    return np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:n] for label, n in counts.items()])
+    return np.concatenate(
+        [rng.permutation(np.flatnonzero(labels == label))[:n] for label, n in counts.items()]
+    )
 
 
-def _near(pictures: np.ndarray, labels: np.ndarray, train: np.ndarray, counts: dict[int, int]) -> float:
+def _near(
+    pictures: np.ndarray, labels: np.ndarray, train: np.ndarray, counts: dict[int, int]
+) -> float:
     nearest = _distances(pictures, train).min(1)
     return float(np.mean([nearest[labels == label].mean() for label in counts]))
 
 
-def _diversity(pictures: np.ndarray, labels: np.ndarray, counts: dict[int, int], seed: int, draws: int) -> float:
+def _diversity(
+    pictures: np.ndarray, labels: np.ndarray, counts: dict[int, int], seed: int, draws: int
+) -> float:
     rng = np.random.RandomState(seed)
     means = []
     for label, n in counts.items():
@@ -147,7 +160,9 @@ def _diversity(pictures: np.ndarray, labels: np.ndarray, counts: dict[int, int],
 def _distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """All distances, (N, M), between uint8 pictures. |a|^2 - 2ab + |b|^2 is exact, as it is on whole numbers."""
     if images.shape[1:] != others.shape[1:]:
-        raise InputError(f"pictures of {images.shape[1:]} cannot be compared with pictures of {others.shape[1:]}")
+        raise InputError(
+            f"pictures of {images.shape[1:]} cannot be compared with pictures of {others.shape[1:]}"
+        )
     images, others = (pictures.reshape(len(pictures), -1) for pictures in (images, others))
     squares = np.empty((len(images), len(others)))
     for i in range(0, len(images), _CHUNK):

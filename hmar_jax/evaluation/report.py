@@ -1,7 +1,7 @@
 """One report on class-conditional samples of a small labelled data set, each figure beside its reference.
 
-    train, held_out = (read_all(open_source("digits", split)) for split in ("train", "validate"))
-    print(format_report(digit_report(samples, asked, train, held_out)))
+train, held_out = (read_all(open_source("digits", split)) for split in ("train", "validate"))
+print(format_report(digit_report(samples, asked, train, held_out)))
 """
 
 from __future__ import annotations
@@ -53,14 +53,19 @@ def digit_report(
     Raises:
       InputError: scikit-learn is missing, or the arrays are not as above.
     """
-    train_images, held_images = to_pixels(train[0], "training pictures"), to_pixels(held_out[0], "held-out pictures")
+    train_images, held_images = (
+        to_pixels(train[0], "training pictures"),
+        to_pixels(held_out[0], "held-out pictures"),
+    )
     train_labels = to_labels(train[1], len(train_images), "training labels")
     held_labels = to_labels(held_out[1], len(held_images), "held-out labels")
     samples = to_pixels(samples, "samples")
     asked = to_labels(asked, len(samples), "asked-for classes")
     for what, pictures in (("samples", samples), ("held-out pictures", held_images)):
         if pictures.shape[1:] != train_images.shape[1:]:
-            raise InputError(f"{what} are {pictures.shape[1:]}, but training pictures are {train_images.shape[1:]}")
+            raise InputError(
+                f"{what} are {pictures.shape[1:]}, but training pictures are {train_images.shape[1:]}"
+            )
     counts = equal_counts(asked, held_labels)
 
     classifier = fit_classifier(train_images, train_labels)
@@ -73,7 +78,9 @@ def digit_report(
     features = [classifier_features(classifier, pictures) for pictures, _ in sets]
     to_held_out = []
     for _ in range(DRAWS):
-        sample, real, held = (f[draw(labels, counts, rng)] for f, (_, labels) in zip(features, sets))
+        sample, real, held = (
+            f[draw(labels, counts, rng)] for f, (_, labels) in zip(features, sets)
+        )
         to_held_out.append((frechet_distance(sample, held), frechet_distance(real, held)))
     frechet, floor = np.mean(to_held_out, 0)
 
@@ -131,8 +138,13 @@ def format_report(report: dict[str, float]) -> str:
             "many times that of real: another distribution",
         ),
     ]
-    lines = [f"{r['samples']} samples of {r['classes']} classes, beside real pictures that were not trained on"]
-    lines += [f"{what:<29}{ours:>9}{real:>9}{ratio:>7}   {bad}".rstrip() for what, ours, real, ratio, bad in rows]
+    lines = [
+        f"{r['samples']} samples of {r['classes']} classes, beside real pictures that were not trained on"
+    ]
+    lines += [
+        f"{what:<29}{ours:>9}{real:>9}{ratio:>7}   {bad}".rstrip()
+        for what, ours, real, ratio, bad in rows
+    ]
     lines += [
         "Shuffled labels stand beside chance; the Frechet distance beside that of real training pictures.",
         "Distances are Euclidean, pixels in [0, 1]. The classifier is fitted on real training pictures only.",

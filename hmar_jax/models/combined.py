@@ -44,7 +44,9 @@ class CombinedModel:
 
     def quantize(self, params, *args, method: str):
         """A method of the tokenizer."""
-        return Tokenizer(self.spec.tokenizer).apply({"params": params["tokenizer"]}, *args, method=method)
+        return Tokenizer(self.spec.tokenizer).apply(
+            {"params": params["tokenizer"]}, *args, method=method
+        )
 
     def codebook(self, params) -> jax.Array:
         """(V, Z)"""
@@ -76,11 +78,19 @@ class CombinedModel:
           (B, l, V) float32, and what to pass on.
         """
         if self.spec.next_scale or k == 0:
-            return NextScaleTransformer(self.spec.transformer).scale_logits(params["transformer"], k, class_ids, codes, past)
-        everything = jnp.ones(codes.shape[:2], bool)  # stage 2 without a stage 1: no token is known yet
-        return self.masked_logits(params, k, class_ids, codes, jnp.zeros_like(codes), everything), None
+            return NextScaleTransformer(self.spec.transformer).scale_logits(
+                params["transformer"], k, class_ids, codes, past
+            )
+        everything = jnp.ones(
+            codes.shape[:2], bool
+        )  # stage 2 without a stage 1: no token is known yet
+        return self.masked_logits(
+            params, k, class_ids, codes, jnp.zeros_like(codes), everything
+        ), None
 
     def masked_logits(self, params, k: int, class_ids, codes, own_codes, masked) -> jax.Array:
         """Stage 2's prediction of scale k >= 1: own_codes (B, l, Z), what the scale itself adds; masked (B, l) bool, positions
         whose own code is not to be seen -> (B, l, V) float32."""
-        return self._masked.scale_logits(params["transformer"], params["masked"], k, class_ids, codes, own_codes, masked)
+        return self._masked.scale_logits(
+            params["transformer"], params["masked"], k, class_ids, codes, own_codes, masked
+        )

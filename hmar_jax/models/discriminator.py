@@ -43,7 +43,9 @@ class PatchDiscriminator(nn.Module):
           InputError: groups do not divide the channels, or the pictures are too small for num_layers.
         """
         self._check(min(images.shape[1:3]))
-        x = nn.leaky_relu(self._conv(self.channels, "conv_in", 2)(images.astype(self.dtype)), _SLOPE)
+        x = nn.leaky_relu(
+            self._conv(self.channels, "conv_in", 2)(images.astype(self.dtype)), _SLOPE
+        )
         for i in range(1, self.num_layers + 1):
             strides = 2 if i < self.num_layers else 1
             x = self._conv(self.channels * min(2**i, _MAX_MULTIPLIER), f"conv_{i}", strides)(x)
@@ -52,14 +54,27 @@ class PatchDiscriminator(nn.Module):
 
     def _conv(self, channels, name, strides):
         return nn.Conv(
-            channels, (4, 4), strides, padding=((1, 1), (1, 1)), kernel_init=_INIT, name=name, dtype=self.dtype)
+            channels,
+            (4, 4),
+            strides,
+            padding=((1, 1), (1, 1)),
+            kernel_init=_INIT,
+            name=name,
+            dtype=self.dtype,
+        )
 
     def _check(self, side):
         if self.num_layers < 1:
-            raise InputError(f"num_layers={self.num_layers}: a discriminator has 1 layer of stride 2 or more")
+            raise InputError(
+                f"num_layers={self.num_layers}: a discriminator has 1 layer of stride 2 or more"
+            )
         if 2 * self.channels % self.groups:  # the other widths are multiples of this one
-            raise InputError(f"groups={self.groups} does not divide {2 * self.channels} channels (twice channels)")
+            raise InputError(
+                f"groups={self.groups} does not divide {2 * self.channels} channels (twice channels)"
+            )
         needed = 3 * 2**self.num_layers  # each of the two last convolutions takes one off the side
         if side < needed:
-            raise InputError(f"pictures of side {side} are too small for num_layers={self.num_layers}: "
-                             f"it needs side {needed} or more")
+            raise InputError(
+                f"pictures of side {side} are too small for num_layers={self.num_layers}: "
+                f"it needs side {needed} or more"
+            )

@@ -38,8 +38,9 @@ class MaskedTransformer:
         """The last M blocks and the head of stage 1, copied; the mask embedding, new."""
         return {
             "mask_embed": self.config.init_std * jax.random.normal(rng, (self.config.width,)),
-            "blocks": jax.tree.map(lambda p: p[self.base_depth:], stage1_params["blocks"]),
-            "head": stage1_params["head"]}
+            "blocks": jax.tree.map(lambda p: p[self.base_depth :], stage1_params["blocks"]),
+            "head": stage1_params["head"],
+        }
 
     def words(self, stage1_params, params, codes, own_codes, masked):
         """Input embeddings before level and position.
@@ -54,7 +55,8 @@ class MaskedTransformer:
         """
         own = own_codes @ stage1_params["embed"]["word_embed"]["kernel"]
         return self.stage1.embed(stage1_params, codes, method="words") + jnp.where(
-            masked[..., None], params["mask_embed"], own)
+            masked[..., None], params["mask_embed"], own
+        )
 
     def logits(self, stage1_params, params, class_ids, codes, own_codes, masked, dropout_rng=None):
         """All scales at once, for training; the first scale has the start token and is never masked.
@@ -70,22 +72,40 @@ class MaskedTransformer:
         words = self.words(stage1_params, params, codes, own_codes, masked)
         x = jnp.concatenate([self.stage1.embed(stage1_params, class_ids, method="start"), words], 1)
         return self._predict(
-            stage1_params, params, class_ids, x, slice(None), dropout_rng, self.config.scale_list.lengths)
+            stage1_params,
+            params,
+            class_ids,
+            x,
+            slice(None),
+            dropout_rng,
+            self.config.scale_list.lengths,
+        )
 
     def scale_logits(self, stage1_params, params, k: int, class_ids, codes, own_codes, masked):
         """One scale k >= 1, for sampling: codes and own_codes (B, l_k, Z), masked (B, l_k) -> (B, l_k, V) float32."""
         x = self.words(stage1_params, params, codes, own_codes, masked)
         return self._predict(stage1_params, params, class_ids, x, self.config.scale_list.slice(k))
 
-    def _predict(self, stage1_params, params, class_ids, x, positions, dropout_rng=None, block_sizes=None):
+    def _predict(
+        self, stage1_params, params, class_ids, x, positions, dropout_rng=None, block_sizes=None
+    ):
         """Level and position, the shared base, then stage 2's tail and head."""
         model = self.stage1
         condition = model.embed(stage1_params, class_ids, method="condition")
         x = model.embed(stage1_params, x, positions, method="place")
         if self.base_depth:
-            x, _ = model.run_blocks(stage1_params, x, condition, 0, self.base_depth, block_sizes=block_sizes)
+            x, _ = model.run_blocks(
+                stage1_params, x, condition, 0, self.base_depth, block_sizes=block_sizes
+            )
         tail = {**stage1_params, "blocks": params["blocks"], "head": params["head"]}
         x, _ = model.run_blocks(
-            tail, x, condition, self.base_depth, self.config.depth, stacked_from=self.base_depth, dropout_rng=dropout_rng,
-            block_sizes=block_sizes)
+            tail,
+            x,
+            condition,
+            self.base_depth,
+            self.config.depth,
+            stacked_from=self.base_depth,
+            dropout_rng=dropout_rng,
+            block_sizes=block_sizes,
+        )
         return model.head(tail, x, condition)

@@ -84,20 +84,36 @@ def load_perceptual(path: str | os.PathLike) -> PerceptualNetwork:
         array = arrays[name]
         if array.dtype.kind not in "fiu":
             fail(f"{name} is {array.dtype}, not numbers")
-        if array.ndim != len(shape) or any(want not in (None, size) for want, size in zip(shape, array.shape)):
-            fail(f"{name} has shape {array.shape}, not ({', '.join('any' if n is None else str(n) for n in shape)})")
+        if array.ndim != len(shape) or any(
+            want not in (None, size) for want, size in zip(shape, array.shape)
+        ):
+            fail(
+                f"{name} has shape {array.shape}, not ({', '.join('any' if n is None else str(n) for n in shape)})"
+            )
         if not np.isfinite(array).all():
             fail(f"{name} has values that are not finite")
         return jnp.asarray(array, jnp.float32)
 
     def get_indices(name):
         array = arrays[name]
-        indices = array.tolist() if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size) else None
-        if indices is None or indices != sorted(set(indices)) or not all(0 <= i < num_convs for i in indices):
+        indices = (
+            array.tolist()
+            if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
+            else None
+        )
+        if (
+            indices is None
+            or indices != sorted(set(indices))
+            or not all(0 <= i < num_convs for i in indices)
+        ):
             fail(f"{name} is not an ascending list of convolutions, 0 to {num_convs - 1}")
         return tuple(indices)
 
-    convs = [int(m[1]) for m in (re.fullmatch(r"conv(\d+)/(?:kernel|bias)", name) for name in arrays) if m]
+    convs = [
+        int(m[1])
+        for m in (re.fullmatch(r"conv(\d+)/(?:kernel|bias)", name) for name in arrays)
+        if m
+    ]
     num_convs = max(convs, default=0) + 1
     names = [f"conv{i}/{part}" for i in range(num_convs) for part in ("kernel", "bias")]
     names += ["taps", "pools", "shift", "scale"]
@@ -110,7 +126,9 @@ def load_perceptual(path: str | os.PathLike) -> PerceptualNetwork:
 
     kernels, biases = [], []
     for i in range(num_convs):
-        kernels.append(get(f"conv{i}/kernel", (3, 3, kernels[-1].shape[-1] if kernels else 3, None)))
+        kernels.append(
+            get(f"conv{i}/kernel", (3, 3, kernels[-1].shape[-1] if kernels else 3, None))
+        )
         biases.append(get(f"conv{i}/bias", (kernels[-1].shape[-1],)))
     taps, pools = get_indices("taps"), get_indices("pools")
     if not taps:
@@ -142,10 +160,14 @@ def perceptual_distance(network: PerceptualNetwork, x, y):
       InputError: the shapes differ, or the pictures are too small for the network's pools.
     """
     if x.shape != y.shape:
-        raise InputError(f"pictures of shapes {x.shape} and {y.shape} have no distance: they must be equal")
+        raise InputError(
+            f"pictures of shapes {x.shape} and {y.shape} have no distance: they must be equal"
+        )
     if min(x.shape[1:3]) < network.min_side:
-        raise InputError(f"pictures of side {min(x.shape[1:3])} are too small for the pools of the perceptual network: "
-                         f"it needs side {network.min_side} or more")
+        raise InputError(
+            f"pictures of side {min(x.shape[1:3])} are too small for the pools of the perceptual network: "
+            f"it needs side {network.min_side} or more"
+        )
     distance = 0.0
     for lin, a, b in zip(network.lins, _features(network, x), _features(network, y)):
         distance += jnp.mean(jnp.sum(lin * (_unit(a) - _unit(b)) ** 2, axis=-1), axis=(1, 2))
@@ -160,7 +182,12 @@ def _features(network, x):
         if i in network.pools:
             x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         x = jax.lax.conv_general_dilated(
-            x, network.kernels[i], (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x,
+            network.kernels[i],
+            (1, 1),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
         x = jax.nn.relu(x + network.biases[i])
         if i in network.taps:
             taps.append(x)
@@ -178,7 +205,9 @@ def _read(path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file (hmar_jax/models/perceptual.py says how to make one)") from None
+        raise InputError(
+            f"{path}: no such file (hmar_jax/models/perceptual.py says how to make one)"
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     # np.load gives a bare array for .npy, and a file that is none of its kinds is taken for a pickle, which is refused

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import re
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from hmar_jax.errors import InputError
 from hmar_jax.models.tokenizer import TokenizerConfig
@@ -36,20 +37,27 @@ class ModelSpec:
                 raise InputError(f"masked_depth={self.masked_depth}, but there is no transformer")
             return
         if not 0 <= self.masked_depth <= t.depth:
-            raise InputError(f"masked_depth={self.masked_depth}: the transformer has {t.depth} blocks")
+            raise InputError(
+                f"masked_depth={self.masked_depth}: the transformer has {t.depth} blocks"
+            )
         shared = ("scales", "vocab_size", "z_channels")
         for name in shared:
             if getattr(t, name) != getattr(self.tokenizer, name):
                 raise InputError(
                     f"transformer and tokenizer do not fit: {name} is {getattr(t, name)} in one and "
-                    f"{getattr(self.tokenizer, name)} in the other")
+                    f"{getattr(self.tokenizer, name)} in the other"
+                )
 
     @property
     def kind(self) -> str:
         if self.transformer is None:
             return "tokenizer"
         if self.masked_depth:
-            return "HMAR, next-scale and masked prediction" if self.next_scale else "HMAR, masked prediction alone"
+            return (
+                "HMAR, next-scale and masked prediction"
+                if self.next_scale
+                else "HMAR, masked prediction alone"
+            )
         return "VAR" if self.transformer.pattern == "causal" else "HMAR, next-scale prediction"
 
     def to_json(self) -> dict[str, Any]:
@@ -65,14 +73,18 @@ class ModelSpec:
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise InputError(f"{where}: not the config of a model (format {found!r}, expected {FORMAT!r})")
+            raise InputError(
+                f"{where}: not the config of a model (format {found!r}, expected {FORMAT!r})"
+            )
         fields = {k: v for k, v in data.items() if k != "format"}
         try:
             transformer = fields.pop("transformer", None)
             return cls(
                 tokenizer=TokenizerConfig(**fields.pop("tokenizer")),
                 transformer=None if transformer is None else TransformerConfig(**transformer),
-                class_names=tuple(fields.pop("class_names", ())), **fields)
+                class_names=tuple(fields.pop("class_names", ())),
+                **fields,
+            )
         except (TypeError, KeyError) as e:
             raise InputError(f"{where}: not a config this version understands ({e})") from None
 
@@ -87,16 +99,24 @@ class ModelSpec:
         if not text.lstrip("-").isdigit():
             plain = lambda name: re.sub(r"[\s-]", "_", name.strip().casefold())
             named = [i for i, name in enumerate(self.class_names) if name == text]
-            named = named or [i for i, name in enumerate(self.class_names) if plain(name) == plain(text)]
+            named = named or [
+                i for i, name in enumerate(self.class_names) if plain(name) == plain(text)
+            ]
             if len(named) > 1:
-                raise InputError(f"class {text!r}: {len(named)} classes have this name, give an id: {', '.join(map(str, named))}")
+                raise InputError(
+                    f"class {text!r}: {len(named)} classes have this name, give an id: {', '.join(map(str, named))}"
+                )
             if named:
                 return named[0]
         try:
             number = int(text)
         except ValueError:
-            names = f", or a name such as {', '.join(self.class_names[:3])}" if self.class_names else ""
-            raise InputError(f"class {text!r}: an id from 0 to {count - 1} is wanted{names}") from None
+            names = (
+                f", or a name such as {', '.join(self.class_names[:3])}" if self.class_names else ""
+            )
+            raise InputError(
+                f"class {text!r}: an id from 0 to {count - 1} is wanted{names}"
+            ) from None
         if not 0 <= number < count:
             raise InputError(f"class {number}: ids of this model go from 0 to {count - 1}")
         return number

@@ -60,7 +60,8 @@ class TokenizerConfig:
             if self.channels * multiplier % self.groups:
                 raise InputError(
                     f"groups={self.groups} does not divide {self.channels * multiplier} channels "
-                    f"(channels={self.channels} x multiplier {multiplier})")
+                    f"(channels={self.channels} x multiplier {multiplier})"
+                )
         if self.distance not in ("l2", "cosine"):
             raise InputError(f"distance={self.distance!r}: known are l2, cosine")
 
@@ -107,7 +108,9 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, deterministic=True):
-        h = conv3x3(self.channels, "conv1", self.dtype)(nn.silu(group_norm(self.groups, "norm1", self.dtype)(x)))
+        h = conv3x3(self.channels, "conv1", self.dtype)(
+            nn.silu(group_norm(self.groups, "norm1", self.dtype)(x))
+        )
         h = nn.silu(group_norm(self.groups, "norm2", self.dtype)(h))
         h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
         h = conv3x3(self.channels, "conv2", self.dtype)(h)
@@ -126,8 +129,12 @@ class AttnBlock(nn.Module):
     def __call__(self, x):
         batch, height, width, channels = x.shape
         h = group_norm(self.groups, "norm", self.dtype)(x).reshape(batch, height * width, channels)
-        q, k, v = jnp.split(nn.Dense(3 * channels, name="qkv", dtype=self.dtype)(h), 3, axis=-1)  # (B, hw, C) each
-        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * channels**-0.5
+        q, k, v = jnp.split(
+            nn.Dense(3 * channels, name="qkv", dtype=self.dtype)(h), 3, axis=-1
+        )  # (B, hw, C) each
+        scores = (
+            jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * channels**-0.5
+        )
         h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores).astype(self.dtype), v)
         return x + nn.Dense(channels, name="proj", dtype=self.dtype)(h).reshape(x.shape)
 
@@ -173,7 +180,9 @@ class Encoder(nn.Module):
                 if c.attention and i == last:
                     x = AttnBlock(c.groups, dtype, name=f"down_{i}_attn_{j}")(x)
             if i != last:  # padded at the right and the bottom only
-                x = conv3x3(x.shape[-1], f"down_{i}_downsample", dtype, strides=2, padding=((0, 1), (0, 1)))(x)
+                x = conv3x3(
+                    x.shape[-1], f"down_{i}_downsample", dtype, strides=2, padding=((0, 1), (0, 1))
+                )(x)
         x = block(x.shape[-1], "mid_block_1")(x, deterministic)
         if c.attention:
             x = AttnBlock(c.groups, dtype, name="mid_attn")(x)
@@ -198,7 +207,9 @@ class Decoder(nn.Module):
         x = block(x.shape[-1], "mid_block_2")(x, deterministic)
         for i in range(last, -1, -1):
             for j in range(c.num_res_blocks + 1):
-                x = block(c.channels * c.channel_multipliers[i], f"up_{i}_block_{j}")(x, deterministic)
+                x = block(c.channels * c.channel_multipliers[i], f"up_{i}_block_{j}")(
+                    x, deterministic
+                )
                 if c.attention and i == last:
                     x = AttnBlock(c.groups, dtype, name=f"up_{i}_attn_{j}")(x)
             if i:
@@ -217,11 +228,15 @@ class Quantizer(nn.Module):
         c = self.config
         num_phi = c.num_phi or len(c.scales)
         # Uniform in +-1/V, as VQ-VAEs start; training replaces the codebook by data (training/tokenizer.py).
-        uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-1 / c.vocab_size, maxval=1 / c.vocab_size)
+        uniform = lambda key, shape: jax.random.uniform(
+            key, shape, minval=-1 / c.vocab_size, maxval=1 / c.vocab_size
+        )
         self.codebook = self.param("codebook", uniform, (c.vocab_size, c.z_channels))  # (V, Z)
         self.phi_kernel = self.param(
-            "phi_kernel", nn.initializers.lecun_normal(in_axis=(-4, -3, -2), batch_axis=0),
-            (num_phi, 3, 3, c.z_channels, c.z_channels))
+            "phi_kernel",
+            nn.initializers.lecun_normal(in_axis=(-4, -3, -2), batch_axis=0),
+            (num_phi, 3, 3, c.z_channels, c.z_channels),
+        )
         self.phi_bias = self.param("phi_bias", nn.initializers.zeros, (num_phi, c.z_channels))
 
     def __call__(self, f):
@@ -232,7 +247,13 @@ class Quantizer(nn.Module):
         c = self.config
         i = c.scale_list.phi_index(k, c.num_phi)
         y = jax.lax.conv_general_dilated(
-            x, self.phi_kernel[i], (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=_EXACT)
+            x,
+            self.phi_kernel[i],
+            (1, 1),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=_EXACT,
+        )
         return (1 - c.phi_ratio) * x + c.phi_ratio * (y + self.phi_bias[i])
 
     def nearest(self, z):
@@ -240,7 +261,9 @@ class Quantizer(nn.Module):
         codebook = self.codebook
         if self.config.distance == "cosine":
             codebook = codebook / jnp.linalg.norm(codebook, axis=-1, keepdims=True).clip(1e-12)
-            return jnp.argmax(jnp.einsum("...z,vz->...v", z, codebook, precision=_EXACT), axis=-1).astype(jnp.int32)
+            return jnp.argmax(
+                jnp.einsum("...z,vz->...v", z, codebook, precision=_EXACT), axis=-1
+            ).astype(jnp.int32)
         # |z - e|^2 without |z|^2, which is the same for every entry
         cross = jnp.einsum("...z,vz->...v", z, codebook, precision=_EXACT)
         return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2 * cross, axis=-1).astype(jnp.int32)
@@ -292,7 +315,10 @@ class Quantizer(nn.Module):
     def f_hats(self, tokens):
         """tokens (B, L) -> (K, B, S, S, Z): the running sum after each scale."""
         scales = self.config.scale_list
-        h = [self.residual(k, self.look_up(tokens[:, scales.slice(k)])) for k in range(scales.num_scales)]
+        h = [
+            self.residual(k, self.look_up(tokens[:, scales.slice(k)]))
+            for k in range(scales.num_scales)
+        ]
         return jnp.cumsum(jnp.stack(h), axis=0)
 
     def next_scale_inputs(self, f_hats):
@@ -308,7 +334,9 @@ class Quantizer(nn.Module):
     def own_scale_inputs(self, tokens):
         """(B, L) -> (B, L - l_0, Z): own_scale_input of each scale after the first."""
         scales = self.config.scale_list
-        parts = [self.own_scale_input(k, tokens[:, scales.slice(k)]) for k in range(1, scales.num_scales)]
+        parts = [
+            self.own_scale_input(k, tokens[:, scales.slice(k)]) for k in range(1, scales.num_scales)
+        ]
         return jnp.concatenate(parts, 1) if parts else self.look_up(tokens)[:, :0]
 
 
@@ -340,7 +368,9 @@ class Tokenizer(nn.Module):
 
     def paint(self, f_hat, deterministic=True):
         """(B, S, S, Z) -> (B, h, w, 3) float32, not clamped."""
-        return self.decoder(self.post_quant_conv(f_hat.astype(self.config.dtype)), deterministic).astype(jnp.float32)
+        return self.decoder(
+            self.post_quant_conv(f_hat.astype(self.config.dtype)), deterministic
+        ).astype(jnp.float32)
 
     def decode(self, tokens):
         """tokens (B, L) -> pictures (B, h, w, 3) in [-1, 1]."""
@@ -368,7 +398,9 @@ class Tokenizer(nn.Module):
 
 def without_encoder(params: dict) -> dict:
     """The parameters that are left to do once pictures are tokens: the quantizer's and the decoder's."""
-    return {part: values for part, values in params.items() if part not in ("encoder", "quant_conv")}
+    return {
+        part: values for part, values in params.items() if part not in ("encoder", "quant_conv")
+    }
 
 
 def fingerprint(config: TokenizerConfig, params: dict) -> str:
@@ -381,7 +413,10 @@ def fingerprint(config: TokenizerConfig, params: dict) -> str:
     told = {name: value for name, value in fields.items() if name not in ("dropout", "dtype")}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     parts = {part: params[part] for part in ("encoder", "quant_conv", "quantizer")}
-    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parts)):
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(parts)
+    ):
         digest.update(f"{path}{np.shape(leaf)}".encode())
         digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
     return digest.hexdigest()[:16]

@@ -75,7 +75,9 @@ class TransformerConfig:
     init_adaln_gamma: float = 1e-3  # factor on those of the residual branches' gates
     init_head: float = 0.02
     dtype: str = "float32"  # of matrix products; residuals, norms, softmax and logits are float32
-    attention: str | None = None  # implementation for training; None picks one (pallas_kernels.block_attention)
+    attention: str | None = (
+        None  # implementation for training; None picks one (pallas_kernels.block_attention)
+    )
     remat: str = "none"  # what of a block the backward pass computes again, see REMAT
 
     def __post_init__(self):
@@ -135,7 +137,9 @@ class Embeddings(nn.Module):
 
     def __call__(self, class_ids, codes):
         """All scales: class_ids (B,), next-scale inputs (B, L - l_0, Z) -> (B, L, C)."""
-        return self.place(jnp.concatenate([self.start(class_ids), self.words(codes)], 1), slice(None))
+        return self.place(
+            jnp.concatenate([self.start(class_ids), self.words(codes)], 1), slice(None)
+        )
 
     def condition(self, class_ids):
         """(B,) int32 -> (B, C)"""
@@ -179,15 +183,21 @@ class Block(nn.Module):
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         x = by_picture(x)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = self._modulate(modulation)  # (B, 1, C) each
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self._modulate(
+            modulation
+        )  # (B, 1, C) each
 
         h = (layer_norm(x) * (1 + scale1) + shift1).astype(dtype)
         h, kv = self._attention(h, past, block_sizes, keep_kv)
         x = x + self._drop_path(gamma1 * h, drop_path)
 
         h = _rows((layer_norm(x) * (1 + scale2) + shift2).astype(dtype))
-        h = nn.Dense(round(c.width * c.mlp_ratio), name="fc1", dtype=dtype, kernel_init=_normal(c.init_std))(h)
-        h = nn.Dense(c.width, name="fc2", dtype=dtype, kernel_init=self._residual_init())(nn.gelu(h, approximate=True))
+        h = nn.Dense(
+            round(c.width * c.mlp_ratio), name="fc1", dtype=dtype, kernel_init=_normal(c.init_std)
+        )(h)
+        h = nn.Dense(c.width, name="fc2", dtype=dtype, kernel_init=self._residual_init())(
+            nn.gelu(h, approximate=True)
+        )
         h = nn.Dropout(c.dropout)(h.reshape(x.shape), deterministic=self.deterministic)
         return by_picture(x + self._drop_path(gamma2 * h, drop_path)), kv
 
@@ -202,7 +212,9 @@ class Block(nn.Module):
             init = lambda key, shape: jax.random.normal(key, shape) / c.width**0.5 * rows[:, None]
             table = self.param("ada_table", init, (6, c.width))
             return jnp.split(modulation + table, 6, axis=1)
-        init = lambda key, shape, dtype: _normal(c.init_std)(key, shape, dtype) * jnp.repeat(rows, c.width)
+        init = lambda key, shape, dtype: (
+            _normal(c.init_std)(key, shape, dtype) * jnp.repeat(rows, c.width)
+        )
         packed = nn.Dense(6 * c.width, name="ada", kernel_init=init)(modulation)
         return jnp.split(packed.reshape(-1, 6, c.width), 6, axis=1)
 
@@ -210,14 +222,23 @@ class Block(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         head_size = c.width // c.heads
         qkv = nn.DenseGeneral(
-            (3, c.heads, head_size), use_bias=False, name="qkv", dtype=dtype, kernel_init=_normal(c.init_std))(_rows(h))
+            (3, c.heads, head_size),
+            use_bias=False,
+            name="qkv",
+            dtype=dtype,
+            kernel_init=_normal(c.init_std),
+        )(_rows(h))
         qkv = qkv.reshape(*h.shape[:2], 3, c.heads, head_size)
         zeros = nn.initializers.zeros
-        q = qkv[:, :, 0] + self.param("q_bias", zeros, (c.heads, head_size)).astype(dtype)  # (B, l, H, D)
+        q = qkv[:, :, 0] + self.param("q_bias", zeros, (c.heads, head_size)).astype(
+            dtype
+        )  # (B, l, H, D)
         k = qkv[:, :, 1]  # no bias: it would shift all scores of a query alike
         v = qkv[:, :, 2] + self.param("v_bias", zeros, (c.heads, head_size)).astype(dtype)
         if c.qk_norm:
-            log_scale = self.param("log_scale", nn.initializers.constant(_INIT_LOG_SCALE), (c.heads,))
+            log_scale = self.param(
+                "log_scale", nn.initializers.constant(_INIT_LOG_SCALE), (c.heads,)
+            )
             q = (_unit(q) * jnp.exp(jnp.minimum(log_scale, _MAX_LOG_SCALE))[:, None]).astype(dtype)
             k, scale = _unit(k).astype(dtype), 1.0
         else:
@@ -227,11 +248,18 @@ class Block(nn.Module):
         if block_sizes is None:
             out = jax.nn.dot_product_attention(q, k, v, scale=scale)
         else:
-            attend = lambda q, k, v: block_attention(q, k, v, block_sizes, c.pattern, scale, implementation=c.attention)
+            attend = lambda q, k, v: block_attention(
+                q, k, v, block_sizes, c.pattern, scale, implementation=c.attention
+            )
             out = by_picture_and_head(attend, q, k, v)
-        project = nn.DenseGeneral(c.width, axis=(-2, -1), name="proj", dtype=dtype, kernel_init=self._residual_init())
+        project = nn.DenseGeneral(
+            c.width, axis=(-2, -1), name="proj", dtype=dtype, kernel_init=self._residual_init()
+        )
         out = project(out.reshape(-1, c.heads, head_size)).reshape(h.shape)
-        return nn.Dropout(c.dropout)(out, deterministic=self.deterministic), (k, v) if keep_kv else None
+        return nn.Dropout(c.dropout)(out, deterministic=self.deterministic), (
+            k,
+            v,
+        ) if keep_kv else None
 
     def _drop_path(self, branch, rate):
         """Stochastic depth: the whole branch of a picture is dropped with probability `rate`."""
@@ -266,10 +294,15 @@ class Blocks(nn.Module):
         if policy is not None:  # inside a scan nothing could be merged with what is computed again
             block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(5, 6))
         scanned = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=self.depth,
-            in_axes=(nn.broadcast, 0, 0, nn.broadcast, nn.broadcast))
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.depth,
+            in_axes=(nn.broadcast, 0, 0, nn.broadcast, nn.broadcast),
+        )
         return scanned(self.config, self.deterministic, name="block")(
-            x, modulation, drop_path, past, block_sizes, keep_kv)
+            x, modulation, drop_path, past, block_sizes, keep_kv
+        )
 
 
 class Head(nn.Module):
@@ -281,7 +314,9 @@ class Head(nn.Module):
     def __call__(self, x, condition):
         """x (B, l, C), condition (B, C) -> logits (B, l, V) float32."""
         c = self.config
-        ada = nn.Dense(2 * c.width, name="ada", kernel_init=_normal(c.init_std * c.init_adaln))(nn.silu(condition))
+        ada = nn.Dense(2 * c.width, name="ada", kernel_init=_normal(c.init_std * c.init_adaln))(
+            nn.silu(condition)
+        )
         scale, shift = jnp.split(ada.reshape(-1, 2, c.width), 2, axis=1)  # (B, 1, C) each
         h = _rows((layer_norm(x) * (1 + scale) + shift).astype(c.dtype))
         kernel = self.param("kernel", _normal(c.init_std * c.init_head), (c.width, c.vocab_size))
@@ -300,7 +335,8 @@ class SharedModulation(nn.Module):
         """SiLU of the class embedding (B, C) -> (B, 6, C)."""
         normal = _normal(self.config.init_std)
         return nn.Dense(6 * self.config.width, name="ada", kernel_init=normal)(condition).reshape(
-            -1, 6, self.config.width)
+            -1, 6, self.config.width
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +350,10 @@ class NextScaleTransformer:
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
         c = self.config
-        class_ids, codes = jnp.zeros(1, jnp.int32), jnp.zeros((1, c.scale_list.length - c.scale_list.lengths[0], c.z_channels))
+        class_ids, codes = (
+            jnp.zeros(1, jnp.int32),
+            jnp.zeros((1, c.scale_list.length - c.scale_list.lengths[0], c.z_channels)),
+        )
         keys = jax.random.split(rng, 4)
         params = {"embed": Embeddings(c).init(keys[0], class_ids, codes)["params"]}
         condition = jnp.zeros((1, c.width))
@@ -323,26 +362,50 @@ class NextScaleTransformer:
             params["shared"] = SharedModulation(c).init(keys[1], condition)["params"]
             modulation = jnp.zeros((1, 6, c.width))
         x = jnp.zeros((1, 1, c.width))
-        params["blocks"] = Blocks(c, c.depth).init(keys[2], x, modulation, c.drop_path_rates)["params"]
+        params["blocks"] = Blocks(c, c.depth).init(keys[2], x, modulation, c.drop_path_rates)[
+            "params"
+        ]
         params["head"] = Head(c).init(keys[3], x, condition)["params"]
         return params
 
     def modulation(self, params, condition):
         """What blocks take for the class: condition (B, C) -> (B, C), or with shared_adaln (B, 6, C)."""
         condition = nn.silu(condition)
-        return SharedModulation(self.config).apply({"params": params["shared"]}, condition) if self.config.shared_adaln else condition
+        return (
+            SharedModulation(self.config).apply({"params": params["shared"]}, condition)
+            if self.config.shared_adaln
+            else condition
+        )
 
     def embed(self, params, *args, method=None):
         return Embeddings(self.config).apply({"params": params["embed"]}, *args, method=method)
 
-    def run_blocks(self, params, x, condition, first=0, last=None, *, stacked_from=0, dropout_rng=None, **kwargs):
+    def run_blocks(
+        self,
+        params,
+        x,
+        condition,
+        first=0,
+        last=None,
+        *,
+        stacked_from=0,
+        dropout_rng=None,
+        **kwargs,
+    ):
         """Blocks first … last - 1 over x (B, l, C); params has the blocks from stacked_from on. Others as Blocks."""
         last = self.config.depth if last is None else last
-        stacked = jax.tree.map(lambda p: p[first - stacked_from:last - stacked_from], params["blocks"])
+        stacked = jax.tree.map(
+            lambda p: p[first - stacked_from : last - stacked_from], params["blocks"]
+        )
         rngs = None if dropout_rng is None else {"dropout": dropout_rng}
         return Blocks(self.config, last - first, deterministic=dropout_rng is None).apply(
-            {"params": stacked}, x, self.modulation(params, condition), self.config.drop_path_rates[first:last],
-            rngs=rngs, **kwargs)
+            {"params": stacked},
+            x,
+            self.modulation(params, condition),
+            self.config.drop_path_rates[first:last],
+            rngs=rngs,
+            **kwargs,
+        )
 
     def head(self, params, x, condition):
         return Head(self.config).apply({"params": params["head"]}, x, condition)
@@ -361,12 +424,21 @@ class NextScaleTransformer:
         condition = self.embed(params, class_ids, method="condition")
         x = self.embed(params, class_ids, codes)
         x, _ = self.run_blocks(
-            params, x, condition, dropout_rng=dropout_rng, block_sizes=self.config.scale_list.lengths)
+            params,
+            x,
+            condition,
+            dropout_rng=dropout_rng,
+            block_sizes=self.config.scale_list.lengths,
+        )
         return self.head(params, x, condition)
 
     def scale_input(self, params, k: int, class_ids, codes):
         """The input embeddings of scale k alone: codes (B, l_k, Z) -> (B, l_k, C); codes are not used where k is 0."""
-        words = self.embed(params, class_ids, method="start") if k == 0 else self.embed(params, codes, method="words")
+        words = (
+            self.embed(params, class_ids, method="start")
+            if k == 0
+            else self.embed(params, codes, method="words")
+        )
         return self.embed(params, words, self.config.scale_list.slice(k), method="place")
 
     def scale_logits(self, params, k: int, class_ids, codes, past=None):
@@ -381,5 +453,7 @@ class NextScaleTransformer:
         """
         condition = self.embed(params, class_ids, method="condition")
         x = self.scale_input(params, k, class_ids, codes)
-        x, past = self.run_blocks(params, x, condition, past=past, keep_kv=self.config.pattern == "causal")
+        x, past = self.run_blocks(
+            params, x, condition, past=past, keep_kv=self.config.pattern == "causal"
+        )
         return self.head(params, x, condition), past

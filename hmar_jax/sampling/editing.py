@@ -32,7 +32,9 @@ def box_hole(box, height: int, width: int) -> np.ndarray:
     if x0 >= x1 or y0 >= y1:
         raise InputError(f"box {text} is empty: x0,y0,x1,y1 with x0 < x1 and y0 < y1 is wanted")
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-        raise InputError(f"box {text} is not inside the picture, which is {width} x {height} pixels: 0,0,{width},{height} is all of it")
+        raise InputError(
+            f"box {text} is not inside the picture, which is {width} x {height} pixels: 0,0,{width},{height} is all of it"
+        )
     hole = np.zeros((height, width), bool)
     hole[y0:y1, x0:x1] = True
     return hole
@@ -44,7 +46,9 @@ def resize_hole(hole: np.ndarray, side: int) -> np.ndarray:
     return np.einsum("th,bhw,uw->btu", rows, hole.astype(np.float32), columns) > 0
 
 
-def kept_tokens(scales: ScaleList, hole: np.ndarray, *, ring: int = 0, keep_coarse: bool = False) -> np.ndarray:
+def kept_tokens(
+    scales: ScaleList, hole: np.ndarray, *, ring: int = 0, keep_coarse: bool = False
+) -> np.ndarray:
     """Which tokens of a picture stay: those whose whole cell does.
 
     Args:
@@ -78,7 +82,9 @@ def hide(images: np.ndarray, hole: np.ndarray) -> np.ndarray:
     return np.where(rest, images, mean).astype(images.dtype)
 
 
-def join(images: np.ndarray, generated: np.ndarray, hole: np.ndarray, feather: float = 0) -> np.ndarray:
+def join(
+    images: np.ndarray, generated: np.ndarray, hole: np.ndarray, feather: float = 0
+) -> np.ndarray:
     """Puts the new content into the pictures: pixels outside the hole come back bit by bit.
 
     Args:
@@ -92,7 +98,14 @@ def join(images: np.ndarray, generated: np.ndarray, hole: np.ndarray, feather: f
     share = hole.astype(np.float32)
     if feather:
         # The picture's own border is no border of the hole: beyond it there is nothing to pass into.
-        inside = np.stack([ndimage.distance_transform_edt(h) if not h.all() else np.full(h.shape, np.inf) for h in hole])
+        inside = np.stack(
+            [
+                ndimage.distance_transform_edt(h) if not h.all() else np.full(h.shape, np.inf)
+                for h in hole
+            ]
+        )
         share = np.minimum(inside / (feather + 1), 1).astype(np.float32)
     mixed = images + share[..., None] * (generated - images)
-    return np.where(share[..., None] == 0, images, np.where(share[..., None] == 1, generated, mixed))
+    return np.where(
+        share[..., None] == 0, images, np.where(share[..., None] == 1, generated, mixed)
+    )

@@ -1,6 +1,6 @@
 """Pictures side by side, with a label beside each row."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -9,7 +9,9 @@ _GAP = 2  # pixels between pictures
 _MIN_SIDE = 48  # smaller pictures are enlarged by a whole factor, so that they can be seen
 
 
-def draw(images: np.ndarray, columns: int, labels: Sequence[str] = (), titles: Sequence[str] = ()) -> Image.Image:
+def draw(
+    images: np.ndarray, columns: int, labels: Sequence[str] = (), titles: Sequence[str] = ()
+) -> Image.Image:
     """A grid of pictures, row by row.
 
     Args:
@@ -37,9 +39,17 @@ def draw(images: np.ndarray, columns: int, labels: Sequence[str] = (), titles: S
     canvas = Image.new("RGB", (right, top + rows * (height + _GAP)), "white")
     pen = ImageDraw.Draw(canvas)
     for i, picture in enumerate(pixels):
-        canvas.paste(Image.fromarray(picture), (x_of(i % columns), top + i // columns * (height + _GAP)))
+        canvas.paste(
+            Image.fromarray(picture), (x_of(i % columns), top + i // columns * (height + _GAP))
+        )
     for row, label in enumerate(labels):
-        pen.text((left - 2 * _GAP, top + row * (height + _GAP) + height // 2), label, "black", font, anchor="rm")
+        pen.text(
+            (left - 2 * _GAP, top + row * (height + _GAP) + height // 2),
+            label,
+            "black",
+            font,
+            anchor="rm",
+        )
     for i, title in enumerate(titles):
         pen.text((x_of(i * share), top - 2 * _GAP), title, "black", font, anchor="ls")
     return canvas

@@ -20,14 +20,23 @@ from hmar_jax.models.spec import ModelSpec
 from hmar_jax.sampling import editing, sampler, schedules
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "bundled"
-_MAX_BATCH = 64  # pictures of one device in one call of the compiled sampler; more are drawn in turns
+_MAX_BATCH = (
+    64  # pictures of one device in one call of the compiled sampler; more are drawn in turns
+)
 _RUN_FORMAT = "hmar_jax run 1"
-TOKENIZER_FOLDER, STAGE1_FOLDER = "tokenizer", "stage1"  # of a run directory: what it was trained on top of
+TOKENIZER_FOLDER, STAGE1_FOLDER = (
+    "tokenizer",
+    "stage1",
+)  # of a run directory: what it was trained on top of
 
 
 def bundled_models() -> list[str]:
     """Names of the models that come with the package."""
-    return sorted(p.name for p in _BUNDLED.iterdir() if (p / "config.json").is_file()) if _BUNDLED.is_dir() else []
+    return (
+        sorted(p.name for p in _BUNDLED.iterdir() if (p / "config.json").is_file())
+        if _BUNDLED.is_dir()
+        else []
+    )
 
 
 class Pipeline:
@@ -49,23 +58,43 @@ class Pipeline:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         transformer = spec.transformer and dataclasses.replace(spec.transformer, dtype=dtype)
         self.spec = dataclasses.replace(
-            spec, tokenizer=dataclasses.replace(spec.tokenizer, dtype=dtype), transformer=transformer)
+            spec,
+            tokenizer=dataclasses.replace(spec.tokenizer, dtype=dtype),
+            transformer=transformer,
+        )
         self._devices = list(devices or jax.devices()[:1])
         mesh = Mesh(np.array(self._devices), ("data",))
         self._by_picture = NamedSharding(mesh, PartitionSpec("data"))
-        self.params = jax.device_put(jax.tree.map(jnp.asarray, params), NamedSharding(mesh, PartitionSpec()))
+        self.params = jax.device_put(
+            jax.tree.map(jnp.asarray, params), NamedSharding(mesh, PartitionSpec())
+        )
         # The model is bound by closure: a bound argument would be traced by jit.
         model = CombinedModel(self.spec)
         self._sample = jax.jit(functools.partial(sampler.sample, model), static_argnames="draw")
-        self._draw_scales = jax.jit(functools.partial(sampler.draw_scales, model), static_argnames="draw")
+        self._draw_scales = jax.jit(
+            functools.partial(sampler.draw_scales, model), static_argnames="draw"
+        )
         self._paint = jax.jit(model.paint)
         self._encode = jax.jit(lambda p, images: model.quantize(p, images * 2 - 1, method="encode"))
-        self._decode = jax.jit(lambda p, tokens: (model.quantize(p, tokens, method="decode") + 1) / 2)
+        self._decode = jax.jit(
+            lambda p, tokens: (model.quantize(p, tokens, method="decode") + 1) / 2
+        )
 
     def sample(
-        self, rng: jax.Array, class_id=None, *, guidance: float | None = None, masked_guidance: float | None = None,
-        top_k: int | None = None, top_p: float | None = None, greedy: bool = False, schedule=None, smooth: bool = False,
-        confidence_noise: float | None = None, return_tokens: bool = False):
+        self,
+        rng: jax.Array,
+        class_id=None,
+        *,
+        guidance: float | None = None,
+        masked_guidance: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        greedy: bool = False,
+        schedule=None,
+        smooth: bool = False,
+        confidence_noise: float | None = None,
+        return_tokens: bool = False,
+    ):
         """Draws pictures of classes.
 
         Args:
@@ -92,22 +121,48 @@ class Pipeline:
             schedule does not fit the scales or needs a stage 2 that the model has not.
         """
         draw, strength = self._options(
-            guidance=guidance, masked_guidance=masked_guidance, top_k=top_k, top_p=top_p, greedy=greedy, smooth=smooth,
-            confidence_noise=confidence_noise)
+            guidance=guidance,
+            masked_guidance=masked_guidance,
+            top_k=top_k,
+            top_p=top_p,
+            greedy=greedy,
+            smooth=smooth,
+            confidence_noise=confidence_noise,
+        )
         plan = schedules.plan(self.schedule(schedule))
         ids, single = self._classes(class_id)
         images, tokens = self._in_turns(
-            lambda keys, ids: self._sample(self.params, keys, ids, draw=draw, strength=strength, plan=plan),
-            sampler.picture_keys(rng, len(ids)), ids)
+            lambda keys, ids: self._sample(
+                self.params, keys, ids, draw=draw, strength=strength, plan=plan
+            ),
+            sampler.picture_keys(rng, len(ids)),
+            ids,
+        )
         if single:
             images, tokens = images[0], tokens[0]
         return (images, tokens) if return_tokens else images
 
     def edit(
-        self, rng: jax.Array, image, mask, class_id=None, *, keep_coarse: bool | None = None, ring: int = 0, paste: bool = True,
-        feather: float = 0, guidance: float | None = None, masked_guidance: float | None = None, top_k: int | None = None,
-        top_p: float | None = None, greedy: bool = False, schedule=None, smooth: bool = False,
-        confidence_noise: float | None = None, return_tokens: bool = False):
+        self,
+        rng: jax.Array,
+        image,
+        mask,
+        class_id=None,
+        *,
+        keep_coarse: bool | None = None,
+        ring: int = 0,
+        paste: bool = True,
+        feather: float = 0,
+        guidance: float | None = None,
+        masked_guidance: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        greedy: bool = False,
+        schedule=None,
+        smooth: bool = False,
+        confidence_noise: float | None = None,
+        return_tokens: bool = False,
+    ):
         """Draws new content into a part of pictures; nothing is trained for it.
 
         Args:
@@ -131,8 +186,14 @@ class Pipeline:
           InputError: as `sample`; or image, mask and classes do not fit together.
         """
         draw, strength = self._options(
-            guidance=guidance, masked_guidance=masked_guidance, top_k=top_k, top_p=top_p, greedy=greedy, smooth=smooth,
-            confidence_noise=confidence_noise)
+            guidance=guidance,
+            masked_guidance=masked_guidance,
+            top_k=top_k,
+            top_p=top_p,
+            greedy=greedy,
+            smooth=smooth,
+            confidence_noise=confidence_noise,
+        )
         if not isinstance(ring, int) or ring < 0:
             raise InputError(f"ring={ring}: a whole number of cells, 0 or more, is wanted")
         if not feather >= 0:
@@ -150,18 +211,28 @@ class Pipeline:
 
         if keep_coarse is None:
             keep_coarse = class_id is None
-        keep = editing.kept_tokens(self.spec.tokenizer.scale_list, hole, ring=ring, keep_coarse=keep_coarse)
+        keep = editing.kept_tokens(
+            self.spec.tokenizer.scale_list, hole, ring=ring, keep_coarse=keep_coarse
+        )
 
         def turn(keys, ids, images, hidden, keep):
             known = sampler.Known(self._encode(self.params, hidden), keep)
             f_hat, tokens = self._draw_scales(
-                self.params, keys, ids, draw=draw, strength=strength, plan=plan, known=known)
+                self.params, keys, ids, draw=draw, strength=strength, plan=plan, known=known
+            )
             # A mixture is no token; otherwise the one decoder of tokens, so that known tokens give their reconstruction.
-            return self._paint(self.params, f_hat) if smooth else self._decode(self.params, tokens), tokens
+            return self._paint(self.params, f_hat) if smooth else self._decode(
+                self.params, tokens
+            ), tokens
 
         generated, tokens = self._in_turns(
-            turn, sampler.picture_keys(rng, count), ids, images, editing.hide(images, hole), keep)
-        result = jnp.asarray(editing.join(images, np.asarray(generated), hole, feather)) if paste else generated
+            turn, sampler.picture_keys(rng, count), ids, images, editing.hide(images, hole), keep
+        )
+        result = (
+            jnp.asarray(editing.join(images, np.asarray(generated), hole, feather))
+            if paste
+            else generated
+        )
         if one_image and one_class and one_mask:
             result, tokens = result[0], tokens[0]
         return (result, tokens) if return_tokens else result
@@ -169,15 +240,24 @@ class Pipeline:
     def _options(self, **asked):
         """The model's own values for those that are None, checked."""
         if self.spec.transformer is None:
-            raise InputError("this model is a tokenizer alone: it encodes and decodes, but cannot sample")
+            raise InputError(
+                "this model is a tokenizer alone: it encodes and decodes, but cannot sample"
+            )
         own = {name: getattr(self.spec, name) for name, value in asked.items() if value is None}
         return sampler.options(**{**asked, **own}, vocab_size=self.spec.transformer.vocab_size)
 
     def _classes(self, class_id) -> tuple[np.ndarray, bool]:
         """Ids (B,) int32, and whether one was given rather than a list."""
-        single = class_id is None or isinstance(class_id, (int, str, np.integer)) or np.ndim(class_id) == 0
+        single = (
+            class_id is None
+            or isinstance(class_id, (int, str, np.integer))
+            or np.ndim(class_id) == 0
+        )
         null = self.spec.transformer.null_class
-        ids = [null if c is None else self.spec.resolve_class(c) for c in ([class_id] if single else list(class_id))]
+        ids = [
+            null if c is None else self.spec.resolve_class(c)
+            for c in ([class_id] if single else list(class_id))
+        ]
         if not ids:
             raise InputError("class_id is empty: one class or more is wanted")
         return np.array(ids, np.int32), single
@@ -192,7 +272,9 @@ class Pipeline:
             wanted = "default" if self.spec.masked_depth else "none"
         schedule = schedules.resolve(self.spec.tokenizer.scale_list, wanted)
         if not self.spec.masked_depth and any(len(row) > 1 for row in schedule):
-            raise InputError(f"schedule {wanted!r} has masked passes, but this model has no stage 2: schedule='none' is wanted")
+            raise InputError(
+                f"schedule {wanted!r} has masked passes, but this model has no stage 2: schedule='none' is wanted"
+            )
         return schedule
 
     def _in_turns(self, draw, *rows):
@@ -228,10 +310,16 @@ class Pipeline:
         length, vocab_size = self.spec.tokenizer.scale_list.length, self.spec.tokenizer.vocab_size
         shaped = tokens.ndim in (1, 2) and tokens.shape[-1] == length and tokens.size
         if not shaped or not np.issubdtype(tokens.dtype, np.integer):
-            raise InputError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: ({length},) or (B, {length}) integers are wanted")
+            raise InputError(
+                f"tokens of shape {tokens.shape} and type {tokens.dtype}: ({length},) or (B, {length}) integers are wanted"
+            )
         if not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            raise InputError(f"tokens from {tokens.min()} to {tokens.max()}: the codebook has 0 to {vocab_size - 1}")
-        images = self._in_turns(functools.partial(self._decode, self.params), np.atleast_2d(tokens).astype(np.int32))
+            raise InputError(
+                f"tokens from {tokens.min()} to {tokens.max()}: the codebook has 0 to {vocab_size - 1}"
+            )
+        images = self._in_turns(
+            functools.partial(self._decode, self.params), np.atleast_2d(tokens).astype(np.int32)
+        )
         return images[0] if tokens.ndim == 1 else images
 
     def _pictures(self, image):
@@ -239,7 +327,10 @@ class Pipeline:
         images, single = _as_float(image), np.ndim(image) == 3
         side = self.spec.tokenizer.image_side
         if images.shape[1:3] != (side, side):
-            warnings.warn(f"resizing a picture of {images.shape[2]}x{images.shape[1]} to the model's {side}x{side}", stacklevel=3)
+            warnings.warn(
+                f"resizing a picture of {images.shape[2]}x{images.shape[1]} to the model's {side}x{side}",
+                stacklevel=3,
+            )
             images = np.stack([resize_picture(x, side) for x in images])
         return images, single
 
@@ -255,7 +346,9 @@ def _as_float(image) -> np.ndarray:
     if not np.issubdtype(images.dtype, np.floating):
         raise InputError(f"picture of type {images.dtype}: uint8, or float in [0, 1] is wanted")
     if not (images.min() >= 0 and images.max() <= 1):
-        raise InputError(f"picture with values from {images.min():g} to {images.max():g}: float pictures lie in [0, 1]")
+        raise InputError(
+            f"picture with values from {images.min():g} to {images.max():g}: float pictures lie in [0, 1]"
+        )
     return images.astype(np.float32)
 
 
@@ -265,21 +358,30 @@ def _mask_of(mask, image_shape) -> tuple[np.ndarray, bool]:
     single = mask.ndim == 2
     masks = mask[None] if single else mask
     if masks.ndim != 3 or masks.shape[1:] != tuple(image_shape[-3:-1]):
-        raise InputError(f"mask of shape {mask.shape} for a picture of shape {tuple(image_shape)}: (h, w) or (B, h, w) of its size is wanted")
+        raise InputError(
+            f"mask of shape {mask.shape} for a picture of shape {tuple(image_shape)}: (h, w) or (B, h, w) of its size is wanted"
+        )
     if masks.dtype == np.uint8:
         masks = masks >= 128
     elif masks.dtype != bool:
-        raise InputError(f"mask of type {masks.dtype}: bool, or uint8 with 128 and above for the hole, is wanted")
+        raise InputError(
+            f"mask of type {masks.dtype}: bool, or uint8 with 128 and above for the hole, is wanted"
+        )
     return masks, single
 
 
 def resize_picture(image, side: int) -> np.ndarray:
     """(h, w, 3) float in [0, 1] -> (side, side, 3), Lanczos, each channel in full precision."""
-    channels = [Image.fromarray(image[..., c].astype(np.float32)).resize((side, side), Image.LANCZOS) for c in range(3)]
+    channels = [
+        Image.fromarray(image[..., c].astype(np.float32)).resize((side, side), Image.LANCZOS)
+        for c in range(3)
+    ]
     return np.stack([np.asarray(c) for c in channels], -1).clip(0, 1)
 
 
-def load(name: str, dtype: str = "auto", devices=None, checkpoint: int | str = "latest") -> Pipeline:
+def load(
+    name: str, dtype: str = "auto", devices=None, checkpoint: int | str = "latest"
+) -> Pipeline:
     """A bundled model by name, a run directory, or a model directory.
 
     Args:
@@ -296,17 +398,24 @@ def load(name: str, dtype: str = "auto", devices=None, checkpoint: int | str = "
 def load_parts(name: str, checkpoint: int | str = "latest"):
     """As load, but the spec and the parameters {"tokenizer": …, "transformer": …, "masked": …} on the host."""
     directory = pathlib.Path(name) if files.is_local(name) else epath.Path(name)
-    there = lambda: os.path.isfile(directory / "config.json") if files.is_local(directory) else (directory / "config.json").exists()
+    there = lambda: (
+        os.path.isfile(directory / "config.json")
+        if files.is_local(directory)
+        else (directory / "config.json").exists()
+    )
     if name in bundled_models() and not there():
         directory = _BUNDLED / name
     if not there():  # os.path: unlike Path.is_file, False for any nonsense
         raise InputError(
-            f"model {name!r}: neither a bundled model ({', '.join(bundled_models()) or 'none'}) nor a directory with a config.json")
+            f"model {name!r}: neither a bundled model ({', '.join(bundled_models()) or 'none'}) nor a directory with a config.json"
+        )
     config = files.read_json(directory / "config.json", "the config of a model or a run")
     if isinstance(config, dict) and config.get("format") == _RUN_FORMAT:
         return _load_run(directory, config, checkpoint)
     if checkpoint != "latest":
-        raise InputError(f"checkpoint {checkpoint!r} of {name!r}: it is a model, which has no checkpoints; only runs have")
+        raise InputError(
+            f"checkpoint {checkpoint!r} of {name!r}: it is a model, which has no checkpoints; only runs have"
+        )
     config, params = checkpoints.load_model(directory)
     return ModelSpec.from_json(config, str(directory / "config.json")), params
 
@@ -330,14 +439,28 @@ def _load_run(directory: pathlib.Path | epath.Path, config: dict, checkpoint: in
 
 
 def from_torch(
-    model: str | None = None, *, tokenizer: str, masked: str | None = None, scales=None, heads: int | None = None,
-    dtype: str = "auto") -> Pipeline:
+    model: str | None = None,
+    *,
+    tokenizer: str,
+    masked: str | None = None,
+    scales=None,
+    heads: int | None = None,
+    dtype: str = "auto",
+) -> Pipeline:
     """Published PyTorch weights as a Pipeline; see torch_parts."""
-    return Pipeline(*torch_parts(model, tokenizer=tokenizer, masked=masked, scales=scales, heads=heads), dtype)
+    return Pipeline(
+        *torch_parts(model, tokenizer=tokenizer, masked=masked, scales=scales, heads=heads), dtype
+    )
 
 
 def torch_parts(
-    model: str | None = None, *, tokenizer: str, masked: str | None = None, scales=None, heads: int | None = None):
+    model: str | None = None,
+    *,
+    tokenizer: str,
+    masked: str | None = None,
+    scales=None,
+    heads: int | None = None,
+):
     """Reads published weights.
 
     Args:
@@ -362,26 +485,42 @@ def torch_parts(
         combined, alone = convert.is_combined(state), convert.is_stage2(state)
         if masked is not None:
             if combined or alone:
-                raise InputError(f"{model}: holds a stage 2 already; a stage 1 is wanted with masked={masked}")
+                raise InputError(
+                    f"{model}: holds a stage 2 already; a stage 1 is wanted with masked={masked}"
+                )
             state2 = _state_of(masked, "transformer", "such as masked.pth")
             if not convert.is_stage2(state2):
                 raise InputError(f"{masked}: is no stage 2 by itself")
-            transformer, params["transformer"], depth, params["masked"] = convert.join_stages(state, state2, scales, heads)
+            transformer, params["transformer"], depth, params["masked"] = convert.join_stages(
+                state, state2, scales, heads
+            )
         elif combined or alone:
             read = convert.combined_from_state if combined else convert.stage2_from_state
             transformer, params["transformer"], depth, params["masked"] = read(state, scales, heads)
             next_scale = combined
         else:
-            transformer, params["transformer"] = convert.transformer_from_state(state, scales, heads)
+            transformer, params["transformer"] = convert.transformer_from_state(
+                state, scales, heads
+            )
         scale_list = transformer.scale_list
     elif masked is not None:
-        raise InputError(f"masked={masked} without a model: the stage 1 that it was trained on is wanted too")
+        raise InputError(
+            f"masked={masked} without a model: the stage 1 that it was trained on is wanted too"
+        )
     else:
         scale_list = convert.tokenizer_scales(tokenizer_state, scales)
     config, params["tokenizer"] = convert.tokenizer_from_state(tokenizer_state, scale_list)
-    origin = "converted from " + " and ".join(pathlib.Path(p).name for p in (tokenizer, model, masked) if p)
+    origin = "converted from " + " and ".join(
+        pathlib.Path(p).name for p in (tokenizer, model, masked) if p
+    )
     spec = ModelSpec(
-        tokenizer=config, transformer=transformer, masked_depth=depth, next_scale=next_scale, origin=origin, licence=licence)
+        tokenizer=config,
+        transformer=transformer,
+        masked_depth=depth,
+        next_scale=next_scale,
+        origin=origin,
+        licence=licence,
+    )
     return spec, params
 
 
@@ -390,5 +529,7 @@ def _state_of(path: str, kind: str, example: str):
     states = convert.load_state_dicts(path)
     if kind not in states:
         other = {"tokenizer": "transformer", "transformer": "tokenizer"}[kind]
-        raise InputError(f"{path}: holds a {other} and no {kind}; give the {kind}'s file, {example}")
+        raise InputError(
+            f"{path}: holds a {other} and no {kind}; give the {kind}'s file, {example}"
+        )
     return states[kind]

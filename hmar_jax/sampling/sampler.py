@@ -42,11 +42,20 @@ class Strength:
     confidence_noise: Any = 0.0
 
 
-jax.tree_util.register_dataclass(Strength, ("guidance", "masked_guidance", "top_p", "confidence_noise"), ())
+jax.tree_util.register_dataclass(
+    Strength, ("guidance", "masked_guidance", "top_p", "confidence_noise"), ()
+)
 
 
 def options(
-    *, guidance=0.0, masked_guidance=0.0, top_k=0, top_p=0.0, greedy=False, smooth=False, confidence_noise=0.0,
+    *,
+    guidance=0.0,
+    masked_guidance=0.0,
+    top_k=0,
+    top_p=0.0,
+    greedy=False,
+    smooth=False,
+    confidence_noise=0.0,
     vocab_size: int,
 ) -> tuple[Draw, Strength]:
     """Checks what a user asked for.
@@ -63,24 +72,45 @@ def options(
     Raises:
       InputError: a value is out of its range, or greedy and smooth are both asked for.
     """
-    numbers = (("guidance", guidance), ("masked_guidance", masked_guidance), ("confidence_noise", confidence_noise))
+    numbers = (
+        ("guidance", guidance),
+        ("masked_guidance", masked_guidance),
+        ("confidence_noise", confidence_noise),
+    )
     for name, value in numbers:
         if not _is_number(value) or not value >= 0:
             raise InputError(f"{name}={value}: a number of 0 or more is wanted")
     if not _is_number(top_p) or not 0 <= top_p <= 1:
         raise InputError(f"top_p={top_p}: a number from 0 to 1 is wanted (0 is off)")
     if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= vocab_size:
-        raise InputError(f"top_k={top_k}: a whole number from 0 to {vocab_size} is wanted (0 is off)")
+        raise InputError(
+            f"top_k={top_k}: a whole number from 0 to {vocab_size} is wanted (0 is off)"
+        )
     if greedy and smooth:
-        raise InputError("greedy and smooth are both on: greedy takes the likeliest entry, smooth mixes several; choose one")
+        raise InputError(
+            "greedy and smooth are both on: greedy takes the likeliest entry, smooth mixes several; choose one"
+        )
     draw = Draw(
-        guided=guidance > 0, masked_guided=masked_guidance > 0, top_k=top_k, use_top_p=0 < top_p < 1, greedy=greedy,
-        smooth=smooth, noisy_confidence=confidence_noise > 0)
-    return draw, Strength(float(guidance), float(masked_guidance), float(top_p), float(confidence_noise))
+        guided=guidance > 0,
+        masked_guided=masked_guidance > 0,
+        top_k=top_k,
+        use_top_p=0 < top_p < 1,
+        greedy=greedy,
+        smooth=smooth,
+        noisy_confidence=confidence_noise > 0,
+    )
+    return draw, Strength(
+        float(guidance), float(masked_guidance), float(top_p), float(confidence_noise)
+    )
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )
 
 
 class Known(NamedTuple):
@@ -105,7 +135,9 @@ class Trace:
     """A record of a whole draw."""
 
     passes: list[Pass] = dataclasses.field(default_factory=list)
-    f_hats: list[jax.Array] = dataclasses.field(default_factory=list)  # K times (B, S, S, Z), running sum after a scale
+    f_hats: list[jax.Array] = dataclasses.field(
+        default_factory=list
+    )  # K times (B, S, S, Z), running sum after a scale
 
 
 class _Drawn(NamedTuple):
@@ -118,7 +150,13 @@ class _Drawn(NamedTuple):
 
 
 def sample(
-    model: CombinedModel, params, keys: jax.Array, class_ids: jax.Array, draw: Draw, strength: Strength, plan: Plan,
+    model: CombinedModel,
+    params,
+    keys: jax.Array,
+    class_ids: jax.Array,
+    draw: Draw,
+    strength: Strength,
+    plan: Plan,
     trace: Trace | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws pictures.
@@ -138,8 +176,15 @@ def sample(
 
 
 def draw_scales(
-    model: CombinedModel, params, keys: jax.Array, class_ids: jax.Array, draw: Draw, strength: Strength, plan: Plan,
-    known: Known | None = None, trace: Trace | None = None,
+    model: CombinedModel,
+    params,
+    keys: jax.Array,
+    class_ids: jax.Array,
+    draw: Draw,
+    strength: Strength,
+    plan: Plan,
+    known: Known | None = None,
+    trace: Trace | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `sample`, without painting: features (B, S, S, Z) and tokens (B, L).
 
@@ -157,25 +202,50 @@ def draw_scales(
         scale_keys = _fold_all(keys, k)
 
         logits, past = _guided(
-            lambda ids, codes: model.next_scale_logits(params, k, ids, codes, past), draw.guided,
-            strength.guidance * scales.ratio(k), model.null_class, class_ids, codes)
-        drawn = _draw(model, params, k, logits, _fold_all(scale_keys, 0), draw, strength)._replace(open=free[:, part])
+            lambda ids, codes: model.next_scale_logits(params, k, ids, codes, past),
+            draw.guided,
+            strength.guidance * scales.ratio(k),
+            model.null_class,
+            class_ids,
+            codes,
+        )
+        drawn = _draw(model, params, k, logits, _fold_all(scale_keys, 0), draw, strength)._replace(
+            open=free[:, part]
+        )
         if known is not None:
             given = known.tokens[:, part]
             drawn = drawn._replace(
                 tokens=jnp.where(drawn.open, drawn.tokens, given),
-                vectors=jnp.where(drawn.open[..., None], drawn.vectors, model.codebook(params)[given]))
+                vectors=jnp.where(
+                    drawn.open[..., None], drawn.vectors, model.codebook(params)[given]
+                ),
+            )
         if trace is not None:
-            trace.passes.append(Pass(k, logits, jnp.zeros(drawn.tokens.shape, bool), drawn.tokens, drawn.confidence))
+            trace.passes.append(
+                Pass(k, logits, jnp.zeros(drawn.tokens.shape, bool), drawn.tokens, drawn.confidence)
+            )
 
         if plan.refined[k]:
+
             def masked_pass(j, drawn):
                 return _masked_pass(
-                    model, params, k, class_ids, codes, free[:, part], jnp.asarray(plan.left[k])[j], _fold_all(scale_keys, j), draw,
-                    strength, drawn)
+                    model,
+                    params,
+                    k,
+                    class_ids,
+                    codes,
+                    free[:, part],
+                    jnp.asarray(plan.left[k])[j],
+                    _fold_all(scale_keys, j),
+                    draw,
+                    strength,
+                    drawn,
+                )
 
             if trace is None:  # passes of one scale share one compiled body
-                drawn = jax.lax.fori_loop(1, plan.passes[k], lambda j, drawn: masked_pass(j, drawn)[0], drawn)
+                drawn = jax.lax.fori_loop(
+                    1, plan.passes[k], lambda j, drawn: masked_pass(j, drawn)[0], drawn
+                )
             else:
                 for j in range(1, int(plan.passes[k])):
                     drawn, record = masked_pass(j, drawn)
@@ -187,7 +257,9 @@ def draw_scales(
     return f_hat, jnp.concatenate(all_tokens, 1)
 
 
-def _masked_pass(model, params, k, class_ids, codes, free, left, keys, draw, strength, drawn: _Drawn) -> tuple[_Drawn, Pass]:
+def _masked_pass(
+    model, params, k, class_ids, codes, free, left, keys, draw, strength, drawn: _Drawn
+) -> tuple[_Drawn, Pass]:
     """Fixes the most confident of the open tokens and predicts the others again, seeing all that are fixed.
 
     Args:
@@ -206,8 +278,15 @@ def _masked_pass(model, params, k, class_ids, codes, free, left, keys, draw, str
     own = model.area(params, k, model.residual(params, k, drawn.vectors))
 
     logits, _ = _guided(
-        lambda *rows: (model.masked_logits(params, k, *rows), None), draw.masked_guided, strength.masked_guidance,
-        model.null_class, class_ids, codes, own, masked)
+        lambda *rows: (model.masked_logits(params, k, *rows), None),
+        draw.masked_guided,
+        strength.masked_guidance,
+        model.null_class,
+        class_ids,
+        codes,
+        own,
+        masked,
+    )
     new = _draw(model, params, k, logits, keys, draw, strength)
     tokens = jnp.where(masked, new.tokens, drawn.tokens)
     vectors = jnp.where(masked[..., None], new.vectors, drawn.vectors)
@@ -245,7 +324,10 @@ def _draw(model, params, k: int, logits, keys, draw: Draw, strength: Strength) -
         noise = jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:]))(keys)
         weights = filters.smooth_weights(kept, noise, model.scales.ratio(k))
         tokens = jnp.argmax(weights, axis=-1).astype(jnp.int32)
-        vectors, confidence = jnp.matmul(weights, codebook, precision=jax.lax.Precision.HIGHEST), _probability(kept, tokens)
+        vectors, confidence = (
+            jnp.matmul(weights, codebook, precision=jax.lax.Precision.HIGHEST),
+            _probability(kept, tokens),
+        )
     else:
         tokens, confidence = draw_tokens(logits, keys, draw, strength)
         vectors = codebook[tokens]

@@ -7,7 +7,7 @@ trained for one. Letters: K scales with l_k tokens.
 
 import dataclasses
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -48,11 +48,16 @@ def resolve(scales: ScaleList, wanted) -> Schedule:
         if name != "cosine" or not all(n.isdecimal() and int(n) >= 1 for n in passes):
             raise InputError(
                 f"schedule {wanted!r}: known are none, default, cosine:N with N passes a scale (or cosine:N,N,… with a number for "
-                "each), or a list of lists")
+                "each), or a list of lists"
+            )
         if len(passes) not in (1, scales.num_scales):
-            raise InputError(f"schedule {wanted!r} has {len(passes)} numbers, the model {scales.num_scales} scales")
+            raise InputError(
+                f"schedule {wanted!r} has {len(passes)} numbers, the model {scales.num_scales} scales"
+            )
         passes = [int(n) for n in passes] * (scales.num_scales if len(passes) == 1 else 1)
-        return _after_first(scales, tuple(cosine(length, n) for length, n in zip(scales.lengths[1:], passes[1:])))
+        return _after_first(
+            scales, tuple(cosine(length, n) for length, n in zip(scales.lengths[1:], passes[1:]))
+        )
     return _checked(scales, wanted)
 
 
@@ -65,7 +70,9 @@ class Plan:
 
     refined: tuple[bool, ...]  # (K,) static
     passes: tuple[np.ndarray, ...]  # K scalars: passes of the scale, the next-scale pass included
-    left: tuple[np.ndarray, ...]  # K times (l_k,): tokens still to be predicted in pass j; 0 beyond the last pass
+    left: tuple[
+        np.ndarray, ...
+    ]  # K times (l_k,): tokens still to be predicted in pass j; 0 beyond the last pass
 
 
 jax.tree_util.register_dataclass(Plan, ("passes", "left"), ("refined",))
@@ -76,10 +83,13 @@ def plan(schedule: Schedule) -> Plan:
     left = []
     for row in schedule:
         after = np.zeros(sum(row), np.int32)
-        after[:len(row)] = np.cumsum(row[::-1])[::-1]
+        after[: len(row)] = np.cumsum(row[::-1])[::-1]
         left.append(after)
     return Plan(
-        tuple(len(row) > 1 for row in schedule), tuple(np.int32(len(row)) for row in schedule), tuple(left))
+        tuple(len(row) > 1 for row in schedule),
+        tuple(np.int32(len(row)) for row in schedule),
+        tuple(left),
+    )
 
 
 def cosine(length: int, passes: int) -> tuple[int, ...]:
@@ -89,7 +99,9 @@ def cosine(length: int, passes: int) -> tuple[int, ...]:
     counts, masked = [], length
     for j in range(1, passes + 1):
         after = math.floor(length * math.cos(math.pi / 2 * j / passes)) if j < passes else 0
-        after = max(min(after, masked - 1), passes - j)  # one at least now, and one for each pass to come
+        after = max(
+            min(after, masked - 1), passes - j
+        )  # one at least now, and one for each pass to come
         counts.append(masked - after)
         masked = after
     return tuple(counts)
@@ -98,13 +110,20 @@ def cosine(length: int, passes: int) -> tuple[int, ...]:
 def _default(scales: ScaleList) -> Schedule:
     start = _PUBLISHED_STARTS.get(scales.sides)
     if start is None:
-        return _after_first(scales, tuple(cosine(length, _PASSES) for length in scales.lengths[1:] if length <= _REFINED_TOKENS))
+        return _after_first(
+            scales,
+            tuple(
+                cosine(length, _PASSES)
+                for length in scales.lengths[1:]
+                if length <= _REFINED_TOKENS
+            ),
+        )
     return _after_first(scales, start[1:])
 
 
 def _after_first(scales: ScaleList, rows: Schedule) -> Schedule:
     """The rows of the scales after the first; those left out are one pass."""
-    return (scales.lengths[:1], *rows, *((length,) for length in scales.lengths[1 + len(rows):]))
+    return (scales.lengths[:1], *rows, *((length,) for length in scales.lengths[1 + len(rows) :]))
 
 
 def _checked(scales: ScaleList, rows: Sequence[Sequence[int]]) -> Schedule:
@@ -116,9 +135,15 @@ def _checked(scales: ScaleList, rows: Sequence[Sequence[int]]) -> Schedule:
         raise InputError(f"schedule has {len(rows)} rows, the model {scales.num_scales} scales")
     for k, (row, length, side) in enumerate(zip(rows, scales.lengths, scales.sides)):
         if not row or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in row):
-            raise InputError(f"schedule of scale {k} ({side}x{side}) is {list(row)}: whole numbers of 1 or more are wanted")
+            raise InputError(
+                f"schedule of scale {k} ({side}x{side}) is {list(row)}: whole numbers of 1 or more are wanted"
+            )
         if k == 0 and len(row) > 1:
-            raise InputError(f"schedule of scale 0 ({side}x{side}) is {list(row)}: the first scale has no masked passes, [{length}] is wanted")
+            raise InputError(
+                f"schedule of scale 0 ({side}x{side}) is {list(row)}: the first scale has no masked passes, [{length}] is wanted"
+            )
         if sum(row) != length:
-            raise InputError(f"schedule of scale {k} ({side}x{side}) sums to {sum(row)}, but the scale has {length} tokens")
+            raise InputError(
+                f"schedule of scale {k} ({side}x{side}) sums to {sum(row)}, but the scale has {length} tokens"
+            )
     return rows

@@ -54,7 +54,9 @@ def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
             return _run(config, experiment, directory, checkpoints)
 
 
-def _run(config: ConfigDict, experiment: Experiment, directory: epath.Path, checkpoints: RunCheckpoints) -> Any:
+def _run(
+    config: ConfigDict, experiment: Experiment, directory: epath.Path, checkpoints: RunCheckpoints
+) -> Any:
     task, mesh = experiment.task, experiment.mesh
     keys = jax.random.split(jax.random.key(config.seed), 3)
     init_key, run_key, sample_key = (sharding.place_key(key, mesh) for key in keys)
@@ -69,17 +71,28 @@ def _run(config: ConfigDict, experiment: Experiment, directory: epath.Path, chec
     else:
         state, start = restored.state, restored.step
         LOGGER.info("resuming from step %d", start)
-    LOGGER.debug("parameters\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    LOGGER.debug(
+        "parameters\n%s",
+        parameter_overview.get_parameter_overview(state.params, include_stats=False),
+    )
     LOGGER.debug("mesh %s of %s", dict(mesh.shape), mesh.devices.flat[0].device_kind)
 
     batches = iter(experiment.loader())
     if restored is not None:
         restore_state(batches, restored.extra["data_state"])
     writer = MetricsWriter(directory, start) if distributed.is_first() else None
-    meter, stop = _Meter(config.batch_size, _peak_images_per_second(task, mesh)), distributed.StopSignal()
+    meter, stop = (
+        _Meter(config.batch_size, _peak_images_per_second(task, mesh)),
+        distributed.StopSignal(),
+    )
     bar = tqdm(
-        total=task.steps, initial=start, desc=config.task, unit="step", disable=None if distributed.is_first() else True,
-        dynamic_ncols=True)
+        total=task.steps,
+        initial=start,
+        desc=config.task,
+        unit="step",
+        disable=None if distributed.is_first() else True,
+        dynamic_ncols=True,
+    )
     told = 0  # broken pictures already named
     try:
         for step in range(start + 1, task.steps + 1):
@@ -104,13 +117,20 @@ def _run(config: ConfigDict, experiment: Experiment, directory: epath.Path, chec
                     if distributed.is_first():
                         _save_picture(picture, directory / "samples" / f"step_{step:06d}.png")
                 stopped = stop.asked(step)
-                if step % config.checkpoint_every == 0 or last or stopped or (loss is not None and config.keep_best):
+                if (
+                    step % config.checkpoint_every == 0
+                    or last
+                    or stopped
+                    or (loss is not None and config.keep_best)
+                ):
                     meter.check()
                     if writer is not None:
                         writer.sync()  # what is before the checkpoint will not be written again
                     checkpoints.save(step, state, state_to_bytes(batches), validation_loss=loss)
             if stopped and not last:
-                LOGGER.info("stopped by a signal after step %d; the same command goes on from there", step)
+                LOGGER.info(
+                    "stopped by a signal after step %d; the same command goes on from there", step
+                )
                 break
     finally:
         bar.close()
@@ -124,7 +144,11 @@ def _run(config: ConfigDict, experiment: Experiment, directory: epath.Path, chec
 def _peak_images_per_second(task, mesh: Mesh) -> float | None:
     """Pictures a second at which the devices would do nothing but the step's counted work; None where it is not known."""
     peaks = [peak_flops(device) for device in mesh.devices.flat]
-    return None if task.flops_per_picture is None or None in peaks else sum(peaks) / task.flops_per_picture
+    return (
+        None
+        if task.flops_per_picture is None or None in peaks
+        else sum(peaks) / task.flops_per_picture
+    )
 
 
 def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) -> epath.Path:
@@ -138,7 +162,8 @@ def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) 
     distributed.raise_together(error)
     if not (directory / "config.json").exists():
         error = InputError(
-            f"workdir {workdir} is not seen by host {jax.process_index()}: a directory that all hosts share is wanted, or gs://")
+            f"workdir {workdir} is not seen by host {jax.process_index()}: a directory that all hosts share is wanted, or gs://"
+        )
     distributed.raise_together(error)
     return directory
 
@@ -151,34 +176,54 @@ def _prepare(workdir: str, config: ConfigDict, experiment: Experiment) -> None:
     if saved.exists():
         theirs = files.read_json(saved, "the config of a run")
         if not isinstance(theirs, dict) or theirs.get("format") != ours["format"]:
-            raise InputError(f"{workdir} has a config.json that is not a run's: take another --workdir")
+            raise InputError(
+                f"{workdir} has a config.json that is not a run's: take another --workdir"
+            )
         difference = configs.first_difference(theirs.get("config", {}), ours["config"])
         if difference:
-            raise InputError(f"{workdir} holds a run with another config: {difference}; take another --workdir, or that config")
-    elif directory.is_dir() and any(not p.name.endswith(".tmp") for p in directory.iterdir()):  # files of a kill midway
-        raise InputError(f"{workdir} is neither empty nor a run directory (no config.json): take another --workdir")
+            raise InputError(
+                f"{workdir} holds a run with another config: {difference}; take another --workdir, or that config"
+            )
+    elif directory.is_dir() and any(
+        not p.name.endswith(".tmp") for p in directory.iterdir()
+    ):  # files of a kill midway
+        raise InputError(
+            f"{workdir} is neither empty nor a run directory (no config.json): take another --workdir"
+        )
     elif directory.exists() and not directory.is_dir():
         raise InputError(f"workdir {workdir} is a file: name a directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        files.write_by_rename(saved, json.dumps(ours, indent=1, sort_keys=True))  # first: it makes this a run directory
+        files.write_by_rename(
+            saved, json.dumps(ours, indent=1, sort_keys=True)
+        )  # first: it makes this a run directory
         (directory / "samples").mkdir(exist_ok=True)
         frozen = experiment.frozen
         if frozen is not None and not (directory / frozen.folder / "config.json").exists():
             save_model(
-                directory / frozen.folder, frozen.spec.to_json(), frozen.params,
-                "The frozen model that this run was trained on top of.\n", overwrite=True)
+                directory / frozen.folder,
+                frozen.spec.to_json(),
+                frozen.params,
+                "The frozen model that this run was trained on top of.\n",
+                overwrite=True,
+            )
     except OSError as e:
         raise InputError(f"workdir {workdir} cannot be written: {e.strerror or e}") from None
 
 
-def _report(writer: MetricsWriter | None, bar: tqdm, step: int, steps: int, figures: dict[str, float]) -> None:
+def _report(
+    writer: MetricsWriter | None, bar: tqdm, step: int, steps: int, figures: dict[str, float]
+) -> None:
     """To the files and, in short, to the terminal: on the bar, or as a line where there is no terminal."""
     if not figures or writer is None:
         return
     writer.write(step, figures)
     short = ("loss", "accuracy", "psnr", "usage/any", "images_per_second")
-    words = [f"{name} {value:.4g}" for name, value in figures.items() if name.removeprefix("validation/") in short]
+    words = [
+        f"{name} {value:.4g}"
+        for name, value in figures.items()
+        if name.removeprefix("validation/") in short
+    ]
     LOGGER.info("step %d of %d: %s", step, steps, ", ".join(words))
     if not bar.disable:
         bar.set_postfix_str(", ".join(words))
@@ -203,7 +248,10 @@ def evaluate(eval_step, state, experiment: Experiment, extra: tuple) -> dict[str
     held_out = experiment.validation
     if held_out is None:
         return {}
-    batches = (sharding.global_batch(experiment.mesh, batch, held_out.batch_size) for batch in held_out.loader)
+    batches = (
+        sharding.global_batch(experiment.mesh, batch, held_out.batch_size)
+        for batch in held_out.loader
+    )
     figures = average(jax.device_get(eval_step(state, batch, *extra)) for batch in batches)
     return {f"validation/{name}": value for name, value in figures.items()}
 
@@ -238,7 +286,8 @@ class _Meter:
         if in_row >= MAX_SKIPPED_IN_ROW:
             raise FloatingPointError(
                 f"loss or gradient was not finite in the last {in_row} steps, up to step {self._steps[row]}: the run stops. Those steps "
-                "changed nothing, and its last checkpoint is good; a lower learning rate or stronger clipping may get past here")
+                "changed nothing, and its last checkpoint is good; a lower learning rate or stronger clipping may get past here"
+            )
 
     def check(self) -> None:
         """Waits for the device. Raises FloatingPointError where too many steps in a row were not finite."""
@@ -253,12 +302,22 @@ class _Meter:
         finite = [row for row in self._metrics if not row["skipped"]]
         skipped = [step for step, row in zip(self._steps, self._metrics) if row["skipped"]]
         if skipped:
-            LOGGER.warning("loss or gradient was not finite, nothing changed: step %s", ", ".join(map(str, skipped)))
-        figures = average({n: v for n, v in row.items() if n not in ("skipped", "skipped_in_row")} for row in finite)
+            LOGGER.warning(
+                "loss or gradient was not finite, nothing changed: step %s",
+                ", ".join(map(str, skipped)),
+            )
+        figures = average(
+            {n: v for n, v in row.items() if n not in ("skipped", "skipped_in_row")}
+            for row in finite
+        )
         rate = len(self._metrics) * self._batch_size / seconds
         figures |= {
-            "skipped": len(skipped), "time": time.time(), "images_per_second": rate,
-            "device_seconds": seconds - self._seconds["waited"], "host_wait_seconds": self._seconds["waited"]}
+            "skipped": len(skipped),
+            "time": time.time(),
+            "images_per_second": rate,
+            "device_seconds": seconds - self._seconds["waited"],
+            "host_wait_seconds": self._seconds["waited"],
+        }
         if self._peak is not None:
             figures["mfu"] = rate / self._peak
         self._restart()

@@ -59,11 +59,15 @@ def masked_weights(scales: ScaleList, kind: str, masked) -> jax.Array:
       InputError: unknown kind.
     """
     if kind not in MASKED_WEIGHTINGS:
-        raise InputError(f"loss_weights={kind!r}: known for masked prediction are {', '.join(MASKED_WEIGHTINGS)}")
+        raise InputError(
+            f"loss_weights={kind!r}: known for masked prediction are {', '.join(MASKED_WEIGHTINGS)}"
+        )
     first = scales.lengths[0]
     weights = masked.astype(jnp.float32)
     if kind.endswith(_SHIFTED):
-        return weights * position_weights(scales, kind.removesuffix(_SHIFTED))[:scales.length - first].astype(np.float32)
+        return weights * position_weights(scales, kind.removesuffix(_SHIFTED))[
+            : scales.length - first
+        ].astype(np.float32)
     if kind != "unweighted":
         weights = weights * position_weights(scales, kind)[first:].astype(np.float32)
     return weights / weights.sum(-1, keepdims=True)

@@ -42,7 +42,9 @@ class MaskedTask(TransformerRecipe):
     def init(self, rng: jax.Array, frozen) -> TrainState:
         """Stage 1's last M blocks and head, copied, and a new mask embedding."""
         params = self.model.init(rng, frozen["transformer"])
-        return self.start(jax.tree.map(jnp.copy, params))  # the state may be donated, what is frozen not
+        return self.start(
+            jax.tree.map(jnp.copy, params)
+        )  # the state may be donated, what is frozen not
 
     def train_step(
         self, state: TrainState, batch: dict[str, jax.Array], rng: jax.Array, frozen
@@ -57,18 +59,24 @@ class MaskedTask(TransformerRecipe):
         Returns:
           The next state and metrics, those of single scales and of tenths of the mask ratio as Means.
         """
-        class_key, ratio_key, mask_key, dropout_key = jax.random.split(jax.random.fold_in(rng, state.step), 4)
+        class_key, ratio_key, mask_key, dropout_key = jax.random.split(
+            jax.random.fold_in(rng, state.step), 4
+        )
         labels = self.drop_classes(class_key, batch["label"])
         ratios, masked = self.draw(ratio_key, mask_key, labels.shape[0])
         rows = batch | {"label": labels, "ratio": ratios, "masked": masked}
-        return self.descend(state, lambda params, rows, key: self.loss(params, rows, frozen, key), rows, dropout_key)
+        return self.descend(
+            state, lambda params, rows, key: self.loss(params, rows, frozen, key), rows, dropout_key
+        )
 
     def draw(self, ratio_key, mask_key, batch: int) -> tuple[jax.Array, jax.Array]:
         """Mask ratios (B,) and masks (B, L - l_0), True where masked."""
         drawn = 1 if self.shared_mask else batch
         ratios = draw_ratios(ratio_key, drawn, self.mask_ratios)
         masked = draw_masks(mask_key, self.transformer.scale_list, ratios)
-        return jnp.broadcast_to(ratios, (batch,)), jnp.broadcast_to(masked, (batch, masked.shape[1]))
+        return jnp.broadcast_to(ratios, (batch,)), jnp.broadcast_to(
+            masked, (batch, masked.shape[1])
+        )
 
     def loss(self, params, batch, frozen, dropout_key=None):
         """Mean over the pictures of a batch that also has "ratio" (B,) and "masked" (B, L - l_0), and the metrics."""
@@ -78,26 +86,37 @@ class MaskedTask(TransformerRecipe):
         loss = figures["loss"].mean()
         return loss, metrics | {"loss": loss, "accuracy": figures["accuracy"].mean()}
 
-    def figures(self, params, frozen, labels, tokens, masked, dropout_key=None) -> dict[str, jax.Array]:
+    def figures(
+        self, params, frozen, labels, tokens, masked, dropout_key=None
+    ) -> dict[str, jax.Array]:
         """Of each picture: "loss" (B,) weighted, "accuracy" (B,) over its masked positions; "ce" (B, L - l_0) everywhere."""
         first = self.transformer.scale_list.lengths[0]
         codes = self.quantize(frozen["tokenizer"], tokens, "transformer_inputs")
         own = self.quantize(frozen["tokenizer"], tokens, "own_scale_inputs")
-        logits = self.model.logits(frozen["transformer"], params, labels, codes, own, masked, dropout_key)[:, first:]
+        logits = self.model.logits(
+            frozen["transformer"], params, labels, codes, own, masked, dropout_key
+        )[:, first:]
         targets = tokens[:, first:]
         ce = cross_entropy(logits, targets, self.label_smoothing)
         correct = (logits.argmax(-1) == targets) & masked
         return {
-            "loss": (masked_weights(self.transformer.scale_list, self.loss_weights, masked) * ce).sum(-1),
-            "accuracy": correct.sum(-1) / masked.sum(-1), "ce": ce}
+            "loss": (
+                masked_weights(self.transformer.scale_list, self.loss_weights, masked) * ce
+            ).sum(-1),
+            "accuracy": correct.sum(-1) / masked.sum(-1),
+            "ce": ce,
+        }
 
     def _means(self, figures, ratios, masked, valid) -> dict[str, Mean]:
         """Loss over the masked positions of each scale, and of the pictures in each tenth of the mask ratio."""
         scales, means = self.transformer.scale_list, {}
         for k in range(1, scales.num_scales):
-            part = slice(scales.offsets[k] - scales.lengths[0], scales.offsets[k + 1] - scales.lengths[0])
+            part = slice(
+                scales.offsets[k] - scales.lengths[0], scales.offsets[k + 1] - scales.lengths[0]
+            )
             means[f"loss/{scales.sides[k]}x{scales.sides[k]}"] = Mean.of(
-                figures["ce"][:, part], masked[:, part] * valid[:, None])
+                figures["ce"][:, part], masked[:, part] * valid[:, None]
+            )
         tenth = jnp.clip(jnp.ceil(ratios * _TENTHS) - 1, 0, _TENTHS - 1)
         mean_ce = (figures["ce"] * masked).sum(-1) / masked.sum(-1)
         for t in range(_TENTHS):
@@ -112,7 +131,9 @@ class MaskedTask(TransformerRecipe):
 
         def judge(t):
             ratios = jnp.full(tokens.shape[:1], (t + 0.5) / _TENTHS)
-            masked = draw_masks(jax.random.fold_in(jax.random.key(0), t), self.transformer.scale_list, ratios)
+            masked = draw_masks(
+                jax.random.fold_in(jax.random.key(0), t), self.transformer.scale_list, ratios
+            )
             figures = self.figures(state.eval_params, frozen, batch["label"], tokens, masked)
             overall = {name: Mean.of(figures[name], valid) for name in ("loss", "accuracy")}
             return self._means(figures, ratios, masked, valid) | overall

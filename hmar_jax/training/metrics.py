@@ -3,7 +3,8 @@
 import contextlib
 import json
 import logging
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import tensorboardX
@@ -49,7 +50,9 @@ class MetricsWriter:
         self._file = AppendedFile(self._path)
         self._board = None  # its event files are appended to, which object stores cannot
         if is_local(workdir):
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+            self._board = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+            )
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **figures}) + "\n")

@@ -52,9 +52,15 @@ class NextScaleTask(TransformerRecipe):
         class_key, dropout_key = jax.random.split(jax.random.fold_in(rng, state.step))
         rows = batch | {"label": self.drop_classes(class_key, batch["label"])}
         return self.descend(
-            state, lambda params, rows, key: self.loss(params, rows, tokenizer_params, key), rows, dropout_key)
+            state,
+            lambda params, rows, key: self.loss(params, rows, tokenizer_params, key),
+            rows,
+            dropout_key,
+        )
 
-    def loss(self, params, batch, tokenizer_params, dropout_key=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, params, batch, tokenizer_params, dropout_key=None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean over the pictures of a batch, whose labels may be the null class, and the metrics."""
         figures = self.figures(params, batch, tokenizer_params, dropout_key)
         metrics = {name: value.mean() for name, value in figures.items()}
@@ -69,11 +75,14 @@ class NextScaleTask(TransformerRecipe):
         ce = cross_entropy(logits, tokens, self.label_smoothing)  # (B, L)
         correct = (logits.argmax(-1) == tokens).astype(jnp.float32)
         figures = {
-            "loss": (position_weights(scales, self.loss_weights).astype(np.float32) * ce).sum(-1), "accuracy": correct.mean(-1)}
+            "loss": (position_weights(scales, self.loss_weights).astype(np.float32) * ce).sum(-1),
+            "accuracy": correct.mean(-1),
+        }
         for k, side in enumerate(scales.sides):
             figures |= {
                 f"loss/{side}x{side}": ce[:, scales.slice(k)].mean(-1),
-                f"accuracy/{side}x{side}": correct[:, scales.slice(k)].mean(-1)}
+                f"accuracy/{side}x{side}": correct[:, scales.slice(k)].mean(-1),
+            }
         return figures
 
     def eval_step(self, state: TrainState, batch, tokenizer_params) -> dict[str, Mean]:

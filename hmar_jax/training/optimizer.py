@@ -4,7 +4,7 @@ HMAR (arXiv 2506.04421) trains with VAR's recipe; the schedules are those of the
 are a test. `it` counts steps from 0.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,21 @@ import optax
 from hmar_jax.errors import InputError
 
 SCHEDULES = ("cos", "lin", "lin0", "lin00", "lin<T>", "exp")
-_DECAYED = ("kernel", "class_emb", "mask_embed")  # every other leaf is a bias, a norm, a position or a scale
+_DECAYED = (
+    "kernel",
+    "class_emb",
+    "mask_embed",
+)  # every other leaf is a bias, a norm, a position or a scale
 
 
 def lr_schedule(
-    kind: str, *, peak: float, warmup: int, total: int, start_ratio: float = 0.005, end_ratio: float = 0.1
+    kind: str,
+    *,
+    peak: float,
+    warmup: int,
+    total: int,
+    start_ratio: float = 0.005,
+    end_ratio: float = 0.1,
 ) -> Callable:
     """The learning rate at each step.
 
@@ -60,7 +70,8 @@ def _after_warmup(kind: str, end: float) -> Callable:
         raise InputError(f"schedule={kind!r}: known are {', '.join(SCHEDULES)} with 0 < T < 1")
     middle = (1 + end + (1 - end) * (1 - turn)) / 2
     return lambda p: jnp.where(
-        p < turn, 1 + (middle - 1) * p / turn, end + (middle - end) * (1 - p) / (1 - turn))
+        p < turn, 1 + (middle - 1) * p / turn, end + (middle - end) * (1 - p) / (1 - turn)
+    )
 
 
 def wd_schedule(*, start: float, end: float, total: int) -> Callable:
@@ -96,7 +107,13 @@ def _scheduled_decay(weight_decay: Callable) -> optax.GradientTransformation:
     def update(updates, state, params):
         rate = weight_decay(state.count)
         updates = jax.tree.map(
-            lambda u, p, decayed: u + rate * p if decayed else u, updates, params, decay_mask(params))
+            lambda u, p, decayed: u + rate * p if decayed else u,
+            updates,
+            params,
+            decay_mask(params),
+        )
         return updates, optax.ScaleByScheduleState(state.count + 1)
 
-    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
+    )

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -30,7 +31,10 @@ class Program:
     def batch(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of all hosts, (B, …) each, divided by picture."""
         place = sharding.batch_sharding(self.mesh)
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in shapes.items()}
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            for name, x in shapes.items()
+        }
 
 
 def build(task, mesh: Mesh, extra: tuple = (), ema_decay: float = 0.0) -> Program:
@@ -42,8 +46,13 @@ def build(task, mesh: Mesh, extra: tuple = (), ema_decay: float = 0.0) -> Progra
       extra: arrays, or jax.ShapeDtypeStruct.
       ema_decay: of the moving average of the parameters; 0: none.
     """
+
     def shapes(tree):
-        return sharding.with_shardings(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree), task.partition_rules, mesh)
+        return sharding.with_shardings(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree),
+            task.partition_rules,
+            mesh,
+        )
 
     def places(tree):
         return jax.tree.map(lambda x: x.sharding, tree)
@@ -57,11 +66,25 @@ def build(task, mesh: Mesh, extra: tuple = (), ema_decay: float = 0.0) -> Progra
     state = shapes(jax.eval_shape(begin, rng, *extra))
 
     def compiled(function, *arguments, out, **options):
-        return jax.jit(sharding.on_mesh(mesh, function), in_shardings=arguments, out_shardings=out, **options)
+        return jax.jit(
+            sharding.on_mesh(mesh, function), in_shardings=arguments, out_shardings=out, **options
+        )
 
     frozen = tuple(places(x) for x in extra)
     return Program(
-        mesh, state, extra, rng,
+        mesh,
+        state,
+        extra,
+        rng,
         init=compiled(begin, copied, *frozen, out=places(state)),
-        train_step=compiled(step, places(state), by_picture, copied, *frozen, out=(places(state), copied), donate_argnums=0),
-        eval_step=compiled(task.eval_step, places(state), by_picture, *frozen, out=copied))
+        train_step=compiled(
+            step,
+            places(state),
+            by_picture,
+            copied,
+            *frozen,
+            out=(places(state), copied),
+            donate_argnums=0,
+        ),
+        eval_step=compiled(task.eval_step, places(state), by_picture, *frozen, out=copied),
+    )

@@ -5,7 +5,8 @@ channels of the code, h w sides of a picture.
 """
 
 import dataclasses
-from typing import Any, Callable, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ from hmar_jax.training.metrics import Mean
 from hmar_jax.training.optimizer import adamw, lr_schedule, wd_schedule
 from hmar_jax.training.state import TrainState
 
-
-Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]  # (params, rows, key) -> value, metrics
+Loss = Callable[
+    [Any, Any, jax.Array], tuple[jax.Array, dict[str, Any]]
+]  # (params, rows, key) -> value, metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,14 +44,21 @@ class TransformerRecipe:
     clip: float = 2.0
     label_smoothing: float = 0.0
     class_dropout: float = 0.1  # share of pictures whose class is replaced by the null class
-    accumulate: int = 1  # parts that a batch is cut into, whose gradients are added up one after another
+    accumulate: int = (
+        1  # parts that a batch is cut into, whose gradients are added up one after another
+    )
 
     partition_rules: ClassVar[Rules] = PARTITION_RULES
 
     def learning_rates(self) -> Callable:
         return lr_schedule(
-            self.schedule, peak=self.learning_rate, warmup=self.warmup_steps, total=self.steps,
-            start_ratio=self.start_ratio, end_ratio=self.end_ratio)
+            self.schedule,
+            peak=self.learning_rate,
+            warmup=self.warmup_steps,
+            total=self.steps,
+            start_ratio=self.start_ratio,
+            end_ratio=self.end_ratio,
+        )
 
     def optimizer(self) -> optax.GradientTransformation:
         decay = wd_schedule(start=self.weight_decay, end=self.weight_decay_end, total=self.steps)
@@ -59,11 +68,18 @@ class TransformerRecipe:
         """The state before the first step."""
         return TrainState.start(params, self.optimizer().init(params))
 
-    def descend(self, state: TrainState, loss: Loss, rows, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+    def descend(
+        self, state: TrainState, loss: Loss, rows, key: jax.Array
+    ) -> tuple[TrainState, dict[str, Any]]:
         """One step down the mean of `loss` over rows, arrays (B, …): the next state and the metrics."""
-        grads, metrics = gradients(loss, state.params, rows, key, self.accumulate, self.partition_rules)
+        grads, metrics = gradients(
+            loss, state.params, rows, key, self.accumulate, self.partition_rules
+        )
         updates, opt_state = self.optimizer().update(grads, state.opt_state, state.params)
-        metrics = metrics | {"grad_norm": optax.global_norm(grads), "lr": self.learning_rates()(state.step)}
+        metrics = metrics | {
+            "grad_norm": optax.global_norm(grads),
+            "lr": self.learning_rates()(state.step),
+        }
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -74,14 +90,20 @@ class TransformerRecipe:
 
     def tokens_of(self, batch, tokenizer_params) -> jax.Array:
         """(B, L) int32 of a batch that has them as "tokens", or "image" (B, h, w, 3) uint8 to be encoded here."""
-        return batch["tokens"] if "tokens" in batch else self.quantize(tokenizer_params, to_float(batch["image"]), "encode")
+        return (
+            batch["tokens"]
+            if "tokens" in batch
+            else self.quantize(tokenizer_params, to_float(batch["image"]), "encode")
+        )
 
     def quantize(self, tokenizer_params, x, method: str):
         """A method of the frozen tokenizer."""
         return Tokenizer(self.tokenizer).apply({"params": tokenizer_params}, x, method=method)
 
 
-def gradients(loss: Loss, params, rows, key: jax.Array, parts: int, rules: Rules = ()) -> tuple[Any, dict[str, Any]]:
+def gradients(
+    loss: Loss, params, rows, key: jax.Array, parts: int, rules: Rules = ()
+) -> tuple[Any, dict[str, Any]]:
     """The mean gradient of `loss` over rows (B, …), computed in so many parts of B / parts rows, and the means of its metrics.
 
     Part a takes the rows a, a + parts, …: each device keeps its own, wherever the batch is divided over devices.
@@ -100,6 +122,10 @@ def gradients(loss: Loss, params, rows, key: jax.Array, parts: int, rules: Rules
         return like_parameters(jax.tree.map(jnp.add, total, grads), rules), metrics
 
     zeros = like_parameters(jax.tree.map(jnp.zeros_like, params), rules)
-    total, metrics = jax.lax.scan(add, zeros, (jax.tree.map(cut, rows), jax.random.split(key, parts)))
+    total, metrics = jax.lax.scan(
+        add, zeros, (jax.tree.map(cut, rows), jax.random.split(key, parts))
+    )
     mean = lambda x: jax.tree.map(lambda y: y.sum(0), x) if isinstance(x, Mean) else x.mean(0)
-    return jax.tree.map(lambda g: g / parts, total), {name: mean(value) for name, value in metrics.items()}
+    return jax.tree.map(lambda g: g / parts, total), {
+        name: mean(value) for name, value in metrics.items()
+    }

@@ -30,7 +30,15 @@ class TrainState:
     def start(cls, params, opt_state, **more) -> "TrainState":
         """Before the first step."""
         zero = jnp.zeros((), jnp.int32)
-        return cls(step=zero, params=params, opt_state=opt_state, ema_params={}, skipped=zero, skipped_in_row=zero, **more)
+        return cls(
+            step=zero,
+            params=params,
+            opt_state=opt_state,
+            ema_params={},
+            skipped=zero,
+            skipped_in_row=zero,
+            **more,
+        )
 
     @property
     def eval_params(self) -> Any:
@@ -44,7 +52,9 @@ def init(task, rng: jax.Array, *extra, ema_decay: float = 0.0) -> TrainState:
     return state.replace(ema_params=jax.tree.map(jnp.copy, state.params)) if ema_decay else state
 
 
-def train_step(task, state: TrainState, batch, rng: jax.Array, *extra, ema_decay: float = 0.0) -> tuple[TrainState, dict[str, Any]]:
+def train_step(
+    task, state: TrainState, batch, rng: jax.Array, *extra, ema_decay: float = 0.0
+) -> tuple[TrainState, dict[str, Any]]:
     """The task's step, or where one of its metrics is not finite, none.
 
     Args:
@@ -62,8 +72,16 @@ def train_step(task, state: TrainState, batch, rng: jax.Array, *extra, ema_decay
             finite &= jnp.isfinite(value)
     if ema_decay:
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        new = new.replace(ema_params=jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, new.params))
+        new = new.replace(
+            ema_params=jax.tree.map(
+                lambda e, p: decay * e + (1 - decay) * p, state.ema_params, new.params
+            )
+        )
     kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     bad = 1 - finite.astype(jnp.int32)
-    kept = kept.replace(step=state.step + 1, skipped=state.skipped + bad, skipped_in_row=bad * (state.skipped_in_row + 1))
+    kept = kept.replace(
+        step=state.step + 1,
+        skipped=state.skipped + bad,
+        skipped_in_row=bad * (state.skipped_in_row + 1),
+    )
     return kept, metrics | {"skipped": bad, "skipped_in_row": kept.skipped_in_row}

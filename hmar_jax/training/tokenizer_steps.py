@@ -35,7 +35,9 @@ class TokenizerState(TrainState):
 
     discriminator: Any  # parameters, or {} where there is none
     discriminator_opt_state: Any
-    last_hit: jax.Array  # (K, V) int32: how many pictures had been seen when scale k last used the entry
+    last_hit: (
+        jax.Array
+    )  # (K, V) int32: how many pictures had been seen when scale k last used the entry
     pictures: jax.Array  # () int32, pictures seen
 
 
@@ -85,11 +87,18 @@ class TokenizerTask:
         return PatchDiscriminator(self.discriminator_channels, self.discriminator_layers)
 
     def optimizer(self) -> optax.GradientTransformation:
-        return adamw(self.learning_rates(), lambda it: self.weight_decay, b1=0.9, b2=self.b2, clip=self.clip)
+        return adamw(
+            self.learning_rates(), lambda it: self.weight_decay, b1=0.9, b2=self.b2, clip=self.clip
+        )
 
     def learning_rates(self):
         return lr_schedule(
-            self.schedule, peak=self.learning_rate, warmup=self.warmup_steps, total=self.steps, end_ratio=self.end_ratio)
+            self.schedule,
+            peak=self.learning_rate,
+            warmup=self.warmup_steps,
+            total=self.steps,
+            end_ratio=self.end_ratio,
+        )
 
     def discriminator_optimizer(self) -> optax.GradientTransformation:
         return optax.adam(self.discriminator_learning_rate, b1=0.5, b2=0.9)
@@ -102,12 +111,22 @@ class TokenizerTask:
         params = self.model.init(rng, images)["params"]
         discriminator = self.discriminator.init(key, images)["params"] if self.discriminator else {}
         return TokenizerState.start(
-            params, self.optimizer().init(params), discriminator=discriminator, discriminator_opt_state=self.discriminator_optimizer().init(discriminator),
-            last_hit=jnp.full((len(self.tokenizer.scales), self.tokenizer.vocab_size), _NEVER, jnp.int32),
-            pictures=jnp.zeros((), jnp.int32))
+            params,
+            self.optimizer().init(params),
+            discriminator=discriminator,
+            discriminator_opt_state=self.discriminator_optimizer().init(discriminator),
+            last_hit=jnp.full(
+                (len(self.tokenizer.scales), self.tokenizer.vocab_size), _NEVER, jnp.int32
+            ),
+            pictures=jnp.zeros((), jnp.int32),
+        )
 
     def train_step(
-        self, state: TokenizerState, batch: dict[str, jax.Array], rng: jax.Array, perceptual: PerceptualNetwork | None = None
+        self,
+        state: TokenizerState,
+        batch: dict[str, jax.Array],
+        rng: jax.Array,
+        perceptual: PerceptualNetwork | None = None,
     ) -> tuple[TokenizerState, dict[str, jax.Array]]:
         """One step of the tokenizer and, where there is one, of the discriminator.
 
@@ -124,10 +143,17 @@ class TokenizerTask:
         quantizing = (state.step >= self.unquantized_steps).astype(jnp.float32)
 
         (painted, codebook), pull_back, (f, quantized) = jax.vjp(
-            lambda params: self._forward(params, images, quantizing, dropout_key), state.params, has_aux=True)
-        (reconstruction, metrics), to_picture = jax.value_and_grad(self._reconstruction_loss, has_aux=True)(
-            painted, images, perceptual)
-        metrics |= {"loss": reconstruction + quantizing * self.quantizer_weight * codebook, "quantizer_loss": codebook}
+            lambda params: self._forward(params, images, quantizing, dropout_key),
+            state.params,
+            has_aux=True,
+        )
+        (reconstruction, metrics), to_picture = jax.value_and_grad(
+            self._reconstruction_loss, has_aux=True
+        )(painted, images, perceptual)
+        metrics |= {
+            "loss": reconstruction + quantizing * self.quantizer_weight * codebook,
+            "quantizer_loss": codebook,
+        }
         if self.discriminator:
             more, to_picture = self._adversarial(state, painted, to_picture, pull_back)
             metrics |= more
@@ -139,7 +165,12 @@ class TokenizerTask:
         pictures = state.pictures + images.shape[0]
         last_hit = self._hits(state.last_hit, quantized.tokens, pictures)
         new = state.replace(
-            step=state.step + 1, params=params, opt_state=opt_state, last_hit=last_hit, pictures=pictures)
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            last_hit=last_hit,
+            pictures=pictures,
+        )
         if self.discriminator:
             new, more = self._discriminator_step(new, images, painted)
             metrics |= more
@@ -152,7 +183,9 @@ class TokenizerTask:
 
     def _forward(self, params, images, quantizing, dropout_key):
         """Pictures (B, h, w, 3) and the quantizer's loss, both of which have gradients; features and tokens beside."""
-        apply = lambda *args, **kw: self.model.apply({"params": params}, *args, rngs={"dropout": dropout_key}, **kw)
+        apply = lambda *args, **kw: self.model.apply(
+            {"params": params}, *args, rngs={"dropout": dropout_key}, **kw
+        )
         deterministic = self.tokenizer.dropout == 0
         f = apply(images, deterministic, method="features")
         quantized = apply(f, method="quantize")
@@ -162,7 +195,10 @@ class TokenizerTask:
 
     def _reconstruction_loss(self, painted, images, perceptual):
         l2, l1 = jnp.mean((painted - images) ** 2), jnp.mean(jnp.abs(painted - images))
-        loss, metrics = self.l2_weight * l2 + self.l1_weight * l1, {"l2": l2, "l1": l1, "psnr": psnr(painted, images)}
+        loss, metrics = (
+            self.l2_weight * l2 + self.l1_weight * l1,
+            {"l2": l2, "l1": l1, "psnr": psnr(painted, images)},
+        )
         if self.perceptual_weight:
             distance = perceptual_distance(perceptual, painted, images).mean()
             loss, metrics["perceptual"] = loss + self.perceptual_weight * distance, distance
@@ -173,12 +209,19 @@ class TokenizerTask:
 
         Its weight makes both equally long at the decoder's last kernel (VQGAN, equation 7).
         """
-        judge = lambda x: adversarial.hinge_generator_loss(self.discriminator.apply({"params": state.discriminator}, x))
+        judge = lambda x: adversarial.hinge_generator_loss(
+            self.discriminator.apply({"params": state.discriminator}, x)
+        )
         loss, gradient = jax.value_and_grad(judge)(painted)
-        at_last_kernel = lambda cotangent: pull_back((cotangent, 0.0))[0]["decoder"]["conv_out"]["kernel"]
+        at_last_kernel = lambda cotangent: pull_back((cotangent, 0.0))[0]["decoder"]["conv_out"][
+            "kernel"
+        ]
         weight = adversarial.adaptive_weight(at_last_kernel(to_picture), at_last_kernel(gradient))
         active = (state.step >= self.adversarial_start) * self.adversarial_weight
-        return {"adversarial": loss, "adaptive_weight": weight}, to_picture + active * weight * gradient
+        return {
+            "adversarial": loss,
+            "adaptive_weight": weight,
+        }, to_picture + active * weight * gradient
 
     def _discriminator_step(self, state, images, painted):
         def loss(params):
@@ -186,10 +229,14 @@ class TokenizerTask:
             return adversarial.hinge_discriminator_loss(score(images), score(painted))
 
         value, grads = jax.value_and_grad(loss)(state.discriminator)
-        updates, opt_state = self.discriminator_optimizer().update(grads, state.discriminator_opt_state)
+        updates, opt_state = self.discriminator_optimizer().update(
+            grads, state.discriminator_opt_state
+        )
         params = optax.apply_updates(state.discriminator, updates)
         return state.replace(discriminator=params, discriminator_opt_state=opt_state), {
-            "discriminator_loss": value, "discriminator_grad_norm": optax.global_norm(grads)}
+            "discriminator_loss": value,
+            "discriminator_grad_norm": optax.global_norm(grads),
+        }
 
     def _hits(self, last_hit, tokens, pictures):
         """Marks the entries that each scale used in this batch; tokens (B, L)."""
@@ -201,7 +248,9 @@ class TokenizerTask:
     def usage(self, state: TokenizerState) -> dict[str, jax.Array]:
         """Share of the entries that each scale used over the last `usage_window` pictures, and that any scale used."""
         recent = state.last_hit > state.pictures - self.usage_window  # (K, V)
-        per_scale = {f"usage/{side}x{side}": recent[k].mean() for k, side in enumerate(self.tokenizer.scales)}
+        per_scale = {
+            f"usage/{side}x{side}": recent[k].mean() for k, side in enumerate(self.tokenizer.scales)
+        }
         return per_scale | {"usage/any": recent.any(0).mean()}
 
     def _draw_codebook(self, state, f, key):
@@ -209,8 +258,11 @@ class TokenizerTask:
 
         def draw():
             rests = self.model.apply(
-                {"params": state.params}, f, method=lambda t, f: t.quantizer.unquantized_rests(f))  # (B, L, Z)
-            return self._with_codebook(state, self._pick(rests, key), jnp.ones(self.tokenizer.vocab_size, bool))
+                {"params": state.params}, f, method=lambda t, f: t.quantizer.unquantized_rests(f)
+            )  # (B, L, Z)
+            return self._with_codebook(
+                state, self._pick(rests, key), jnp.ones(self.tokenizer.vocab_size, bool)
+            )
 
         return jax.lax.cond(state.step == self.unquantized_steps, draw, lambda: state)
 
@@ -222,7 +274,8 @@ class TokenizerTask:
         dead = due & (idle > self.revive_after)
         fresh = state.replace(last_hit=jnp.where(dead, state.pictures, state.last_hit))
         fresh = jax.lax.cond(
-            due, lambda: self._with_codebook(fresh, self._pick(z, key), dead), lambda: state)
+            due, lambda: self._with_codebook(fresh, self._pick(z, key), dead), lambda: state
+        )
         return fresh, dead.sum()
 
     def _pick(self, z, key):
@@ -241,32 +294,49 @@ class TokenizerTask:
         where = where[:, None]
         quantizer = state.params["quantizer"]
         params = state.params | {
-            "quantizer": quantizer | {"codebook": jnp.where(where, vectors, quantizer["codebook"])}}
+            "quantizer": quantizer | {"codebook": jnp.where(where, vectors, quantizer["codebook"])}
+        }
 
         def forget(path, leaf):
             is_codebook = any(getattr(p, "key", None) == "codebook" for p in path)
             return jnp.where(where, 0, leaf) if is_codebook else leaf
 
-        return state.replace(params=params, opt_state=jax.tree_util.tree_map_with_path(forget, state.opt_state))
+        return state.replace(
+            params=params, opt_state=jax.tree_util.tree_map_with_path(forget, state.opt_state)
+        )
 
     def eval_step(
-        self, state: TokenizerState, batch: dict[str, jax.Array], perceptual: PerceptualNetwork | None = None
+        self,
+        state: TokenizerState,
+        batch: dict[str, jax.Array],
+        perceptual: PerceptualNetwork | None = None,
     ) -> dict[str, Mean]:
         """Means over the pictures marked valid: {"l1", "l2", "psnr"}, and "loss", the weighted l1 and l2 alone."""
         del perceptual
         images = to_float(batch["image"])
         painted = self.reconstruct(state, batch["image"])
-        l1, l2 = jnp.abs(painted - images).mean((1, 2, 3)), ((painted - images) ** 2).mean((1, 2, 3))
+        l1, l2 = (
+            jnp.abs(painted - images).mean((1, 2, 3)),
+            ((painted - images) ** 2).mean((1, 2, 3)),
+        )
         figures = {
-            "loss": self.l2_weight * l2 + self.l1_weight * l1, "l1": l1, "l2": l2, "psnr": jax.vmap(psnr)(painted, images)}
+            "loss": self.l2_weight * l2 + self.l1_weight * l1,
+            "l1": l1,
+            "l2": l2,
+            "psnr": jax.vmap(psnr)(painted, images),
+        }
         return {name: Mean.of(value, batch["valid"]) for name, value in figures.items()}
 
     def reconstruct(self, state: TokenizerState, images) -> jax.Array:
         """(B, h, w, 3) uint8 -> (B, h, w, 3) in [-1, 1], through the tokens (without, while the codebook is not drawn)."""
-        apply = lambda *args, method: self.model.apply({"params": state.eval_params}, *args, method=method)
+        apply = lambda *args, method: self.model.apply(
+            {"params": state.eval_params}, *args, method=method
+        )
         f = apply(to_float(images), method="features")
         f_hat = apply(f, method="quantize").f_hats[-1]
-        return apply(jnp.where(state.step >= self.unquantized_steps, f_hat, f), method="paint").clip(-1, 1)
+        return apply(
+            jnp.where(state.step >= self.unquantized_steps, f_hat, f), method="paint"
+        ).clip(-1, 1)
 
     def samples(self, state: TokenizerState, images) -> tuple[jax.Array, jax.Array]:
         """What is shown while training: pictures and their reconstructions, both (B, h, w, 3) in [-1, 1]."""
