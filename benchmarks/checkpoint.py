@@ -14,10 +14,12 @@ import time
 
 import jax
 
-from hmar_jax import configs, sharding
-from hmar_jax.checkpoints import RunCheckpoints
-from hmar_jax.data.pipeline import state_to_bytes
-from hmar_jax.training import experiments, program
+from hmar_jax import config_files
+from hmar_jax.data.loader import state_to_bytes
+from hmar_jax.experiment import build_experiment
+from hmar_jax.io.checkpoints import RunCheckpoints
+from hmar_jax.parallel import sharding
+from hmar_jax.training import compiled_steps
 
 
 def main():
@@ -31,13 +33,13 @@ def main():
     parser.add_argument("--window", type=int, default=30, help="steps that are timed together")
     parser.add_argument("--rounds", type=int, default=12, help="pairs of windows")
     args, overrides = parser.parse_known_args()
-    config = configs.load_config(args.config)
+    config = config_files.load_config(args.config)
     for text in ["--config.data.cached_copies=1", *overrides]:
-        configs.override(config, *text.removeprefix("--config.").split("=", 1))
+        config_files.override(config, *text.removeprefix("--config.").split("=", 1))
 
-    experiment = experiments.build(config)
+    experiment = build_experiment(config)
     mesh = experiment.mesh
-    made = program.build(experiment.task, mesh, experiment.extra, config.ema_decay)
+    made = compiled_steps.build(experiment.task, mesh, experiment.extra, config.ema_decay)
     extra = sharding.place(experiment.extra, jax.tree.map(lambda x: x.sharding, made.extra))
     key = sharding.place_key(jax.random.key(config.seed), mesh)
     state, batches = made.init(key, *extra), iter(experiment.loader())

@@ -20,17 +20,17 @@ import zipfile
 
 import numpy as np
 
-from hmar_jax.data.pipeline import Transform, make_loader
-from hmar_jax.data.sources import ArraySource, open_source
-from hmar_jax.data.tokenize import write_token_set
-from hmar_jax.data.tokens import (
+from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
+from hmar_jax.data.encoding import write_token_set
+from hmar_jax.data.loader import Transform, make_loader
+from hmar_jax.data.records import (
     SplitInfo,
     TokenSetInfo,
     make_token_loader,
     open_tokens,
     record_bytes,
 )
-from hmar_jax.scales import PUBLISHED_SIDES
+from hmar_jax.data.sources import ArraySource, open_source
 
 VOCAB = 4096
 IMAGENET = 1_281_167  # pictures to train

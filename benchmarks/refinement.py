@@ -21,7 +21,7 @@ import hmar_jax
 from hmar_jax.data.sources import open_source
 from hmar_jax.evaluation.classifier import read_all
 from hmar_jax.evaluation.report import digit_report
-from hmar_jax.training.masked_steps import MaskedTask, tenth_name
+from hmar_jax.families.hmar.masked_task import MaskedTask, tenth_name
 from hmar_jax.training.metrics import average
 from hmar_jax.training.state import TrainState
 

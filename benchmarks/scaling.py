@@ -218,20 +218,22 @@ def work(args, overrides: list[str], what: dict) -> None:
     import jax
     import numpy as np
 
-    from hmar_jax import configs, distributed, sharding
-    from hmar_jax.checkpoints import RunCheckpoints
-    from hmar_jax.data.pipeline import restore_state, state_to_bytes
-    from hmar_jax.data.tokens import TokensInMemory, make_token_loader
-    from hmar_jax.training import program, tasks
-    from hmar_jax.training.flops import peak_flops
+    from hmar_jax import config_files
+    from hmar_jax.data.loader import restore_state, state_to_bytes
+    from hmar_jax.data.records import TokensInMemory, make_token_loader
+    from hmar_jax.families.hmar import tasks
+    from hmar_jax.families.hmar.flops import peak_flops
+    from hmar_jax.io.checkpoints import RunCheckpoints
+    from hmar_jax.parallel import processes, sharding
+    from hmar_jax.training import compiled_steps
 
     if what["processes"] > 1:
-        distributed.initialize(what["coordinator"], what["processes"], what["process"])
+        processes.initialize(what["coordinator"], what["processes"], what["process"])
     mesh = sharding.make_mesh(**{"data": 1} | what["sizes"])
     devices, most = mesh.size, what["most"]
-    config = configs.load_config(args.config)
+    config = config_files.load_config(args.config)
     for text in overrides:
-        configs.override(config, *text.removeprefix("--config.").split("=", 1))
+        config_files.override(config, *text.removeprefix("--config.").split("=", 1))
     config.steps, config.model.drop_path = 1000, 0.0
 
     def setting(batch_size: int, parts: int = 1):
@@ -239,7 +241,7 @@ def work(args, overrides: list[str], what: dict) -> None:
         config.batch_size, config.accumulate = batch_size, parts
         sharding.check_batch(mesh, batch_size, parts)
         shapes = tasks.shapes(config)
-        made = program.build(shapes.task, mesh, shapes.extra)
+        made = compiled_steps.build(shapes.task, mesh, shapes.extra)
         rng = np.random.default_rng(0)
         tokenizer = shapes.task.tokenizer
         length = tokenizer.scale_list.length
@@ -291,7 +293,7 @@ def work(args, overrides: list[str], what: dict) -> None:
         return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(whole)])
 
     def say(**figures) -> None:
-        if distributed.is_first():
+        if processes.is_first():
             print(
                 json.dumps(
                     dict(
@@ -351,7 +353,7 @@ def work(args, overrides: list[str], what: dict) -> None:
         if devices < most:
             made, loader, extra, _ = setting(whole, 2 * most)
             arrays["again"] = flat(made, train(made, loader, extra, args.steps, whole)[0])
-        if distributed.is_first():
+        if processes.is_first():
             np.savez(f"{what['folder']}/{what['case']}.npz", **arrays)
         say(**figures, losses=losses)
 

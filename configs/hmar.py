@@ -16,7 +16,7 @@ NAME,pattern=causal trains VAR instead: the same network with VAR's block-causal
 
 from ml_collections import ConfigDict
 
-from hmar_jax.configs import override, parse_spec
+from hmar_jax.config_files import override, parse_spec
 from hmar_jax.errors import InputError
 
 # depth: (batch, epochs, base learning rate, init gamma, last learning rate, weight decay, last weight decay, guidance, top-k)

@@ -10,7 +10,7 @@ vae_256  the published architecture (VAR, arXiv 2404.02905; 16 pixels a token, V
 
 from ml_collections import ConfigDict
 
-from hmar_jax.configs import override, parse_spec
+from hmar_jax.config_files import override, parse_spec
 
 NAMES = ("digits", "photos", "cifar10", "vae_256")
 

@@ -8,7 +8,7 @@ pipe = hmar_jax.load("runs/mine")                                 # or a run or 
 import functools
 
 from hmar_jax.errors import InputError
-from hmar_jax.sampling.pipeline import Pipeline, from_torch, load
+from hmar_jax.pipeline import Pipeline, from_torch, load
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Pipeline", "from_torch", "load", "sample"]

@@ -57,7 +57,7 @@ def load_golden(golden):
 def golden_state(golden):
     """golden_state("vae", "tokenizer") -> the state dict of vae.pth as numpy arrays."""
     pytest.importorskip("torch", reason="reading .pth files needs torch")
-    from hmar_jax import convert
+    from hmar_jax.families.hmar import convert
 
     return lambda name, kind: convert.load_state_dicts(str(golden / f"{name}.pth"))[kind]
 

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hmar_jax import sharding
-from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from hmar_jax.models.transformer import NextScaleTransformer, TransformerConfig
-from hmar_jax.training import program
-from hmar_jax.training.masked_steps import MaskedTask
-from hmar_jax.training.next_scale_steps import NextScaleTask
-from hmar_jax.training.tokenizer_steps import TokenizerTask
+from hmar_jax.autoencoders.vq import Tokenizer, TokenizerConfig
+from hmar_jax.autoencoders.vq_task import TokenizerTask
+from hmar_jax.families.hmar.masked_task import MaskedTask
+from hmar_jax.families.hmar.next_scale_task import NextScaleTask
+from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
+from hmar_jax.parallel import sharding
+from hmar_jax.training import compiled_steps
 
 BATCH = 16
 TOKENIZER = TokenizerConfig(
@@ -125,7 +125,7 @@ def one_step(name: str, mesh_sizes: tuple, changes: tuple = (), evaluate: bool =
     devices = jax.devices() if mesh_sizes else jax.devices()[:1]
     mesh = sharding.make_mesh(**dict(mesh_sizes or (("data", 1),)), devices=devices)
     task, extra = task_of(name, **dict(changes))
-    made = program.build(task, mesh, extra, ema_decay=0.99)
+    made = compiled_steps.build(task, mesh, extra, ema_decay=0.99)
     places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
     extra = tuple(sharding.place(x, places(y)) for x, y in zip(extra, made.extra))
     key = sharding.place_key(jax.random.key(3), mesh)

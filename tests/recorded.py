@@ -57,17 +57,17 @@ class Recorded:
 
 def main() -> None:
     sys.modules["torch"] = None  # tensorboardX imports it where it finds it: two seconds
-    from hmar_jax import cli
-    from hmar_jax.training import experiments
+    from hmar_jax import experiment as experiments
+    from hmar_jax.cli import main as cli
 
     path, *arguments = sys.argv[1:]
-    build = experiments.build
+    build = experiments.build_experiment
 
     def recorded(*args):
         experiment = build(*args)
         return dataclasses.replace(experiment, loader=lambda: Recorded(experiment.loader(), path))
 
-    experiments.build = recorded
+    experiments.build_experiment = recorded
     sys.exit(cli.main(arguments))
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from hmar_jax.errors import InputError
-from hmar_jax.models.discriminator import PatchDiscriminator
-from hmar_jax.models.tokenizer import conv3x3, unfold
-from hmar_jax.training.adversarial import (
+from hmar_jax.autoencoders.adversarial import (
     adaptive_weight,
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
+from hmar_jax.autoencoders.discriminator import PatchDiscriminator
+from hmar_jax.autoencoders.vq import conv3x3, unfold
+from hmar_jax.errors import InputError
 from tests.conftest import relative
 
 TINY = dict(channels=8, groups=4)
@@ -91,7 +91,7 @@ def test_no_picture_changes_the_logits_of_another():
 @pytest.mark.parametrize("num_layers, pixels", [(1, 16), (2, 34), (3, 70)])
 def test_pixels_seen_by_a_logit(monkeypatch, num_layers, pixels):
     monkeypatch.setattr(
-        "hmar_jax.models.discriminator.group_norm", lambda *_: lambda x: x
+        "hmar_jax.autoencoders.discriminator.group_norm", lambda *_: lambda x: x
     )  # else all, a little
     model = PatchDiscriminator(**TINY, num_layers=num_layers)
     images = jnp.ones((1, 96, 96, 3))

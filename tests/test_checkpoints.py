@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax import checkpoints, files
-from hmar_jax.checkpoints import RunCheckpoints, load_model, load_params_of_run, save_model
 from hmar_jax.errors import InputError
+from hmar_jax.io import checkpoints, files
+from hmar_jax.io.checkpoints import RunCheckpoints, load_model, load_params_of_run, save_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hmar_jax import cli, files
+from hmar_jax.cli import main as cli
+from hmar_jax.io import files
 from tests import tiny
 from tests.test_training import damage
 
@@ -374,8 +375,8 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(refused, elsew
     def work(*_):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("hmar_jax.sampling.pipeline.load_parts", work)
-    monkeypatch.setattr("hmar_jax.sampling.pipeline.torch_parts", work)
+    monkeypatch.setattr("hmar_jax.pipeline.load_parts", work)
+    monkeypatch.setattr("hmar_jax.pipeline.torch_parts", work)
     (elsewhere / "file").write_text("")
     (elsewhere / "full").mkdir()
     (elsewhere / "full/x").write_text("")
@@ -509,7 +510,7 @@ def test_stage_2_needs_a_stage_1_of_its_kind(refused, tmp_path, elsewhere):
 
 
 def test_a_bundled_tokenizer_says_what_it_makes(refused):
-    from hmar_jax.sampling import pipeline
+    from hmar_jax import pipeline
 
     if "digits" not in pipeline.bundled_models():
         pytest.skip("no bundled model digits")
@@ -550,9 +551,9 @@ def test_directories_of_others(refused, elsewhere, tmp_path):
 def test_a_broken_held_out_picture_stops_nothing(hmar, elsewhere):
     real = shutil.copytree(tiny.pictures(), elsewhere / "real")
     (real / "validate/circle/0.png").write_bytes(b"no picture")
-    from hmar_jax.training import experiments
+    from hmar_jax.experiment import build_experiment
 
-    built = experiments.build(
+    built = build_experiment(
         tiny.config_of(tiny.train_tokenizer("run", data__source=f"folder:{real}"))
     )
     assert [pathlib.Path(path).name for path, _ in built.broken.items] == ["0.png"]

@@ -8,14 +8,14 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from hmar_jax import configs
+from hmar_jax import config_files
+from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
+from hmar_jax.autoencoders.vq import TokenizerConfig
+from hmar_jax.autoencoders.vq_task import TokenizerTask
 from hmar_jax.errors import InputError
-from hmar_jax.models.tokenizer import TokenizerConfig
-from hmar_jax.models.transformer import NextScaleTransformer, TransformerConfig
-from hmar_jax.scales import PUBLISHED_SIDES
-from hmar_jax.training.masked_steps import MaskedTask
-from hmar_jax.training.next_scale_steps import NextScaleTask
-from hmar_jax.training.tokenizer_steps import TokenizerTask
+from hmar_jax.families.hmar.masked_task import MaskedTask
+from hmar_jax.families.hmar.next_scale_task import NextScaleTask
+from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HMAR, TOKENIZER = (str(ROOT / "configs" / name) for name in ("hmar.py", "tokenizer.py"))
@@ -34,7 +34,9 @@ IMAGENET = 1_281_167  # pictures to train
 
 
 def transformer(config, scales=PUBLISHED_SIDES[256], num_classes=1000) -> TransformerConfig:
-    return configs.build(TransformerConfig, config.model, scales=scales, num_classes=num_classes)
+    return config_files.build(
+        TransformerConfig, config.model, scales=scales, num_classes=num_classes
+    )
 
 
 def parameters(model: TransformerConfig) -> int:
@@ -48,12 +50,12 @@ def parameters(model: TransformerConfig) -> int:
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers(name):
     for spec, pattern in ((name, "diagonal"), (f"{name},pattern=causal", "causal")):
-        config = configs.load_config(f"{HMAR}:{spec}")
+        config = config_files.load_config(f"{HMAR}:{spec}")
         side = config.image_side if config.image_side in PUBLISHED_SIDES else 256
         model = transformer(config, PUBLISHED_SIDES[side])
         assert model.pattern == pattern and config.task == "next_scale"
         assert name in ("digits", "cifar10") or side == config.image_side == 16 * model.scales[-1]
-        task = configs.build(
+        task = config_files.build(
             NextScaleTask,
             config.recipe,
             transformer=model,
@@ -66,7 +68,9 @@ def test_transformers(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stage_2_of_transformers(name):
-    stage1, config = (configs.load_config(f"{HMAR}:{name}{more}") for more in ("", ",stage=masked"))
+    stage1, config = (
+        config_files.load_config(f"{HMAR}:{name}{more}") for more in ("", ",stage=masked")
+    )
     assert (
         config.task == "masked"
         and config.init_from == ""
@@ -77,7 +81,7 @@ def test_stage_2_of_transformers(name):
     assert depth == (
         8 if name in PUBLISHED else max(1, model.depth // 2) if name in ("digits", "cifar10") else 8
     )
-    task = configs.build(
+    task = config_files.build(
         MaskedTask,
         config.recipe,
         transformer=model,
@@ -109,9 +113,9 @@ def test_stage_2_of_transformers(name):
 
 @pytest.mark.parametrize("name", ["digits", "photos", "cifar10", "vae_256"])
 def test_tokenizers(name):
-    config = configs.load_config(f"{TOKENIZER}:{name}")
-    model = configs.build(TokenizerConfig, config.model)
-    task = configs.build(
+    config = config_files.load_config(f"{TOKENIZER}:{name}")
+    model = config_files.build(TokenizerConfig, config.model)
+    task = config_files.build(
         TokenizerTask,
         config.recipe,
         tokenizer=model,
@@ -132,7 +136,7 @@ def test_tokenizers(name):
 )
 def test_parameter_counts_of_var(name, digits, published):
     """In thousand millions, rounded as VAR's README gives them."""
-    count = parameters(transformer(configs.load_config(f"{HMAR}:{name},pattern=causal")))
+    count = parameters(transformer(config_files.load_config(f"{HMAR}:{name},pattern=causal")))
     assert round(count / 1e9, digits) == published, count
 
 
@@ -148,7 +152,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes(name):
     batch, epochs, base_lr, gamma, end, decay, decay_end, guidance, top_k = PUBLISHED[name]
-    c, depth = configs.load_config(f"{HMAR}:{name}"), int(name[1:3])
+    c, depth = config_files.load_config(f"{HMAR}:{name}"), int(name[1:3])
     assert (c.batch_size, c.epochs, c.steps) == (batch, epochs, 0)
     assert (c.model.depth, c.model.width, c.model.heads, c.model.mlp_ratio) == (
         depth,
@@ -177,11 +181,11 @@ def test_published_recipes(name):
 
 def test_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert configs.load_config("configs/hmar.py:digits").task == "next_scale"
+    assert config_files.load_config("configs/hmar.py:digits").task == "next_scale"
     (tmp_path / "mine.py").write_text(
         "from ml_collections import ConfigDict\ndef get_config(spec):\n  return ConfigDict({'task': spec})\n"
     )
-    assert configs.load_config("mine.py:x=1").task == "x=1"
+    assert config_files.load_config("mine.py:x=1").task == "x=1"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,7 @@ def test_wrong_names(argument, words, tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/empty.py").write_text("")
     with pytest.raises(InputError) as caught:
-        configs.load_config(argument)
+        config_files.load_config(argument)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -249,7 +253,7 @@ def config():
     ],
 )
 def test_overrides_keep_types(config, key, text, value):
-    configs.override(config, key, text)
+    config_files.override(config, key, text)
     found = config
     for part in key.split("."):
         found = found[part]
@@ -280,18 +284,18 @@ def test_overrides_keep_types(config, key, text, value):
 def test_wrong_overrides(config, key, text, words):
     before = config.to_json()
     with pytest.raises(InputError) as caught:
-        configs.override(config, key, text)
+        config_files.override(config, key, text)
     assert words in str(caught.value) and config.to_json() == before
 
 
 def test_a_group_with_unknown_keys(config):
     with pytest.raises(InputError, match="'log': unknown; there are .*learning_rate"):
-        configs.build(TokenizerTask, config.group)
+        config_files.build(TokenizerTask, config.group)
 
 
 def test_first_difference(config):
-    other = configs.to_dict(config)
-    difference = lambda: configs.first_difference(configs.to_dict(config), other)
+    other = config_files.to_dict(config)
+    difference = lambda: config_files.first_difference(config_files.to_dict(config), other)
     assert difference() is None
     other["log_every"], other["data"]["threads"] = 99, 99
     assert difference() is None
@@ -339,34 +343,11 @@ def offenders(paths, forbidden, allowed=()) -> list[str]:
 
 
 def test_no_import_runs_upward():
-    at_the_bottom = [
-        ROOT / "hmar_jax" / f"{name}.py"
-        for name in ("scales", "errors", "files", "sharding", "distributed")
-    ]
-    assert not offenders(at_the_bottom, ["hmar_jax"], allowed=["hmar_jax.errors"])
-    above_models = [
-        f"hmar_jax.{name}"
-        for name in (
-            "sampling",
-            "training",
-            "data",
-            "evaluation",
-            "cli",
-            "commands",
-            "configs",
-            "checkpoints",
-        )
-    ]
-    assert not offenders(modules("hmar_jax/models"), above_models)
-    assert not offenders(
-        modules("hmar_jax/sampling"),
-        ["hmar_jax.training", "hmar_jax.evaluation", "hmar_jax.cli", "hmar_jax.commands"],
-    )
-    assert not offenders(
-        modules("hmar_jax/data"),
-        [f"hmar_jax.{n}" for n in ("training", "sampling", "evaluation", "cli", "commands")],
-    )
-    assert not offenders(modules("hmar_jax/training"), ["hmar_jax.cli", "hmar_jax.commands"])
+    ground = [*modules("hmar_jax/io"), *modules("hmar_jax/parallel")]
+    assert not offenders(ground, ["hmar_jax"], ["hmar_jax.errors", "hmar_jax.io"])
+    above_data = ["training", "families", "pipeline", "experiment", "evaluation", "cli"]
+    assert not offenders(modules("hmar_jax/data"), [f"hmar_jax.{name}" for name in above_data])
+    assert not offenders(modules("hmar_jax/families"), ["hmar_jax.cli", "hmar_jax.experiment"])
     assert not offenders(modules("pallas_kernels"), ["hmar_jax"])
 
 

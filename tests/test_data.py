@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hmar_jax.data.pipeline import BrokenLog, Transform, make_loader, restore_state, state_to_bytes
+from hmar_jax.autoencoders.vq import to_float
+from hmar_jax.data.loader import BrokenLog, Transform, make_loader, restore_state, state_to_bytes
 from hmar_jax.data.sources import BrokenPicture, InMemory, Source, open_source
 from hmar_jax.errors import InputError
-from hmar_jax.models.tokenizer import to_float
 
 AS_IS = Transform(4, "random_crop")  # leaves a 4x4 picture alone
 

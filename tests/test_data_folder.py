@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hmar_jax.data.pipeline import BrokenLog, Transform, make_loader
+from hmar_jax.data.loader import BrokenLog, Transform, make_loader
 from hmar_jax.data.sources import BrokenPicture, Source, decode_picture, open_source
 from hmar_jax.errors import InputError
 

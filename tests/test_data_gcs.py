@@ -17,8 +17,8 @@ emulator = pytest.importorskip(
 
 from etils import epath
 
+from hmar_jax.data.records import open_tokens, read_info
 from hmar_jax.data.sources import BrokenPicture, open_source
-from hmar_jax.data.tokens import open_tokens, read_info
 from hmar_jax.errors import InputError
 from tests.test_tokens import rows_of, write
 

@@ -14,8 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from hmar_jax import checkpoints, cli, distributed
+from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
+from hmar_jax.io import checkpoints
+from hmar_jax.parallel import processes
 from tests import recorded, tiny
 
 STEPS = 80
@@ -215,5 +217,5 @@ def test_flags_that_do_not_fit(tmp_path, capfd):
         assert cli.main([*tiny.train(tmp_path / "run", tokenizer="unused"), *flags]) == 2
         assert words in capfd.readouterr().err
     with pytest.raises(InputError, match="alone"):
-        distributed.raise_together(InputError("alone"))
-    distributed.raise_together(None)
+        processes.raise_together(InputError("alone"))
+    processes.raise_together(None)

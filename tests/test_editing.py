@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 import hmar_jax
-from hmar_jax import cli
+from hmar_jax.autoencoders.scales import ScaleList
+from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
-from hmar_jax.sampling import editing
-from hmar_jax.scales import ScaleList
+from hmar_jax.families.hmar import editing
 from tests import tiny
 
 KEY = jax.random.key(3)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hmar_jax.errors import InputError
-from hmar_jax.sampling import filters
-from hmar_jax.sampling.sampler import Draw, Strength, draw_tokens, options, picture_keys
+from hmar_jax.families.hmar import filters
+from hmar_jax.families.hmar.sampler import Draw, Strength, draw_tokens, options, picture_keys
 
 
 def test_agree_with_recorded(load_golden):

@@ -9,8 +9,8 @@ import pytest
 
 import hmar_jax
 from hmar_jax.errors import InputError
-from hmar_jax.models.combined import CombinedModel
-from hmar_jax.sampling import sampler, schedules
+from hmar_jax.families.hmar import sampler, schedules
+from hmar_jax.families.hmar.combined import CombinedModel
 from tests.conftest import relative
 
 SIDES = (1, 2, 3, 4, 6)
@@ -98,7 +98,7 @@ def test_wrong_files(torch, golden, tmp_path):
 
 
 def test_convert_makes_a_model_directory(torch, golden, load_golden, tmp_path, capsys):
-    from hmar_jax.cli import main
+    from hmar_jax.cli.main import main
 
     out = tmp_path / "model"
     command = [
@@ -152,7 +152,7 @@ def test_masked_passes_need_stage_2(torch, golden):
 
 def test_stage_2_beside_its_stage_1(torch, golden, load_golden):
     """The two files are the combined one."""
-    z, weights = load_golden("hmar"), dict(tokenizer=str(golden / "vae.pth"), scales=SIDES)
+    weights = dict(tokenizer=str(golden / "vae.pth"), scales=SIDES)
     pipe = hmar_jax.from_torch(
         str(golden / "next_scale.pth"), masked=str(golden / "masked.pth"), **weights
     )
@@ -191,7 +191,7 @@ def test_stage_2_of_another_stage_1(torch, golden, tmp_path):
 
 def test_stage_2_alone(torch, golden, load_golden, tmp_path, capsys):
     """It predicts what stage 2 of the combined model does, whole scales from masks too; and a model directory of it works."""
-    from hmar_jax.cli import main
+    from hmar_jax.cli.main import main
 
     out = tmp_path / "masked"
     command = [
@@ -229,7 +229,7 @@ def test_stage_2_alone(torch, golden, load_golden, tmp_path, capsys):
 
 
 def test_combined_model_as_a_directory(torch, golden, load_golden, tmp_path, capsys):
-    from hmar_jax.cli import main
+    from hmar_jax.cli.main import main
 
     out, z = tmp_path / "hmar", load_golden("hmar")
     weights = [

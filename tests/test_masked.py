@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax import convert
+from hmar_jax.autoencoders.scales import ScaleList
 from hmar_jax.errors import InputError
-from hmar_jax.models.masked import MaskedTransformer
-from hmar_jax.models.transformer import NextScaleTransformer
-from hmar_jax.scales import ScaleList
-from hmar_jax.training.losses import cross_entropy, masked_weights, position_weights
-from hmar_jax.training.masked_steps import MaskedTask
+from hmar_jax.families.hmar import convert
+from hmar_jax.families.hmar.losses import cross_entropy, masked_weights, position_weights
+from hmar_jax.families.hmar.masked import MaskedTransformer
+from hmar_jax.families.hmar.masked_task import MaskedTask
+from hmar_jax.families.hmar.transformer import NextScaleTransformer
 from tests.conftest import relative
 from tests.test_transformer import published_names
 

@@ -7,12 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax import convert
-from hmar_jax.models.combined import CombinedModel
-from hmar_jax.models.spec import ModelSpec
-from hmar_jax.sampling import schedules
-from hmar_jax.sampling.sampler import Draw, Strength, Trace, least_confident, picture_keys, sample
-from hmar_jax.scales import ScaleList
+from hmar_jax.autoencoders.scales import ScaleList
+from hmar_jax.families.hmar import convert, schedules
+from hmar_jax.families.hmar.combined import CombinedModel
+from hmar_jax.families.hmar.sampler import (
+    Draw,
+    Strength,
+    Trace,
+    least_confident,
+    picture_keys,
+    sample,
+)
+from hmar_jax.families.hmar.spec import ModelSpec
 from tests.conftest import relative
 
 SCALES = ScaleList((1, 2, 3, 4, 6))

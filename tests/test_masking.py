@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hmar_jax.autoencoders.scales import ScaleList
+from hmar_jax.autoencoders.vq import TokenizerConfig
 from hmar_jax.errors import InputError
-from hmar_jax.models.tokenizer import TokenizerConfig
-from hmar_jax.models.transformer import TransformerConfig
-from hmar_jax.scales import ScaleList
-from hmar_jax.training.masked_steps import MaskedTask
-from hmar_jax.training.masking import draw_masks, draw_ratios
+from hmar_jax.families.hmar.masked_task import MaskedTask
+from hmar_jax.families.hmar.masking import draw_masks, draw_ratios
+from hmar_jax.families.hmar.transformer import TransformerConfig
 
 KEY = jax.random.key(1)
 

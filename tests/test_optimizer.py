@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax import convert
 from hmar_jax.errors import InputError
+from hmar_jax.families.hmar import convert
 from hmar_jax.training.optimizer import adamw, decay_mask, lr_schedule, wd_schedule
 from tests.test_transformer import published_names
 

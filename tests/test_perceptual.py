@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hmar_jax.autoencoders.perceptual import load_perceptual, perceptual_distance
 from hmar_jax.errors import InputError
-from hmar_jax.models.perceptual import load_perceptual, perceptual_distance
 from tests.conftest import relative
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import hmar_jax
-from hmar_jax import cli
+from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
-from hmar_jax.sampling import sampler
-from hmar_jax.sampling.pipeline import load_parts
-from hmar_jax.training import experiments
+from hmar_jax.experiment import build_experiment
+from hmar_jax.families.hmar import sampler
+from hmar_jax.pipeline import load_parts
 from tests import tiny
 
 KEY = jax.random.key(3)
@@ -69,7 +69,7 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(pipe):
 
 _SHARDED = """
 import sys, jax, numpy as np, hmar_jax
-from hmar_jax.sampling import sampler
+from hmar_jax.families.hmar import sampler
 
 pipe, key = hmar_jax.load(sys.argv[1]), jax.random.key(11)
 ids = [i % pipe.spec.transformer.num_classes for i in (7, 0, 3, 3, 9, 5, 1)]
@@ -90,7 +90,7 @@ print("agrees")
 @pytest.mark.parametrize("model", ["tiny", pytest.param("digits", marks=pytest.mark.slow)])
 def test_a_picture_is_the_same_on_eight_devices(model):
     """Masked passes and guidance included; in a process of its own: JAX counts its devices when it starts."""
-    if model == "digits" and "digits" not in hmar_jax.sampling.pipeline.bundled_models():
+    if model == "digits" and "digits" not in hmar_jax.pipeline.bundled_models():
         pytest.skip("no bundled model digits")
     name = str(tiny.masked_run()) if model == "tiny" else model
     result = subprocess.run(
@@ -176,7 +176,7 @@ def test_encode_and_decode(pipe, pictures):
 
 def test_decoding_what_was_encoded_is_the_tokenizers_reconstruction(pipe, pictures):
     with tiny.cached():
-        task = experiments.build(tiny.config_of(tiny.train_tokenizer("unused"))).task
+        task = build_experiment(tiny.config_of(tiny.train_tokenizer("unused"))).task
         state = jax.eval_shape(task.init, KEY).replace(
             params=pipe.params["tokenizer"], step=jax.numpy.int32(80)
         )

@@ -9,10 +9,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hmar_jax import chips, cli, configs, hlo, jaxpr, plan, sharding
+from hmar_jax import config_files
+from hmar_jax.autoencoders.vq import TokenizerConfig
+from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
-from hmar_jax.models.tokenizer import TokenizerConfig
-from hmar_jax.training import flops, tasks
+from hmar_jax.families.hmar import flops, tasks
+from hmar_jax.parallel import sharding
+from hmar_jax.planning import chips, hlo, jaxpr, plan
 
 HMAR = "configs/hmar.py"
 TINY = (
@@ -107,14 +110,14 @@ SMALL = TokenizerConfig(
 
 def small(stage: str = "next_scale", **changes) -> tasks.Shapes:
     """A published config, smaller; stage 2 on the same."""
-    config = configs.load_config(f"{HMAR}:d16_256,stage={stage}")
+    config = config_files.load_config(f"{HMAR}:d16_256,stage={stage}")
     sizes = (
         {"model.depth": 3, "model.width": 256, "model.heads": 4}
         if stage == "next_scale"
         else {"model.masked_depth": 1}
     )
     for key, value in {"batch_size": 2, **sizes, **changes}.items():
-        configs.override(config, key, str(value))
+        config_files.override(config, key, str(value))
     return tasks.shapes(
         config, tokenizer=SMALL, stage1=small().task.transformer if stage == "masked" else None
     )

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax.sampling import schedules
-from hmar_jax.sampling.sampler import Draw, Known, Strength, Trace, draw_scales, picture_keys
-from hmar_jax.scales import ScaleList
+from hmar_jax.autoencoders.scales import ScaleList
+from hmar_jax.families.hmar import schedules
+from hmar_jax.families.hmar.sampler import Draw, Known, Strength, Trace, draw_scales, picture_keys
 
 V, Z, CLASSES = 11, 3, 4
 

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
+from hmar_jax.autoencoders.scales import (
+    PUBLISHED_SIDES,
+    ScaleList,
+    area_matrix,
+    bicubic_matrix,
+    published_list,
+)
 from hmar_jax.errors import InputError
-from hmar_jax.scales import PUBLISHED_SIDES, ScaleList, area_matrix, bicubic_matrix, published_list
 
 
 def test_published_lengths():

@@ -2,9 +2,9 @@
 
 import pytest
 
+from hmar_jax.autoencoders.scales import PUBLISHED_SIDES, ScaleList
 from hmar_jax.errors import InputError
-from hmar_jax.sampling import schedules
-from hmar_jax.scales import PUBLISHED_SIDES, ScaleList
+from hmar_jax.families.hmar import schedules
 
 
 def test_published_defaults():

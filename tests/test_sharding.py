@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from hmar_jax import cli, sharding
+from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
-from hmar_jax.models.transformer import PARTITION_RULES, NextScaleTransformer, TransformerConfig
-from hmar_jax.training import recipe
+from hmar_jax.families.hmar.transformer import (
+    PARTITION_RULES,
+    NextScaleTransformer,
+    TransformerConfig,
+)
+from hmar_jax.parallel import sharding
+from hmar_jax.training import step
 from hmar_jax.training.metrics import Mean
 from tests import tiny
 
@@ -145,9 +150,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         each = (rows["x"] @ params["w"] - 1) ** 2
         return each.mean(), {"loss": each.mean(), "weighted": Mean.of(each, rows["weight"])}
 
-    whole, metrics = recipe.gradients(loss, params, rows, jax.random.key(1), 1)
+    whole, metrics = step.gradients(loss, params, rows, jax.random.key(1), 1)
     for parts in (2, 3, 12):
-        grads, found = recipe.gradients(loss, params, rows, jax.random.key(1), parts)
+        grads, found = step.gradients(loss, params, rows, jax.random.key(1), parts)
         assert np.allclose(grads["w"], whole["w"], rtol=1e-6)
         assert np.isclose(found["loss"], metrics["loss"]) and np.allclose(
             found["weighted"], metrics["weighted"]

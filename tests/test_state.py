@@ -8,11 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from hmar_jax import checkpoints, cli
-from hmar_jax.sampling.pipeline import load_parts
-from hmar_jax.training import flops, loop, state
+from hmar_jax.cli import main as cli
+from hmar_jax.families.hmar import flops
+from hmar_jax.families.hmar.next_scale_task import NextScaleTask
+from hmar_jax.io import checkpoints
+from hmar_jax.pipeline import load_parts
+from hmar_jax.training import loop, state
 from hmar_jax.training.metrics import Mean
-from hmar_jax.training.next_scale_steps import NextScaleTask
 from tests import tiny
 
 
@@ -132,7 +134,7 @@ def test_a_run_skips_what_is_not_finite_and_stops_after_ten_in_a_row(tmp_path, m
 
 def test_flops_counted_by_hand():
     """Against XLA's own count of an unrolled forward pass of matrix products."""
-    from hmar_jax.models.transformer import NextScaleTransformer, TransformerConfig
+    from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
 
     config = TransformerConfig(
         scales=(1, 2, 3, 4),

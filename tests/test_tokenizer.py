@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax import convert
+from hmar_jax.autoencoders.scales import ScaleList
+from hmar_jax.autoencoders.vq import Tokenizer, TokenizerConfig, fold, unfold
+from hmar_jax.autoencoders.vq_losses import quantizer_loss
 from hmar_jax.errors import InputError
-from hmar_jax.models.tokenizer import Tokenizer, TokenizerConfig, fold, unfold
-from hmar_jax.scales import ScaleList
-from hmar_jax.training.tokenizer_loss import quantizer_loss
+from hmar_jax.families.hmar import convert
 from tests.conftest import relative
 
 SIDES = (1, 2, 3, 4, 6)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax.models.perceptual import load_perceptual, perceptual_distance
-from hmar_jax.models.tokenizer import TokenizerConfig
-from hmar_jax.training import experiments
-from hmar_jax.training.tokenizer_steps import TokenizerTask, psnr
+from hmar_jax.autoencoders.perceptual import load_perceptual, perceptual_distance
+from hmar_jax.autoencoders.vq import TokenizerConfig
+from hmar_jax.autoencoders.vq_task import TokenizerTask, psnr
+from hmar_jax.experiment import build_experiment
 from tests import tiny
 
 KEY = jax.random.key(0)
@@ -36,7 +36,7 @@ def quick():
 @pytest.fixture(scope="module")
 def experiment():
     """The one of tiny.tokenizer_run()."""
-    return experiments.build(tiny.config_of(tiny.train_tokenizer("unused")))
+    return build_experiment(tiny.config_of(tiny.train_tokenizer("unused")))
 
 
 def make_state(task, step, pictures, last_hit):
@@ -280,7 +280,7 @@ def test_the_command_takes_the_network_by_name(network):
             recipe__discriminator_channels=16,
         )
     )
-    built = experiments.build(config)
+    built = build_experiment(config)
     assert built.task.perceptual_weight == 0.5 and built.task.discriminator.num_layers == 1
     pictures = jnp.asarray(BATCH["image"] / 127.5 - 1, jnp.float32)
     assert (perceptual_distance(*built.extra, pictures, pictures[::-1]) > 0).any()

@@ -21,12 +21,11 @@ import jax
 import numpy as np
 import pytest
 
-from hmar_jax import cli
-from hmar_jax.checkpoints import save_model
-from hmar_jax.data.pipeline import Transform, derive_seed, restore_state, state_to_bytes
-from hmar_jax.data.sources import BrokenPicture
-from hmar_jax.data.tokenize import count_unfinished, write_token_set
-from hmar_jax.data.tokens import (
+from hmar_jax.autoencoders.vq import Tokenizer, fingerprint
+from hmar_jax.cli import main as cli
+from hmar_jax.data.encoding import count_unfinished, write_token_set
+from hmar_jax.data.loader import Transform, derive_seed, restore_state, state_to_bytes
+from hmar_jax.data.records import (
     SplitInfo,
     TokenSetInfo,
     TokensInMemory,
@@ -37,10 +36,11 @@ from hmar_jax.data.tokens import (
     record_bytes,
     unpack,
 )
+from hmar_jax.data.sources import BrokenPicture
 from hmar_jax.errors import InputError
-from hmar_jax.models.tokenizer import Tokenizer, fingerprint
-from hmar_jax.sampling.pipeline import load_parts
-from hmar_jax.training import experiments
+from hmar_jax.experiment import build_experiment
+from hmar_jax.io.checkpoints import save_model
+from hmar_jax.pipeline import load_parts
 from tests import tiny
 
 SCALES, SIDE = (1, 2, 3), 4
@@ -290,7 +290,7 @@ def test_sigkill_at_21_random_moments(tmp_path):
 _DISTRIBUTED = """
     import sys, jax
     jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-    from hmar_jax import cli
+    from hmar_jax.cli import main as cli
     sys.exit(cli.main(sys.argv[3:]))
 """
 
@@ -587,7 +587,7 @@ def test_tokenize(made, capsys):
 
 
 def test_training_from_tokens_needs_no_encoder(made, tmp_path):
-    experiment = experiments.build(
+    experiment = build_experiment(
         tiny.config_of(tiny.train(tmp_path / "run", data__source=f"tokens:{made}"))
     )
     (known,) = experiment.extra

@@ -14,17 +14,20 @@ import jax
 import numpy as np
 import pytest
 
-from hmar_jax import checkpoints, cli, configs
-from hmar_jax.data import pipeline
-from hmar_jax.sampling.pipeline import load_parts
-from hmar_jax.training import experiments, loop, metrics
+from hmar_jax import config_files
+from hmar_jax.cli import main as cli
+from hmar_jax.data import loader
+from hmar_jax.experiment import build_experiment
+from hmar_jax.io import checkpoints
+from hmar_jax.pipeline import load_parts
+from hmar_jax.training import loop, metrics
 from tests import tiny
 
 # tensorboardX imports torch where it finds it: two seconds that these processes need not take.
 _HMAR = [
     sys.executable,
     "-c",
-    "import sys; sys.modules['torch'] = None; from hmar_jax.cli import run; run()",
+    "import sys; sys.modules['torch'] = None; from hmar_jax.cli.main import run; run()",
 ]
 
 
@@ -157,7 +160,7 @@ def test_stage_2_of_a_model_without_class_names(tmp_path):
     config = json.loads((nameless / "config.json").read_text())
     config["model"]["class_names"] = []
     (nameless / "config.json").write_text(json.dumps(config))
-    experiment = experiments.build(tiny.config_of(tiny.train_masked("unused", init_from=nameless)))
+    experiment = build_experiment(tiny.config_of(tiny.train_masked("unused", init_from=nameless)))
     assert experiment.spec.class_names == tiny.CLASSES
 
 
@@ -232,12 +235,12 @@ def test_killed_and_started_again_ends_as_if_nothing_had_happened(tmp_path):
 def test_goes_on_with_tokens_made_beforehand():
     """The tokens are made anew by the second process, and the batches go on where they were."""
     config = tiny.config_of(tiny.train("unused", data__cached_copies=2))
-    batches = iter(experiments.build(config).loader())
+    batches = iter(build_experiment(config).loader())
     first = [next(batches) for _ in range(7)]
-    state = pipeline.state_to_bytes(batches)
+    state = loader.state_to_bytes(batches)
     wanted = [next(batches) for _ in range(12)]  # beyond an epoch of 72 rows
-    again = iter(experiments.build(config).loader())
-    pipeline.restore_state(again, state)
+    again = iter(build_experiment(config).loader())
+    loader.restore_state(again, state)
     for batch in wanted:
         found = next(again)
         assert all(np.array_equal(found[name], batch[name]) for name in ("tokens", "label"))
@@ -332,8 +335,8 @@ def test_a_kill_while_the_directory_is_made(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new/.config.json.0123abcd.tmp").write_text("{")
     config = tiny.config_of(tiny.train_tokenizer("unused"))
-    loop._prepare(tmp_path / "new", config, experiments.build(config))
-    assert json.loads((tmp_path / "new/config.json").read_text())["config"] == configs.to_dict(
+    loop._prepare(tmp_path / "new", config, build_experiment(config))
+    assert json.loads((tmp_path / "new/config.json").read_text())["config"] == config_files.to_dict(
         config
     )
 

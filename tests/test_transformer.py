@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax import convert
-from hmar_jax.models.transformer import NextScaleTransformer, TransformerConfig
-from hmar_jax.scales import PUBLISHED_SIDES, ScaleList
-from hmar_jax.training.losses import cross_entropy, position_weights
+from hmar_jax.autoencoders.scales import PUBLISHED_SIDES, ScaleList
+from hmar_jax.families.hmar import convert
+from hmar_jax.families.hmar.losses import cross_entropy, position_weights
+from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
 from tests.conftest import relative
 
 SIDES = (1, 2, 3, 4, 6)

@@ -18,7 +18,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
-from hmar_jax import cli, configs
+from hmar_jax import config_files
+from hmar_jax.cli import main as cli
 
 CLASSES = ("circle", "cross", "stripes")
 SIDE, LENGTH, VOCAB = 8, 5, 16  # scales 1, 2 at 4 pixels a token
@@ -172,10 +173,10 @@ def train_masked(workdir, **changes) -> list[str]:
 
 def config_of(arguments: list[str]) -> ConfigDict:
     """The config that the command makes of these arguments."""
-    config = configs.load_config(arguments[1].removeprefix("--config="))
+    config = config_files.load_config(arguments[1].removeprefix("--config="))
     for text in arguments:
         if text.startswith("--config."):
-            configs.override(config, *text.removeprefix("--config.").split("=", 1))
+            config_files.override(config, *text.removeprefix("--config.").split("=", 1))
     return config
 
 

@@ -13,7 +13,7 @@ from etils import epath
 
 from hmar_jax.data.decoding import BrokenPicture, decode_picture
 from hmar_jax.errors import InputError
-from hmar_jax.files import is_local
+from hmar_jax.io.files import is_local
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _NAME_LISTS = (

@@ -16,14 +16,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hmar_jax import configs, distributed, files, sharding
-from hmar_jax.checkpoints import RunCheckpoints, save_model
-from hmar_jax.data.pipeline import BrokenLog, restore_state, state_to_bytes
+from hmar_jax import config_files
+from hmar_jax.data.loader import BrokenLog, restore_state, state_to_bytes
 from hmar_jax.errors import InputError
-from hmar_jax.sampling.pipeline import run_config
-from hmar_jax.training import program
-from hmar_jax.training.experiments import Experiment
-from hmar_jax.training.flops import peak_flops
+from hmar_jax.experiment import Experiment
+from hmar_jax.families.hmar.flops import peak_flops
+from hmar_jax.io import files
+from hmar_jax.io.checkpoints import RunCheckpoints, save_model
+from hmar_jax.parallel import processes, sharding
+from hmar_jax.pipeline import run_config
+from hmar_jax.training import compiled_steps
 from hmar_jax.training.metrics import LOGGER, MetricsWriter, average, log_to_file
 from hmar_jax.training.state import MAX_SKIPPED_IN_ROW
 
@@ -49,7 +51,7 @@ def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
       FloatingPointError: the loss or the gradient was not finite for MAX_SKIPPED_IN_ROW steps.
     """
     directory = _prepare_together(workdir, config, experiment)
-    with log_to_file(directory) if distributed.is_first() else contextlib.nullcontext():
+    with log_to_file(directory) if processes.is_first() else contextlib.nullcontext():
         with RunCheckpoints(directory, config.keep_checkpoints, config.keep_best) as checkpoints:
             return _run(config, experiment, directory, checkpoints)
 
@@ -60,7 +62,7 @@ def _run(
     task, mesh = experiment.task, experiment.mesh
     keys = jax.random.split(jax.random.key(config.seed), 3)
     init_key, run_key, sample_key = (sharding.place_key(key, mesh) for key in keys)
-    made = program.build(task, mesh, experiment.extra, config.ema_decay)
+    made = compiled_steps.build(task, mesh, experiment.extra, config.ema_decay)
     restored = checkpoints.restore_latest(made.state)
     if restored is not None and restored.step >= task.steps:
         LOGGER.info("this run is done: step %d of %d", restored.step, task.steps)
@@ -80,17 +82,17 @@ def _run(
     batches = iter(experiment.loader())
     if restored is not None:
         restore_state(batches, restored.extra["data_state"])
-    writer = MetricsWriter(directory, start) if distributed.is_first() else None
+    writer = MetricsWriter(directory, start) if processes.is_first() else None
     meter, stop = (
         _Meter(config.batch_size, _peak_images_per_second(task, mesh)),
-        distributed.StopSignal(),
+        processes.StopSignal(),
     )
     bar = tqdm(
         total=task.steps,
         initial=start,
         desc=config.task,
         unit="step",
-        disable=None if distributed.is_first() else True,
+        disable=None if processes.is_first() else True,
         dynamic_ncols=True,
     )
     told = 0  # broken pictures already named
@@ -114,7 +116,7 @@ def _run(
                     _report(writer, bar, step, task.steps, figures)
                 if step % config.sample_every == 0 or last:
                     picture = experiment.picture(state, sample_key, extra)
-                    if distributed.is_first():
+                    if processes.is_first():
                         _save_picture(picture, directory / "samples" / f"step_{step:06d}.png")
                 stopped = stop.asked(step)
                 if (
@@ -154,24 +156,24 @@ def _peak_images_per_second(task, mesh: Mesh) -> float | None:
 def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) -> epath.Path:
     """The first process prepares the directory; where it cannot, or another does not see it, all say so."""
     directory, error = files.absolute(workdir), None
-    if distributed.is_first():
+    if processes.is_first():
         try:
             _prepare(workdir, config, experiment)
         except InputError as e:
             error = e
-    distributed.raise_together(error)
+    processes.raise_together(error)
     if not (directory / "config.json").exists():
         error = InputError(
             f"workdir {workdir} is not seen by host {jax.process_index()}: a directory that all hosts share is wanted, or gs://"
         )
-    distributed.raise_together(error)
+    processes.raise_together(error)
     return directory
 
 
 def _prepare(workdir: str, config: ConfigDict, experiment: Experiment) -> None:
     """Makes the run directory, or checks that it is this run's."""
     directory = files.absolute(workdir)
-    ours = run_config(experiment.spec, configs.to_dict(config))
+    ours = run_config(experiment.spec, config_files.to_dict(config))
     saved = directory / "config.json"
     if saved.exists():
         theirs = files.read_json(saved, "the config of a run")
@@ -179,7 +181,7 @@ def _prepare(workdir: str, config: ConfigDict, experiment: Experiment) -> None:
             raise InputError(
                 f"{workdir} has a config.json that is not a run's: take another --workdir"
             )
-        difference = configs.first_difference(theirs.get("config", {}), ours["config"])
+        difference = config_files.first_difference(theirs.get("config", {}), ours["config"])
         if difference:
             raise InputError(
                 f"{workdir} holds a run with another config: {difference}; take another --workdir, or that config"

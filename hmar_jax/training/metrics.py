@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import tensorboardX
 from etils import epath
 
-from hmar_jax.files import AppendedFile, is_local, write_by_rename
+from hmar_jax.io.files import AppendedFile, is_local, write_by_rename
 
 LOGGER = logging.getLogger("hmar_jax")
 

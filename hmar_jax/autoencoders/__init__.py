@@ -1,0 +1,1 @@
+"""Autoencoders: images to latents and back, and how they are trained."""

@@ -1,0 +1,94 @@
+"""Work counted by hand, from the shapes: for model FLOPs utilisation (MFU, arXiv 2204.02311, appendix B), not from a profile.
+
+Counted are matrix products over tokens and attention over the cells that its pattern keeps; a multiply-add is two FLOPs.
+The backward pass of a product is two products; of attention, which computes its scores again, five for the forward pass's two.
+What rematerialisation computes again is not counted, nor is encoding pictures to tokens.
+
+Letters: L tokens, C width, Z channels of the code, V codebook.
+"""
+
+import jax
+
+from hmar_jax.families.hmar.transformer import TransformerConfig
+
+# bfloat16, dense, of one jax device, in FLOP/s: the makers' data sheets. The longest name that begins the device's kind counts.
+_PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153e12,
+}
+_PRODUCT, _ATTENTION = 2, 2.5  # backward pass, of the forward pass
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """FLOP/s of a device in bfloat16; None where it is not known."""
+    names = [
+        name
+        for name in _PEAKS
+        if device.device_kind == name
+        or device.device_kind.startswith(f"{name} ")
+        or (device.device_kind.startswith(f"{name}-"))
+    ]
+    return _PEAKS[max(names, key=len)] if names else None
+
+
+def attention_cells(config: TransformerConfig) -> int:
+    """Pairs of query and key that the pattern keeps, of one head."""
+    lengths, offsets = config.scale_list.lengths, config.scale_list.offsets
+    return sum(
+        l * (offsets[k + 1] if config.pattern == "causal" else l) for k, l in enumerate(lengths)
+    )
+
+
+def block_forward(config: TransformerConfig) -> tuple[float, float]:
+    """FLOPs of one block for one picture: matrix products, attention."""
+    length, width = config.scale_list.length, config.width
+    modulation = 0 if config.shared_adaln else 2 * 6 * width**2
+    products = 2 * length * width**2 * (4 + 2 * config.mlp_ratio) + modulation
+    return products, 4 * attention_cells(config) * width
+
+
+def ends_forward(config: TransformerConfig) -> tuple[float, float]:
+    """FLOPs of the word embedding, and of the head with its modulation, for one picture."""
+    length, width = config.scale_list.length, config.width
+    return (
+        2 * length * config.z_channels * width,
+        2 * length * width * config.vocab_size + 4 * width**2,
+    )
+
+
+def next_scale_step(config: TransformerConfig) -> float:
+    """Forward and backward pass of stage 1, for one picture."""
+    products, attention = block_forward(config)
+    words, head = ends_forward(config)
+    return (1 + _PRODUCT) * (config.depth * products + words + head) + (
+        1 + _ATTENTION
+    ) * config.depth * attention
+
+
+def masked_step(config: TransformerConfig, masked_depth: int) -> float:
+    """Of stage 2, for one picture: forward and backward through all blocks, though those below the trained ones have no
+    gradient of their own: it passes through them to the mask embedding at the input."""
+    products, attention = block_forward(config)
+    words, head = ends_forward(config)
+    passed = (1 + _PRODUCT / 2) * (
+        config.depth - masked_depth
+    ) * products + 2 * words  # both inputs of a position
+    return (
+        passed
+        + (1 + _PRODUCT) * (masked_depth * products + head)
+        + (1 + _ATTENTION) * config.depth * attention
+    )

@@ -1,0 +1,1 @@
+"""Files: checkpoints, run and model directories, images."""

@@ -1,1 +1,0 @@
-"""The networks: tokenizer and transformers. Nothing here knows about training or files."""

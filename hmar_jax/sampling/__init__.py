@@ -1,1 +1,0 @@
-"""From a class to tokens to a picture."""
