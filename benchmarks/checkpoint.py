@@ -15,7 +15,7 @@ import time
 import jax
 
 from hmar_jax import config_files
-from hmar_jax.data.loader import state_to_bytes
+from hmar_jax.data.loader import loader_state_to_bytes
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io.checkpoints import RunCheckpoints
 from hmar_jax.parallel import sharding
@@ -59,13 +59,17 @@ def main():
         RunCheckpoints(workdir, max_to_keep=2, keep_best=1) as checkpoints,
     ):
         state = window(state)
-        checkpoints.save(0, state, state_to_bytes(batches))  # the first save also starts threads
+        checkpoints.save(
+            0, state, loader_state_to_bytes(batches)
+        )  # the first save also starts threads
         checkpoints.wait()
         for round in range(1, args.rounds + 1):
             for save in (True, False) if round % 2 else (False, True):
                 begun = time.perf_counter()
                 if save:
-                    checkpoints.save(round, state, state_to_bytes(batches), validation_loss=1.0)
+                    checkpoints.save(
+                        round, state, loader_state_to_bytes(batches), validation_loss=1.0
+                    )
                     calls.append(time.perf_counter() - begun)
                 state = window(state)
                 (saving if save else plain).append(time.perf_counter() - begun)

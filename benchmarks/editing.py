@@ -1,10 +1,10 @@
 """In-painting held-out digits: is the class still read, and does new content fit what stayed?
 
-    python benchmarks/editing.py --model=digits [--n=200] [--picture=docs/images/editing.png]
+    python benchmarks/editing.py --model=digits [--n=200] [--image=docs/images/editing.png]
 
-For each third of the picture that is removed, and for each way of filling it: the share of pictures that the independent
-classifier reads as their class (it never sees a sample), and the error inside the hole against the real picture, root mean
-square of pixels in [0, 1]. With a hole filled by chance the error is that of another picture of the class.
+For each third of the image that is removed, and for each way of filling it: the share of images that the independent
+classifier reads as their class (it never sees a sample), and the error inside the hole against the real image, root mean
+square of pixels in [0, 1]. With a hole filled by chance the error is that of another image of the class.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from hmar_jax.data.sources import open_source
 from hmar_jax.evaluation.classifier import accuracy, fit_classifier, read_all
 from hmar_jax.io import image_grid
 
-_SHOWN = (1, 3, 7, 8)  # classes of the digits in the picture
+_SHOWN = (1, 3, 7, 8)  # classes of the digits in the image
 _WAYS = {
     "class given": {},
     "class given, coarse scales kept": dict(keep_coarse=True),
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--model", default="digits")
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument(
-        "--picture",
+        "--image",
         default=None,
         help="a .png file to write: the middle rows of some digits, as each class",
     )
@@ -69,14 +69,14 @@ def main():
             print(
                 f"  {way:<38} {accuracy(classifier, edited, labels):6.1%}   error in the hole {error:.3f}"
             )
-    if args.picture:
+    if args.image:
         hole = np.zeros((side, side), bool)
         hole[third] = True
-        draw(pipe, images[[int(np.argmax(labels == c)) for c in _SHOWN]], hole).save(args.picture)
+        draw(pipe, images[[int(np.argmax(labels == c)) for c in _SHOWN]], hole).save(args.image)
 
 
 def draw(pipe, images, hole):
-    """Before, mask, and the hole filled with each of ten classes: a row for each picture (h, w, 3) uint8."""
+    """Before, mask, and the hole filled with each of ten classes: a row for each image (h, w, 3) uint8."""
     mask = np.repeat(hole[..., None], 3, -1)
     rows = [
         np.stack(

@@ -1,9 +1,9 @@
-"""How fast training data is read: pictures a second a core, from a folder of photographs and from a token set.
+"""How fast training data is read: images a second a core, from a folder of photographs and from a token set.
 
-    python benchmarks/loader.py --data=PICTURES [--side=256] [--pictures=200000] [--workers=2]
+    python benchmarks/loader.py --data=IMAGES [--side=256] [--images=200000] [--workers=2]
 
-PICTURES is a folder in the ImageNet layout, or a .zip of one. From the folder: decode, resize (Lanczos), random crop, stack.
-The token set is made of random tokens, as many for a picture and from as large a vocabulary as the published tokenizer's at
+IMAGES is a folder in the ImageNet layout, or a .zip of one. From the folder: decode, resize (Lanczos), random crop, stack.
+The token set is made of random tokens, as many for a image and from as large a vocabulary as the published tokenizer's at
 256 pixels; it lies in a temporary folder, and after the writing in the system's page cache.
 
 A core is a second of CPU time of this process and its threads, whatever else the machine does; seconds on the clock stand
@@ -33,7 +33,7 @@ from hmar_jax.data.records import (
 from hmar_jax.data.sources import ArraySource, open_source
 
 VOCAB = 4096
-IMAGENET = 1_281_167  # pictures to train
+IMAGENET = 1_281_167  # images to train
 
 
 def main():
@@ -46,7 +46,7 @@ def main():
         help="a folder of photographs in the ImageNet layout, or a .zip of one",
     )
     parser.add_argument("--side", type=int, default=256, help="of the crops, pixels")
-    parser.add_argument("--pictures", type=int, default=200_000, help="in the token set")
+    parser.add_argument("--images", type=int, default=200_000, help="in the token set")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument(
@@ -62,7 +62,7 @@ def main():
 def unpacked(data: str, scratch: str) -> str:
     if not (os.path.isfile(data) and zipfile.is_zipfile(data)):
         return data
-    target = pathlib.Path(scratch, "pictures")
+    target = pathlib.Path(scratch, "images")
     with zipfile.ZipFile(data) as archive:
         archive.extractall(target)
     inside = list(target.iterdir())
@@ -77,7 +77,7 @@ def folder(root: str, args) -> None:
     source, transform = open_source(f"folder:{root}"), Transform(args.side, "resize_crop")
     batch_size = min(32, len(source))
     print(
-        f"folder: {len(source)} pictures to {args.side} pixels, {transform.resize_ratio} and a random crop; batches of {batch_size}"
+        f"folder: {len(source)} images to {args.side} pixels, {transform.resize_ratio} and a random crop; batches of {batch_size}"
     )
     for threads, workers in ((0, 0), (1, 0), (2, 0), (1, args.workers)):
         loader = make_loader(
@@ -96,10 +96,10 @@ def tokens(directory: str, args) -> None:
     sides = PUBLISHED_SIDES[256]
     rng = np.random.default_rng(0)
     length = sum(side**2 for side in sides)
-    # One picture, seen everywhere: what is encoded is not looked at.
-    images = np.broadcast_to(np.zeros((16, 16, 3), np.uint8), (args.pictures, 16, 16, 3))
+    # One image, seen everywhere: what is encoded is not looked at.
+    images = np.broadcast_to(np.zeros((16, 16, 3), np.uint8), (args.images, 16, 16, 3))
     source = ArraySource(
-        "blank", tuple(map(str, range(1000))), images, np.arange(args.pictures) % 1000
+        "blank", tuple(map(str, range(1000))), images, np.arange(args.images) % 1000
     )
     info = TokenSetInfo(
         tokenizer="none",
@@ -113,7 +113,7 @@ def tokens(directory: str, args) -> None:
         transform={},
         seed=0,
         shard_size=8192,
-        splits={"train": SplitInfo(args.pictures, 1)},
+        splits={"train": SplitInfo(args.images, 1)},
     )
     start = time.perf_counter()
     info = write_token_set(
@@ -126,11 +126,11 @@ def tokens(directory: str, args) -> None:
         threads=0,
     )
     seconds = time.perf_counter() - start
-    size = sum(shard["bytes"] for shard in info.splits["train"].shards) / args.pictures
+    size = sum(shard["bytes"] for shard in info.splits["train"].shards) / args.images
     print(
-        f"tokens: {args.pictures} pictures of {length} tokens of {VOCAB} words in {len(info.splits['train'].shards)} files; records of "
-        f"{record_bytes(length, VOCAB)} bytes take {size:.0f} on disk: {size * IMAGENET / 1e9:.2f} GB for {IMAGENET:,} pictures; "
-        f"written at {args.pictures / seconds:,.0f} a second, without encoding; batches of {args.batch_size}"
+        f"tokens: {args.images} images of {length} tokens of {VOCAB} words in {len(info.splits['train'].shards)} files; records of "
+        f"{record_bytes(length, VOCAB)} bytes take {size:.0f} on disk: {size * IMAGENET / 1e9:.2f} GB for {IMAGENET:,} images; "
+        f"written at {args.images / seconds:,.0f} a second, without encoding; batches of {args.batch_size}"
     )
     source = open_tokens(directory)
     for name, read_from, threads in (

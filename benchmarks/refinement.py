@@ -104,7 +104,7 @@ def main():
 
 
 def figures(pipe, real, variant: str, guidance: float, seed: int, samples: int) -> dict[str, float]:
-    """digit_report of `samples` pictures, the classes in turn."""
+    """digit_report of `samples` images, the classes in turn."""
     schedule, *options = variant.split(",")
     options = {key: float(value) for key, value in (o.split("=") for o in options)}
     ids = np.arange(samples) % pipe.spec.transformer.num_classes
@@ -113,7 +113,7 @@ def figures(pipe, real, variant: str, guidance: float, seed: int, samples: int) 
 
 
 def losses(pipe, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Mean cross-entropy of masked tokens of real pictures, by tenth of the mask ratio."""
+    """Mean cross-entropy of masked tokens of real images, by tenth of the mask ratio."""
     spec = pipe.spec
     task = MaskedTask(
         transformer=spec.transformer,

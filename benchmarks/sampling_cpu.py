@@ -1,4 +1,4 @@
-"""Seconds to draw a batch of pictures after compilation, by schedule, and what another schedule costs the first time.
+"""Seconds to draw a batch of images after compilation, by schedule, and what another schedule costs the first time.
 
 python benchmarks/sampling_cpu.py --model=digits [--n=64]
 """
@@ -29,7 +29,7 @@ def main():
         return time.perf_counter() - start
 
     print(
-        f"{args.n} pictures on {jax.devices()[0].device_kind}, seconds: first call, then median of 7"
+        f"{args.n} images on {jax.devices()[0].device_kind}, seconds: first call, then median of 7"
     )
     for schedule in ("none", "default", "cosine:3", "cosine:9"):
         first = seconds(schedule)

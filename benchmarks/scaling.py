@@ -1,11 +1,11 @@
-"""Training from tokens on 1, 2, 4 … GPUs of one host: pictures a second, whether the parameters agree, and a change of GPUs midway.
+"""Training from tokens on 1, 2, 4 … GPUs of one host: images a second, whether the parameters agree, and a change of GPUs midway.
 
     python benchmarks/scaling.py --gpus 1 2 4                                   # d16_256; within ten minutes
-    python benchmarks/scaling.py --cpu --gpus 1 2 4 --pictures 4 \\
+    python benchmarks/scaling.py --cpu --gpus 1 2 4 --images 4 \\
         --config.model.depth=2 --config.model.width=64 --config.model.heads=4 --config.model.dtype=float32
 
 Every row is a run in processes of its own: "data=4" and "fsdp=4" are one process with four GPUs, "data=4,processes=4" four with one
-each. Speed: the same number of pictures a GPU everywhere. Agreement: --steps steps at the batch of the most GPUs, from the same start,
+each. Speed: the same number of images a GPU everywhere. Agreement: --steps steps at the batch of the most GPUs, from the same start,
 on one GPU in as many parts (gradient accumulation); given is |difference of the parameters| / |how far they have moved|, and to
 judge it by, the same between one GPU with so many parts and with twice as many, which differ in nothing but rounding. Stochastic
 depth is off here, since its random numbers depend on the parts. Resume: a checkpoint of the most GPUs goes on with half of them; given is
@@ -33,7 +33,7 @@ def main():
     )
     parser.add_argument("--config", default="configs/hmar.py:d16_256")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--pictures", type=int, default=32, help="of each GPU in a step")
+    parser.add_argument("--images", type=int, default=32, help="of each GPU in a step")
     parser.add_argument(
         "--steps",
         type=int,
@@ -159,10 +159,10 @@ def show(args, rows: dict, folder: str, most: int) -> None:
     alone = rows.get("data=1", {}).get("pictures_per_second")
     moved = load(folder, "data=1")
     print(
-        f"\n{args.config}, {args.pictures} pictures a GPU, {next((r['device'] for r in rows.values() if 'device' in r), '?')}"
+        f"\n{args.config}, {args.images} images a GPU, {next((r['device'] for r in rows.values() if 'device' in r), '?')}"
     )
     print(
-        f"{'case':24} {'pictures/s':>10} {'efficiency':>10} {'MFU':>6} {'wait':>6} {'compile':>8} {'GiB':>6}  parameters after {args.steps} steps, to 1 GPU"
+        f"{'case':24} {'images/s':>10} {'efficiency':>10} {'MFU':>6} {'wait':>6} {'compile':>8} {'GiB':>6}  parameters after {args.steps} steps, to 1 GPU"
     )
     for case, row in rows.items():
         if "error" in row or "resumed" in row:
@@ -219,7 +219,7 @@ def work(args, overrides: list[str], what: dict) -> None:
     import numpy as np
 
     from hmar_jax import config_files
-    from hmar_jax.data.loader import restore_state, state_to_bytes
+    from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
     from hmar_jax.data.records import TokensInMemory, make_token_loader
     from hmar_jax.families.hmar import tasks
     from hmar_jax.families.hmar.flops import peak_flops
@@ -264,7 +264,7 @@ def work(args, overrides: list[str], what: dict) -> None:
             made.extra,
         )
         extra = sharding.place(values, jax.tree.map(lambda x: x.sharding, made.extra))
-        return made, loader, extra, shapes.task.flops_per_picture
+        return made, loader, extra, shapes.task.flops_per_image
 
     key = sharding.place_key(jax.random.key(0), mesh)
 
@@ -273,7 +273,7 @@ def work(args, overrides: list[str], what: dict) -> None:
         state = made.init(key, *extra) if state is None else state
         batches, losses, waited = iter(loader), [], 0.0
         if at is not None:
-            restore_state(batches, at)
+            restore_loader_state(batches, at)
         for step in range(steps):
             if step == _WARM_UP:
                 jax.block_until_ready(state)
@@ -293,7 +293,7 @@ def work(args, overrides: list[str], what: dict) -> None:
         return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(whole)])
 
     def say(**figures) -> None:
-        if processes.is_first():
+        if processes.is_primary():
             print(
                 json.dumps(
                     dict(
@@ -306,7 +306,7 @@ def work(args, overrides: list[str], what: dict) -> None:
                 flush=True,
             )
 
-    whole = args.pictures * most
+    whole = args.images * most
     if what["resume"]:
         made, loader, extra, _ = setting(whole, most // devices)
         with RunCheckpoints(what["folder"]) as checkpoints:
@@ -316,7 +316,7 @@ def work(args, overrides: list[str], what: dict) -> None:
         )
         return say(step=restored.step, resumed=losses)
 
-    batch = args.pictures * devices
+    batch = args.images * devices
     made, loader, extra, work_of_one = setting(batch)
     begun = time.perf_counter()
     train(made, loader, extra, 1, batch)
@@ -326,7 +326,7 @@ def work(args, overrides: list[str], what: dict) -> None:
     peak = peak_flops(jax.devices()[0])
     memory = jax.local_devices()[0].memory_stats() or {}
     figures = dict(
-        pictures_per_second=rate,
+        images_per_second=rate,
         compile_s=compile_s,
         wait=waited / seconds,
         mfu=rate * work_of_one / (peak * devices) if peak else None,
@@ -344,16 +344,16 @@ def work(args, overrides: list[str], what: dict) -> None:
         arrays["params"] = flat(made, state)
         if what["case"] == f"data={most}" and most > 1:
             with RunCheckpoints(what["folder"]) as checkpoints:
-                checkpoints.save(args.steps, state, state_to_bytes(batches))
+                checkpoints.save(args.steps, state, loader_state_to_bytes(batches))
                 state, _, more, _, _ = train(
-                    made, loader, extra, _RESUMED, whole, state, state_to_bytes(batches)
+                    made, loader, extra, _RESUMED, whole, state, loader_state_to_bytes(batches)
                 )
             losses += more
         del state
         if devices < most:
             made, loader, extra, _ = setting(whole, 2 * most)
             arrays["again"] = flat(made, train(made, loader, extra, args.steps, whole)[0])
-        if processes.is_first():
+        if processes.is_primary():
             np.savez(f"{what['folder']}/{what['case']}.npz", **arrays)
         say(**figures, losses=losses)
 

@@ -3,7 +3,7 @@
 TOKENIZER is a bundled name, a run of `hmar train-tokenizer`, or a converted model.
 
 digits    the demo: handwritten digits, three minutes on two CPU cores. Reads as asked, diversity: README.
-cifar10   32x32 pictures; needs a tokenizer trained with configs/tokenizer.py:cifar10.
+cifar10   32x32 images; needs a tokenizer trained with configs/tokenizer.py:cifar10.
 d16_256 d20_256 d24_256 d30_256 d24_512 d36_512 d16_1024
           the published sizes and recipe (HMAR, arXiv 2506.04421; VAR, arXiv 2404.02905), on ImageNet:
           --config.data.source=folder:DIR or tfds:imagenet2012. Published FID at 256 pixels, stages 1 and 2 together, theirs and not
@@ -37,7 +37,7 @@ _PUBLISHED = {
         900,
     ),  # VAR's d36 in its paper; learning rate and gamma as d30
 }
-_SIZES = {  # name: depth, side of the pictures
+_SIZES = {  # name: depth, side of the images
     "d16_256": (16, 256),
     "d20_256": (20, 256),
     "d24_256": (24, 256),
@@ -61,10 +61,10 @@ def base() -> ConfigDict:
             tokenizer="",
             data=dict(
                 source="",  # folder:DIR, tfds:NAME, digits, or tokens:DIR as hmar tokenize made it: then the tokenizer only draws samples
-                threads=2,  # that read pictures ahead; in each of so many processes:
+                threads=2,  # that read images ahead; in each of so many processes:
                 workers=0,
                 in_memory=False,
-                cached_copies=0,  # encode every picture so many times before training; 0: encode while training
+                cached_copies=0,  # encode every image so many times before training; 0: encode while training
                 transform=dict(
                     kind="resize_crop",
                     resize_ratio=1.125,
@@ -171,9 +171,9 @@ def published(depth: int, side: int) -> ConfigDict:
         weight_decay_end=decay_end,
     )
     c.sampling.update(guidance=guidance, top_k=top_k, top_p=0.99)
-    # Where pictures are divided over all devices, so can parameters and optimizer be; below 1 G parameters copies are faster.
+    # Where images are divided over all devices, so can parameters and optimizer be; below 1 G parameters copies are faster.
     c.mesh.update(dict(data=1, fsdp=-1) if depth >= 24 else dict(data=-1, fsdp=1))
-    # What is kept for the backward pass at 256 pixels: 245 MB a picture at depth 16 ("blocks": 45), 860 at depth 30 (157).
+    # What is kept for the backward pass at 256 pixels: 245 MB a image at depth 16 ("blocks": 45), 860 at depth 30 (157).
     c.model.remat = "matmuls"
     return c
 

@@ -3,8 +3,8 @@
 digits   the demo: 32x32 handwritten digits, about two minutes on two CPU cores.
 photos   a small tokenizer for a folder of photographs, random 64-pixel crops:
          --config.data.source=folder:DIR. Figures over time: docs/tokenizer.md.
-cifar10  32x32 pictures of CIFAR-10: --config.data.source=folder:DIR or tfds:cifar10.
-vae_256  the published architecture (VAR, arXiv 2404.02905; 16 pixels a token, V 4096, Z 32) for 256-pixel pictures. Nobody
+cifar10  32x32 images of CIFAR-10: --config.data.source=folder:DIR or tfds:cifar10.
+vae_256  the published architecture (VAR, arXiv 2404.02905; 16 pixels a token, V 4096, Z 32) for 256-pixel images. Nobody
          published its training recipe; this one is VQGAN's, not measured here.
 """
 
@@ -24,9 +24,9 @@ def base() -> ConfigDict:
             batch_size=0,
             data=dict(
                 source="",
-                threads=2,  # that read pictures ahead; in each of so many processes:
+                threads=2,  # that read images ahead; in each of so many processes:
                 workers=0,
-                in_memory=False,  # keep decoded pictures: for small data sets
+                in_memory=False,  # keep decoded images: for small data sets
                 transform=dict(
                     kind="resize_crop",
                     resize_ratio=1.125,

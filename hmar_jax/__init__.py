@@ -17,11 +17,11 @@ _loaded = functools.lru_cache(maxsize=4)(load)  # the pipes that `sample` keeps
 
 
 def sample(rng, class_id=None, model: str = "digits", **options):
-    """Pictures in one call: Pipeline.sample of `model`, which is loaded once and kept.
+    """Images in one call: Pipeline.sample of `model`, which is loaded once and kept.
 
     Args:
       rng: a key, jax.random.key(seed).
-      class_id: an id for one picture (h, w, 3), a list for several (B, h, w, 3).
+      class_id: an id for one image (h, w, 3), a list for several (B, h, w, 3).
       model: a bundled name, a run directory or a model directory.
       **options: of Pipeline.sample.
     """

@@ -24,7 +24,7 @@ from hmar_jax.autoencoders.vq import (
     without_encoder,
 )
 from hmar_jax.data.encoding import tokenize
-from hmar_jax.data.loader import BrokenLog, Transform, make_loader
+from hmar_jax.data.loader import DecodeErrorLog, Transform, make_loader
 from hmar_jax.data.records import TokenSet, make_token_loader, open_tokens
 from hmar_jax.data.sources import Source, open_source
 from hmar_jax.errors import InputError
@@ -33,7 +33,7 @@ from hmar_jax.families.hmar.combined import CombinedModel
 from hmar_jax.families.hmar.spec import ModelSpec
 from hmar_jax.io import files, image_grid
 from hmar_jax.parallel import processes, sharding
-from hmar_jax.pipeline import STAGE1_FOLDER, TOKENIZER_FOLDER, load_parts
+from hmar_jax.pipeline import STAGE1_FOLDER, TOKENIZER_FOLDER, load_spec_and_params
 from hmar_jax.training.metrics import LOGGER
 
 _SHOWN_CLASSES, _SHOWN_OF_EACH = 10, 8  # of the sample grids
@@ -82,7 +82,7 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """The held-out pictures, in batches that the hosts share."""
+    """The held-out images, in batches that the hosts share."""
 
     loader: grain.IterDataset  # of this host
     batch_size: int  # of all hosts
@@ -100,10 +100,10 @@ class Experiment:
         [], grain.IterDataset
     ]  # this host's part of the batches for training; reading tokens can take a while
     validation: Validation | None
-    picture: Callable[
+    image: Callable[
         [Any, jax.Array, tuple], Any
-    ]  # (state, rng, extra), on the mesh -> PIL picture of samples
-    broken: BrokenLog
+    ]  # (state, rng, extra), on the mesh -> PIL image of samples
+    broken: DecodeErrorLog
     frozen: Frozen | None = None  # what the run must keep beside its own parameters
 
 
@@ -153,11 +153,11 @@ def _check_ranges(config: ConfigDict) -> None:
         )
 
 
-def _open(config: ConfigDict, mesh: Mesh, side: int, broken: BrokenLog, need_classes: bool):
+def _open(config: ConfigDict, mesh: Mesh, side: int, broken: DecodeErrorLog, need_classes: bool):
     """Training source, its transform, and the validation split."""
     if config.data.workers and config.data.in_memory:
         raise InputError(
-            f"config.data.workers={config.data.workers} with data.in_memory: each process would keep all pictures; 0, or data.in_memory=False, is wanted"
+            f"config.data.workers={config.data.workers} with data.in_memory: each process would keep all images; 0, or data.in_memory=False, is wanted"
         )
     transform = config_files.build(Transform, config.data.transform, side=side)
     open_split = functools.partial(
@@ -167,7 +167,7 @@ def _open(config: ConfigDict, mesh: Mesh, side: int, broken: BrokenLog, need_cla
     rows = len(source) * max(1, config.data.get("cached_copies", 0))
     if config.batch_size > rows:
         raise InputError(
-            f"config.batch_size={config.batch_size}: {config.data.source} has {rows} pictures, {rows} or less is wanted"
+            f"config.batch_size={config.batch_size}: {config.data.source} has {rows} images, {rows} or less is wanted"
         )
     held_out = open_split("validate")
     batch = _validation_batch(config, mesh, len(held_out))
@@ -187,9 +187,9 @@ def _open(config: ConfigDict, mesh: Mesh, side: int, broken: BrokenLog, need_cla
 
 
 def _loader(
-    config: ConfigDict, mesh: Mesh, source: Source, transform: Transform, broken: BrokenLog
+    config: ConfigDict, mesh: Mesh, source: Source, transform: Transform, broken: DecodeErrorLog
 ) -> grain.IterDataset:
-    """This host's part of the training pictures."""
+    """This host's part of the training images."""
     shard, shards = sharding.host_share(mesh, config.batch_size)
     return make_loader(
         source,
@@ -222,18 +222,18 @@ def _tokenizer(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experimen
                 "config.recipe.perceptual_weight is not 0: config.perceptual_network must name the .npz file of the network"
             )
         extra = (load_perceptual(config.perceptual_network),)
-        pictures = jax.ShapeDtypeStruct((1, model.image_side, model.image_side, 3), jnp.float32)
+        real_images = jax.ShapeDtypeStruct((1, model.image_side, model.image_side, 3), jnp.float32)
         jax.eval_shape(
-            perceptual_distance, *extra, pictures, pictures
+            perceptual_distance, *extra, real_images, real_images
         )  # are they large enough for its pools?
-    broken = BrokenLog()
+    broken = DecodeErrorLog()
     source, transform, validation = _open(
         config, mesh, model.image_side, broken, need_classes=False
     )
     reconstruct = jax.jit(task.samples, out_shardings=sharding.replicated(mesh))
 
     held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
-    few = make_loader(  # through a loader, which replaces broken pictures; not the hosts' own parts: all show the same
+    few = make_loader(  # through a loader, which replaces broken images; not the hosts' own parts: all show the same
         held_out,
         transform,
         batch_size=min(_SHOWN_OF_EACH, len(held_out)),
@@ -244,18 +244,18 @@ def _tokenizer(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experimen
     )
     shown = next(iter(few))["image"]
 
-    def picture(state, rng, extra):
-        del rng, extra  # the same held-out pictures every time
+    def image(state, rng, extra):
+        del rng, extra  # the same held-out images every time
         rows = np.concatenate([np.asarray(x) for x in reconstruct(state, shown)])
         return image_grid.draw(
-            (rows + 1) / 2, columns=len(shown), labels=["picture", "reconstruction"]
+            (rows + 1) / 2, columns=len(shown), labels=["image", "reconstruction"]
         )
 
     loader = functools.partial(_loader, config, mesh, source, transform, broken)
     spec = ModelSpec(
         tokenizer=model, class_names=source.class_names, origin=f"trained on {config.data.source}"
     )
-    return Experiment(task, spec, mesh, extra, loader, validation, picture, broken)
+    return Experiment(task, spec, mesh, extra, loader, validation, image, broken)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,21 +266,21 @@ class _Data:
     steps: int
     loader: Callable[[], grain.IterDataset]
     validation: Validation | None
-    broken: BrokenLog
+    broken: DecodeErrorLog
     tokenizer_params: dict  # on the device; those that the steps and the samples need
 
 
 def _data(
     config: ConfigDict, mesh: Mesh, tokenizer: TokenizerConfig, tokenizer_params, name: str
 ) -> _Data:
-    """Pictures for a frozen tokenizer, or tokens made of them beforehand; `name` is the tokenizer's in errors."""
+    """Images for a frozen tokenizer, or tokens made of them beforehand; `name` is the tokenizer's in errors."""
     if config.image_side and config.image_side != tokenizer.image_side:
         raise InputError(
             f"image_side={config.image_side} does not fit the tokenizer {name!r}: its scales "
             f"{','.join(map(str, tokenizer.scales))} at {tokenizer.pixels_per_token} pixels a token make "
             f"{tokenizer.image_side} pixels"
         )
-    broken = BrokenLog()
+    broken = DecodeErrorLog()
     kind, _, directory = config.data.source.partition(":")
     if kind == "tokens":
         source, validation = _open_tokens(
@@ -321,7 +321,7 @@ def _data(
             transform,
             copies=config.data.cached_copies,
             seed=config.seed,
-            progress=processes.is_first(),
+            progress=processes.is_primary(),
         )
         return make_token_loader(
             tokens, batch_size=own_rows, seed=config.seed, shard_index=shard, shard_count=shards
@@ -349,11 +349,11 @@ def _open_tokens(
         )
     if config.batch_size > len(source):
         raise InputError(
-            f"config.batch_size={config.batch_size}: {config.data.source} has {len(source)} pictures, {len(source)} or less is wanted"
+            f"config.batch_size={config.batch_size}: {config.data.source} has {len(source)} images, {len(source)} or less is wanted"
         )
     for index, path, reason in source.info.splits["train"].broken:
         LOGGER.warning(
-            "without picture %d, %s, which could not be read when tokens were made: %s",
+            "without image %d, %s, which could not be read when tokens were made: %s",
             index,
             path,
             reason,
@@ -373,10 +373,10 @@ def _open_tokens(
     return source, Validation(loader, batch)
 
 
-def _validation_batch(config: ConfigDict, mesh: Mesh, pictures: int) -> int:
-    """Pictures of a validation batch of all hosts; what it has too many is padded."""
+def _validation_batch(config: ConfigDict, mesh: Mesh, real_images: int) -> int:
+    """Images of a validation batch of all hosts; what it has too many is padded."""
     parts = sharding.batch_parts(mesh)
-    return -(-min(config.batch_size, pictures, _MAX_EVAL_BATCH) // parts) * parts
+    return -(-min(config.batch_size, real_images, _MAX_EVAL_BATCH) // parts) * parts
 
 
 def _samples(config: ConfigDict, mesh: Mesh, spec: ModelSpec, params_of: Callable) -> Callable:
@@ -389,19 +389,19 @@ def _samples(config: ConfigDict, mesh: Mesh, spec: ModelSpec, params_of: Callabl
     model, plan = CombinedModel(spec), schedules.plan(schedule)
 
     def sample(params, rng):
-        keys = sharding.by_picture(sampler.picture_keys(rng, len(shown)))
+        keys = sharding.constrain_batch(sampler.image_keys(rng, len(shown)))
         return sampler.sample(
             model, params, keys, jnp.array(shown), draw=draw, strength=strength, plan=plan
         )[0]
 
-    sample = jax.jit(sharding.on_mesh(mesh, sample), out_shardings=sharding.replicated(mesh))
+    sample = jax.jit(sharding.traced_on_mesh(mesh, sample), out_shardings=sharding.replicated(mesh))
 
-    def picture(state, rng, extra):
+    def image(state, rng, extra):
         images = sample(params_of(state, *extra), rng)
         names = [spec.class_names[i] for i in shown[::_SHOWN_OF_EACH]]
         return image_grid.draw(np.asarray(images), columns=_SHOWN_OF_EACH, labels=names)
 
-    return picture
+    return image
 
 
 def _begun(workdir: str | None, name: str) -> str | None:
@@ -416,7 +416,9 @@ def _next_scale(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experime
             "config.tokenizer is empty: give --config.tokenizer=DIR, a run of train-tokenizer or a converted model; of tokens, "
             "the one that made them"
         )
-    tokenizer_spec, params = load_parts(_begun(workdir, TOKENIZER_FOLDER) or config.tokenizer)
+    tokenizer_spec, params = load_spec_and_params(
+        _begun(workdir, TOKENIZER_FOLDER) or config.tokenizer
+    )
     tokenizer, params = tokenizer_spec.tokenizer, jax.tree.map(np.asarray, params["tokenizer"])
     data = _data(config, mesh, tokenizer, params, config.tokenizer)
     task = tasks.next_scale_task(config, tokenizer, data.source.num_classes, data.steps)
@@ -429,7 +431,7 @@ def _next_scale(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experime
         licence=tokenizer_spec.licence,
         **config.sampling,
     )
-    picture = _samples(
+    image = _samples(
         config,
         mesh,
         spec,
@@ -445,7 +447,7 @@ def _next_scale(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experime
         (data.tokenizer_params,),
         data.loader,
         data.validation,
-        picture,
+        image,
         data.broken,
         frozen,
     )
@@ -456,7 +458,7 @@ def _masked(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
         raise InputError(
             "config.init_from is empty: give --config.init_from=RUN, a run of hmar train or another model of stage 1"
         )
-    stage1, params = load_parts(_begun(workdir, STAGE1_FOLDER) or config.init_from)
+    stage1, params = load_spec_and_params(_begun(workdir, STAGE1_FOLDER) or config.init_from)
     if stage1.transformer is None:
         raise InputError(
             f"init_from {config.init_from!r} is a tokenizer alone: stage 2 starts from a transformer"
@@ -498,7 +500,7 @@ def _masked(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
         origin=f"trained on {config.data.source}",
         **config.sampling,
     )
-    picture = _samples(
+    image = _samples(
         config, mesh, spec, lambda state, frozen: {**frozen, "masked": state.eval_params}
     )
     frozen = {**params, "tokenizer": data.tokenizer_params}
@@ -509,7 +511,7 @@ def _masked(config: ConfigDict, mesh: Mesh, workdir: str | None) -> Experiment:
         (frozen,),
         data.loader,
         data.validation,
-        picture,
+        image,
         data.broken,
         Frozen(STAGE1_FOLDER, alone, params),
     )

@@ -20,9 +20,7 @@ from hmar_jax.families.hmar.spec import ModelSpec
 from hmar_jax.io import checkpoints, files
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent / "bundled"
-_MAX_BATCH = (
-    64  # pictures of one device in one call of the compiled sampler; more are drawn in turns
-)
+_MAX_BATCH = 64  # images of one device in one call of the compiled sampler; more are drawn in turns
 _RUN_FORMAT = "hmar_jax run 1"
 TOKENIZER_FOLDER, STAGE1_FOLDER = (
     "tokenizer",
@@ -52,7 +50,7 @@ class Pipeline:
 
         Args:
           dtype: of matrix products and convolutions; "auto" is bfloat16 on accelerators and float32 on CPU.
-          devices: pictures of one call are divided among them; None: all on the first device.
+          devices: images of one call are divided among them; None: all on the first device.
         """
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -64,7 +62,7 @@ class Pipeline:
         )
         self._devices = list(devices or jax.devices()[:1])
         mesh = Mesh(np.array(self._devices), ("data",))
-        self._by_picture = NamedSharding(mesh, PartitionSpec("data"))
+        self._by_image = NamedSharding(mesh, PartitionSpec("data"))
         self.params = jax.device_put(
             jax.tree.map(jnp.asarray, params), NamedSharding(mesh, PartitionSpec())
         )
@@ -72,7 +70,7 @@ class Pipeline:
         model = CombinedModel(self.spec)
         self._sample = jax.jit(functools.partial(sampler.sample, model), static_argnames="draw")
         self._draw_scales = jax.jit(
-            functools.partial(sampler.draw_scales, model), static_argnames="draw"
+            functools.partial(sampler.sample_scales, model), static_argnames="draw"
         )
         self._paint = jax.jit(model.paint)
         self._encode = jax.jit(lambda p, images: model.quantize(p, images * 2 - 1, method="encode"))
@@ -95,11 +93,11 @@ class Pipeline:
         confidence_noise: float | None = None,
         return_tokens: bool = False,
     ):
-        """Draws pictures of classes.
+        """Draws images of classes.
 
         Args:
-          rng: a key, jax.random.key(seed). Picture i depends on rng, i and its class alone.
-          class_id: an id or class name for one picture, a list for several; None draws one without a class.
+          rng: a key, jax.random.key(seed). Image i depends on rng, i and its class alone.
+          class_id: an id or class name for one image, a list for several; None draws one without a class.
           guidance: how strongly to prefer what is typical of the class; 0 is not at all. None: the model's own.
           masked_guidance: the same for masked passes; at 0 they run without an unconditional half. None: the model's own.
           top_k, top_p: draw from the k likeliest tokens, and from the likeliest that reach probability p; 0 is off.
@@ -107,13 +105,13 @@ class Pipeline:
           greedy: take the likeliest token everywhere.
           schedule: passes of each scale: "none" (one each), "default", "cosine:N", or a list of lists of token counts,
             see sampling/schedules.py. None: "default" where the model has stage 2, otherwise "none".
-          smooth: paint mixtures of tokens: smoother pictures to look at, not to be measured.
+          smooth: paint mixtures of tokens: smoother images to look at, not to be measured.
           confidence_noise: how much chance there is in the order in which masked passes fix tokens; 0 is none. None: the
             model's own.
           return_tokens: also return the tokens.
 
         Returns:
-          float32 pictures in [0, 1]: (h, w, 3) for one class, (B, h, w, 3) for a list. With return_tokens also int32
+          float32 images in [0, 1]: (h, w, 3) for one class, (B, h, w, 3) for a list. With return_tokens also int32
           tokens (L,) or (B, L), scales in order.
 
         Raises:
@@ -135,7 +133,7 @@ class Pipeline:
             lambda keys, ids: self._sample(
                 self.params, keys, ids, draw=draw, strength=strength, plan=plan
             ),
-            sampler.picture_keys(rng, len(ids)),
+            sampler.image_keys(rng, len(ids)),
             ids,
         )
         if single:
@@ -163,23 +161,23 @@ class Pipeline:
         confidence_noise: float | None = None,
         return_tokens: bool = False,
     ):
-        """Draws new content into a part of pictures; nothing is trained for it.
+        """Draws new content into a part of images; nothing is trained for it.
 
         Args:
-          rng: a key; result i depends on rng, i, its picture, mask and class alone.
+          rng: a key; result i depends on rng, i, its image, mask and class alone.
           image: (h, w, 3) or (B, h, w, 3), float in [0, 1] or uint8; of another size than the model's: resized, with a warning.
-          mask: (h, w) or (B, h, w), of the picture's size, True (or 128 and above, in a uint8 picture) where new content goes.
-          class_id: what the new content is of: an id or name, a list of B, or None for no class. One picture and a list of
+          mask: (h, w) or (B, h, w), of the image's size, True (or 128 and above, in a uint8 image) where new content goes.
+          class_id: what the new content is of: an id or name, a list of B, or None for no class. One image and a list of
             classes gives one edit for each class.
-          keep_coarse: keep the tokens of scales up to 2x2, which hold the layout of the whole picture. None: where no
+          keep_coarse: keep the tokens of scales up to 2x2, which hold the layout of the whole image. None: where no
             class is asked for.
           ring: cells around the hole, at every scale, whose tokens are drawn anew too.
-          paste: return the pixels outside the mask untouched; otherwise the whole picture is the decoder's.
+          paste: return the pixels outside the mask untouched; otherwise the whole image is the decoder's.
           feather: with paste, pixels from the hole's border inwards over which old and new are mixed.
-          Others as in `sample`. The counts of the schedule become shares of each picture's free tokens.
+          Others as in `sample`. The counts of the schedule become shares of each image's free tokens.
 
         Returns:
-          float32 pictures in [0, 1], (h, w, 3) for one picture and one class, otherwise (B, h, w, 3); with return_tokens
+          float32 images in [0, 1], (h, w, 3) for one image and one class, otherwise (B, h, w, 3); with return_tokens
           also int32 tokens (L,) or (B, L).
 
         Raises:
@@ -200,11 +198,11 @@ class Pipeline:
             raise InputError(f"feather={feather}: a number of pixels, 0 or more, is wanted")
         plan = schedules.plan(self.schedule(schedule))
         ids, one_class = self._classes(class_id)
-        images, one_image = self._pictures(image)
+        images, one_image = self._images(image)
         hole, one_mask = _mask_of(mask, np.shape(image))
-        hole = editing.resize_hole(hole, self.spec.tokenizer.image_side)
+        hole = editing.resize_mask(hole, self.spec.tokenizer.image_side)
         count = max(len(images), len(ids), len(hole))
-        for name, rows in (("pictures", images), ("classes", ids), ("masks", hole)):
+        for name, rows in (("images", images), ("classes", ids), ("masks", hole)):
             if len(rows) not in (1, count):
                 raise InputError(f"{len(rows)} {name} for {count} edits: 1 or {count} are wanted")
         images, ids, hole = (np.broadcast_to(x, (count, *x.shape[1:])) for x in (images, ids, hole))
@@ -226,7 +224,7 @@ class Pipeline:
             ), tokens
 
         generated, tokens = self._in_turns(
-            turn, sampler.picture_keys(rng, count), ids, images, editing.hide(images, hole), keep
+            turn, sampler.image_keys(rng, count), ids, images, editing.hide(images, hole), keep
         )
         result = (
             jnp.asarray(editing.join(images, np.asarray(generated), hole, feather))
@@ -278,7 +276,7 @@ class Pipeline:
         return schedule
 
     def _in_turns(self, draw, *rows):
-        """draw(*rows), from arrays of one row a picture to such arrays, for at most _MAX_BATCH pictures a device at a time.
+        """draw(*rows), from arrays of one row a image to such arrays, for at most _MAX_BATCH images a device at a time.
 
         Every turn is divided among the devices; the last one is padded to a power of two, to compile rarely.
         """
@@ -287,21 +285,21 @@ class Pipeline:
             count = min(_MAX_BATCH * devices, total - start)
             padded = devices * (1 << (-(-count // devices) - 1).bit_length())
             index = np.minimum(np.arange(start, start + padded), start + count - 1)
-            drawn = draw(*(jax.device_put(x[index], self._by_picture) for x in rows))
+            drawn = draw(*(jax.device_put(x[index], self._by_image) for x in rows))
             turns.append(jax.tree.map(lambda x: x[:count], drawn))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *turns)
 
     def encode(self, image) -> jax.Array:
-        """Pictures (h, w, 3) or (B, h, w, 3), float in [0, 1] or uint8 -> tokens (L,) or (B, L) int32.
+        """Images (h, w, 3) or (B, h, w, 3), float in [0, 1] or uint8 -> tokens (L,) or (B, L) int32.
 
-        Pictures of another size are resized, with a warning.
+        Images of another size are resized, with a warning.
         """
-        images, single = self._pictures(image)
+        images, single = self._images(image)
         tokens = self._in_turns(functools.partial(self._encode, self.params), images)
         return tokens[0] if single else tokens
 
     def decode(self, tokens) -> jax.Array:
-        """tokens (L,) or (B, L) -> float32 pictures (h, w, 3) or (B, h, w, 3) in [0, 1].
+        """tokens (L,) or (B, L) -> float32 images (h, w, 3) or (B, h, w, 3) in [0, 1].
 
         Raises:
           InputError: another number of tokens, or a token outside the codebook.
@@ -322,16 +320,16 @@ class Pipeline:
         )
         return images[0] if tokens.ndim == 1 else images
 
-    def _pictures(self, image):
-        """(B, h, w, 3) float32 in [0, 1] of the model's size, and whether one picture was given."""
+    def _images(self, image):
+        """(B, h, w, 3) float32 in [0, 1] of the model's size, and whether one image was given."""
         images, single = _as_float(image), np.ndim(image) == 3
         side = self.spec.tokenizer.image_side
         if images.shape[1:3] != (side, side):
             warnings.warn(
-                f"resizing a picture of {images.shape[2]}x{images.shape[1]} to the model's {side}x{side}",
+                f"resizing a image of {images.shape[2]}x{images.shape[1]} to the model's {side}x{side}",
                 stacklevel=3,
             )
-            images = np.stack([resize_picture(x, side) for x in images])
+            images = np.stack([resize_image(x, side) for x in images])
         return images, single
 
 
@@ -340,14 +338,14 @@ def _as_float(image) -> np.ndarray:
     image = np.asarray(image)
     images = image[None] if image.ndim == 3 else image
     if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise InputError(f"picture of shape {image.shape}: (h, w, 3) or (B, h, w, 3) is wanted")
+        raise InputError(f"image of shape {image.shape}: (h, w, 3) or (B, h, w, 3) is wanted")
     if images.dtype == np.uint8:
         return images / np.float32(255)
     if not np.issubdtype(images.dtype, np.floating):
-        raise InputError(f"picture of type {images.dtype}: uint8, or float in [0, 1] is wanted")
+        raise InputError(f"image of type {images.dtype}: uint8, or float in [0, 1] is wanted")
     if not (images.min() >= 0 and images.max() <= 1):
         raise InputError(
-            f"picture with values from {images.min():g} to {images.max():g}: float pictures lie in [0, 1]"
+            f"image with values from {images.min():g} to {images.max():g}: float images lie in [0, 1]"
         )
     return images.astype(np.float32)
 
@@ -359,7 +357,7 @@ def _mask_of(mask, image_shape) -> tuple[np.ndarray, bool]:
     masks = mask[None] if single else mask
     if masks.ndim != 3 or masks.shape[1:] != tuple(image_shape[-3:-1]):
         raise InputError(
-            f"mask of shape {mask.shape} for a picture of shape {tuple(image_shape)}: (h, w) or (B, h, w) of its size is wanted"
+            f"mask of shape {mask.shape} for a image of shape {tuple(image_shape)}: (h, w) or (B, h, w) of its size is wanted"
         )
     if masks.dtype == np.uint8:
         masks = masks >= 128
@@ -370,7 +368,7 @@ def _mask_of(mask, image_shape) -> tuple[np.ndarray, bool]:
     return masks, single
 
 
-def resize_picture(image, side: int) -> np.ndarray:
+def resize_image(image, side: int) -> np.ndarray:
     """(h, w, 3) float in [0, 1] -> (side, side, 3), Lanczos, each channel in full precision."""
     channels = [
         Image.fromarray(image[..., c].astype(np.float32)).resize((side, side), Image.LANCZOS)
@@ -392,10 +390,10 @@ def load(
     Raises:
       InputError: there is no such model or checkpoint, or it is damaged.
     """
-    return Pipeline(*load_parts(name, checkpoint), dtype, devices)
+    return Pipeline(*load_spec_and_params(name, checkpoint), dtype, devices)
 
 
-def load_parts(name: str, checkpoint: int | str = "latest"):
+def load_spec_and_params(name: str, checkpoint: int | str = "latest"):
     """As load, but the spec and the parameters {"tokenizer": …, "transformer": …, "masked": …} on the host."""
     directory = pathlib.Path(name) if files.is_local(name) else epath.Path(name)
     there = lambda: (
@@ -447,13 +445,14 @@ def from_torch(
     heads: int | None = None,
     dtype: str = "auto",
 ) -> Pipeline:
-    """Published PyTorch weights as a Pipeline; see torch_parts."""
+    """Published PyTorch weights as a Pipeline; see convert_torch_files."""
     return Pipeline(
-        *torch_parts(model, tokenizer=tokenizer, masked=masked, scales=scales, heads=heads), dtype
+        *convert_torch_files(model, tokenizer=tokenizer, masked=masked, scales=scales, heads=heads),
+        dtype,
     )
 
 
-def torch_parts(
+def convert_torch_files(
     model: str | None = None,
     *,
     tokenizer: str,

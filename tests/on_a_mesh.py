@@ -70,8 +70,8 @@ def drawn(shapes, seed: int):
 
 @functools.cache
 def tokenizer_params():
-    picture = jax.ShapeDtypeStruct((1, 6, 6, 3), jnp.float32)
-    return drawn(jax.eval_shape(Tokenizer(TOKENIZER).init, jax.random.key(0), picture)["params"], 1)
+    image = jax.ShapeDtypeStruct((1, 6, 6, 3), jnp.float32)
+    return drawn(jax.eval_shape(Tokenizer(TOKENIZER).init, jax.random.key(0), image)["params"], 1)
 
 
 @functools.cache

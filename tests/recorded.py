@@ -1,8 +1,8 @@
-"""The command `hmar` in a process of its own, which writes down the pictures of every training batch that it takes.
+"""The command `hmar` in a process of its own, which writes down the images of every training batch that it takes.
 
     python -m tests.recorded FILE train --config=… --workdir=…
 
-Pictures are told apart by their colour, see `colours`. Each line of FILE: the batch's number in the run, and its pictures.
+Images are told apart by their colour, see `colours`. Each line of FILE: the batch's number in the run, and its images.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ COUNT = len(CLASSES) * EACH
 
 
 def colours(root: pathlib.Path) -> pathlib.Path:
-    """A folder of pictures of one colour each, to train on, and a few to validate."""
+    """A folder of images of one colour each, to train on, and a few to validate."""
     for split, count in (("train", EACH), ("validate", 2)):
         for label, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)

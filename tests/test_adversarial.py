@@ -78,7 +78,7 @@ def noise(side, batch, seed=0):
     )
 
 
-def test_no_picture_changes_the_logits_of_another():
+def test_no_image_changes_the_logits_of_another():
     model = PatchDiscriminator(**TINY, num_layers=1)
     images = noise(32, 3)
     apply = jax.jit(model.apply)
@@ -119,7 +119,7 @@ def test_learns_to_tell_textures_apart():
 
     params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), noise(16, 4))  # rbg compiles fast
     state, losses = optimizer.init(params), []
-    for i in range(20):  # new pictures each time
+    for i in range(20):  # new images each time
         real, fake = (
             noise(16, 4, seed=2 * i),
             noise(4, 4, seed=2 * i + 1).repeat(4, axis=1).repeat(4, axis=2),

@@ -620,7 +620,7 @@ def test_models_are_not_overwritten_unasked(tmp_path, mistake, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "write_by_rename", fail)
+        patched.setattr(checkpoints, "write_atomically", fail)
         with pytest.raises(OSError, match="disk full"):
             save_model(folder, {"n": 2}, {"w": np.ones(2)}, "second", overwrite=True)
     assert load_model(folder)[0] == {"n": 1} and os.listdir(tmp_path) == ["model"]
@@ -665,15 +665,15 @@ def test_damaged_models(tmp_path, mistake, noise, damage):
 
 def test_write_by_rename(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
-    files.write_by_rename(path, "é")
-    files.write_by_rename(str(path), b"\x00\x01")
+    files.write_atomically(path, "é")
+    files.write_atomically(str(path), b"\x00\x01")
     assert path.read_bytes() == b"\x00\x01"
     (tmp_path / "plain").write_text("")
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
     (tmp_path / "link").symlink_to("out.json")
-    files.write_by_rename(tmp_path / "link", "through")
+    files.write_atomically(tmp_path / "link", "through")
     assert path.read_text() == "through" and (tmp_path / "link").is_symlink()
-    files.write_by_rename(os.devnull, "gone")
+    files.write_atomically(os.devnull, "gone")
     assert not os.path.isfile(os.devnull)
 
     def fail(*_):
@@ -681,7 +681,7 @@ def test_write_by_rename(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        files.write_by_rename(path, "new")
+        files.write_atomically(path, "new")
     assert path.read_text() == "through"
     assert sorted(os.listdir(tmp_path)) == ["link", "out.json", "plain"]
 
@@ -729,5 +729,5 @@ def test_read_json(tmp_path, mistake):
             files.read_json(path, "the configuration")
     with mistake("cannot be read", tmp_path):
         files.read_json(tmp_path, "the configuration")
-    files.write_by_rename(path, '{"a": [1]}')
+    files.write_atomically(path, '{"a": [1]}')
     assert files.read_json(path, "the configuration") == {"a": [1]}

@@ -110,7 +110,7 @@ def test_sample(hmar, elsewhere):
     status, out, err = hmar(
         *sample("--classes=circle,2", "--n=2", "--seed=5", "--npz=x.npz", out="grid.png")
     )
-    assert (status, out, err) == (0, "grid.png: 4 pictures of 2 classes; x.npz\n", "")
+    assert (status, out, err) == (0, "grid.png: 4 images of 2 classes; x.npz\n", "")
     assert sorted(os.listdir()) == ["grid.png", "x.npz"]
     arrays = np.load("x.npz")
     assert set(arrays.files) == {"images", "labels", "tokens"}
@@ -133,7 +133,7 @@ def test_several_schedules_side_by_side(hmar, elsewhere):
     model = tiny.masked_run()
     one = "--schedule=[[1],[1,1,2]]"
     status, out, _ = hmar(*sample("--n=2", "--schedule=none", one, "--smooth", model=model))
-    assert status == 0 and out == "x.png: 12 pictures of 3 classes\n"
+    assert status == 0 and out == "x.png: 12 images of 3 classes\n"
     both = Image.open("x.png")
     assert (
         hmar(
@@ -169,7 +169,7 @@ def test_info(hmar):
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert status == 0 and err == ""
     assert lines["model"] == f"{tiny.model_run()}: HMAR, next-scale prediction"
-    assert lines["pictures"] == "8 x 8 pixels, 5 tokens" and lines["scales"] == "1x1, 2x2"
+    assert lines["images"] == "8 x 8 pixels, 5 tokens" and lines["scales"] == "1x1, 2x2"
     assert (
         "codebook 16 x 4" in lines["tokenizer"]
         and "depth 2, width 32, 2 heads, diagonal" in lines["transformer"]
@@ -190,7 +190,7 @@ def test_evaluate(hmar, elsewhere):
         for label, name in enumerate(tiny.CLASSES):
             (elsewhere / "real" / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(tiny.picture(label, rng, tiny.SIDE)).save(
+                Image.fromarray(tiny.image(label, rng, tiny.SIDE)).save(
                     elsewhere / f"real/{split}/{name}/{i}.png"
                 )
     status, out, _ = hmar(
@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(hmar, elsewhere, tmp_p
     run = shutil.copytree(tiny.model_run(), tmp_path / "run")
     damage(run / "checkpoints/80")
     status, out, err = hmar(*sample("--classes=0", "--n=4", model=run))
-    assert status == 0 and out.startswith("x.png: 4 pictures")
+    assert status == 0 and out.startswith("x.png: 4 images")
     assert (
         "checkpoint of step 80" in err
         and "is damaged" in err
@@ -375,8 +375,8 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(refused, elsew
     def work(*_):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("hmar_jax.pipeline.load_parts", work)
-    monkeypatch.setattr("hmar_jax.pipeline.torch_parts", work)
+    monkeypatch.setattr("hmar_jax.pipeline.load_spec_and_params", work)
+    monkeypatch.setattr("hmar_jax.pipeline.convert_torch_files", work)
     (elsewhere / "file").write_text("")
     (elsewhere / "full").mkdir()
     (elsewhere / "full/x").write_text("")
@@ -501,7 +501,7 @@ def test_stage_2_needs_a_stage_1_of_its_kind(refused, tmp_path, elsewhere):
     refused(
         *tiny.train_masked("run", init_from=causal), words=["pattern=causal", "pattern=diagonal"]
     )
-    fewer = shutil.copytree(tiny.pictures(), tmp_path / "fewer")
+    fewer = shutil.copytree(tiny.images(), tmp_path / "fewer")
     for split in ("train", "validate"):
         shutil.rmtree(fewer / split / "cross")
     refused(
@@ -548,9 +548,9 @@ def test_directories_of_others(refused, elsewhere, tmp_path):
     assert (tiny.tokenizer_run() / "config.json").read_bytes() == before
 
 
-def test_a_broken_held_out_picture_stops_nothing(hmar, elsewhere):
-    real = shutil.copytree(tiny.pictures(), elsewhere / "real")
-    (real / "validate/circle/0.png").write_bytes(b"no picture")
+def test_a_broken_held_out_image_stops_nothing(hmar, elsewhere):
+    real = shutil.copytree(tiny.images(), elsewhere / "real")
+    (real / "validate/circle/0.png").write_bytes(b"no image")
     from hmar_jax.experiment import build_experiment
 
     built = build_experiment(

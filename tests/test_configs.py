@@ -30,7 +30,7 @@ NAMES = (
     "d36_512",
     "d16_1024",
 )
-IMAGENET = 1_281_167  # pictures to train
+IMAGENET = 1_281_167  # images to train
 
 
 def transformer(config, scales=PUBLISHED_SIDES[256], num_classes=1000) -> TransformerConfig:

@@ -9,8 +9,14 @@ import pytest
 from PIL import Image
 
 from hmar_jax.autoencoders.vq import to_float
-from hmar_jax.data.loader import BrokenLog, Transform, make_loader, restore_state, state_to_bytes
-from hmar_jax.data.sources import BrokenPicture, InMemory, Source, open_source
+from hmar_jax.data.loader import (
+    DecodeErrorLog,
+    Transform,
+    loader_state_to_bytes,
+    make_loader,
+    restore_loader_state,
+)
+from hmar_jax.data.sources import ImageDecodeError, InMemory, Source, open_source
 from hmar_jax.errors import InputError
 
 AS_IS = Transform(4, "random_crop")  # leaves a 4x4 picture alone
@@ -35,7 +41,7 @@ class Numbered:
 
     def __getitem__(self, index):
         if index in self.broken:
-            raise BrokenPicture(f"{index}.jpg", "truncated")
+            raise ImageDecodeError(f"{index}.jpg", "truncated")
         image = np.zeros((self.side, self.side, 3), np.uint8)
         image[..., 0], image[..., 1] = divmod(index, 256)
         return {"image": image, "label": index % 2}
@@ -243,7 +249,7 @@ def test_batch_shapes():
     assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
 
 
-def test_labels_stay_with_their_pictures():
+def test_labels_stay_with_their_images():
     for batch in take(loader(Numbered(10)), 5):
         assert batch["label"].tolist() == [number % 2 for number in numbers(batch)]
 
@@ -395,16 +401,16 @@ def test_state_restores_bit_identical_batches(train, threads, taken):
     first = fresh()
     for _ in range(taken):
         next(first)
-    saved = state_to_bytes(first)
+    saved = loader_state_to_bytes(first)
     json.loads(saved)
     rest = [next(first) for _ in range(4 if not train else 12)]
 
     second = fresh()
-    restore_state(second, saved)
-    assert state_to_bytes(second) == saved
+    restore_loader_state(second, saved)
+    assert loader_state_to_bytes(second) == saved
     assert all(same(want, next(second)) for want in rest)
 
-    restore_state(first, saved)  # also in place, with batches already read ahead
+    restore_loader_state(first, saved)  # also in place, with batches already read ahead
     assert same(rest[0], next(first))
 
 
@@ -417,7 +423,7 @@ def test_state_survives_another_number_of_shards():
         for shard in range(2)
     ]
     for half in halves:
-        restore_state(half, state_to_bytes(one))
+        restore_loader_state(half, loader_state_to_bytes(one))
     want = numbers(next(one))
     assert [numbers(next(half)) for half in halves] == [want[:3], want[3:]]
 
@@ -427,14 +433,14 @@ def test_state_survives_another_number_of_shards():
 )
 def test_bad_state(data):
     with pytest.raises(InputError, match="saved data position"):
-        restore_state(iter(loader(Numbered(10), train=False)), data)
+        restore_loader_state(iter(loader(Numbered(10), train=False)), data)
 
 
 # Broken pictures
 
 
-def test_broken_pictures_are_replaced_and_noted_once():
-    log = BrokenLog()
+def test_broken_images_are_replaced_and_noted_once():
+    log = DecodeErrorLog()
     order = stream(loader(Numbered(40, broken=(3, 4, 39)), broken=log), 20)
     for epoch in (order[:40], order[40:]):
         assert sorted(epoch) == sorted([*(set(range(40)) - {3, 4, 39}), 5, 5, 0])
@@ -446,21 +452,21 @@ def test_broken_pictures_are_replaced_and_noted_once():
     ]
 
 
-def test_broken_pictures_do_not_count_in_validation():
+def test_broken_images_do_not_count_in_validation():
     batches = list(loader(Numbered(8, broken=(2,)), train=False))
     assert numbers(batches[0]) == [0, 1, 3, 3]
     assert batches[0]["valid"].tolist() == [True, True, False, True]
 
 
 def test_one_log_for_two_loaders():
-    log = BrokenLog()
+    log = DecodeErrorLog()
     list(loader(Numbered(8, broken=(2,)), train=False, broken=log))
     list(loader(Numbered(8, broken=(2, 5)), train=False, broken=log))
     assert log.count == 2
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_too_many_broken_pictures_stop_the_run(threads):
+def test_too_many_broken_images_stop_the_run(threads):
     few = Numbered(200, broken=tuple(range(10)))  # 5 %, but only ten files
     assert len(list(loader(few, train=False, threads=threads))) == 50
     share = Numbered(1100, broken=tuple(range(11)))  # eleven, but only 1 %
@@ -483,8 +489,8 @@ def test_a_shard_among_many_stops_too():
     take(loader(Numbered(8000, broken=few), 100, shard_index=3, shard_count=8), 80)
 
 
-def test_worker_processes_change_nothing_and_tell_of_broken_pictures():
-    source, log = Numbered(60, side=9, broken=(3, 4, 39)), BrokenLog()
+def test_worker_processes_change_nothing_and_tell_of_broken_images():
+    source, log = Numbered(60, side=9, broken=(3, 4, 39)), DecodeErrorLog()
     options = dict(transform=Transform(4, "random_crop"), threads=1)
     alone = iter(loader(source, **options))
     want = take(loader(source, **options), 30)
@@ -495,18 +501,18 @@ def test_worker_processes_change_nothing_and_tell_of_broken_pictures():
         ("39.jpg", "truncated"),
         ("4.jpg", "truncated"),
     ]
-    saved = state_to_bytes(several)
+    saved = loader_state_to_bytes(several)
     several.close()
-    restore_state(alone, saved)  # with another number of processes, none
+    restore_loader_state(alone, saved)  # with another number of processes, none
     assert same(want[17], next(alone))
     again = iter(loader(source, workers=1, **options))
-    restore_state(again, state_to_bytes(alone))
+    restore_loader_state(again, loader_state_to_bytes(alone))
     assert same(want[18], next(again))
     again.close()
 
 
 @pytest.mark.slow
-def test_worker_processes_stop_at_too_many_broken_pictures():
+def test_worker_processes_stop_at_too_many_broken_images():
     many = Numbered(1000, broken=tuple(range(11)))
     with pytest.raises(
         InputError,
@@ -603,7 +609,7 @@ def test_in_memory_decodes_once(digits):
     first, second = kept[1], kept[1]
     assert same(first, second) and reads == [1]
     assert not first["image"].flags.writeable
-    with pytest.raises(BrokenPicture):
+    with pytest.raises(ImageDecodeError):
         kept[2]
     assert len(open_source("digits", in_memory=True)) == 1437
 

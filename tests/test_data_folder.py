@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hmar_jax.data.loader import BrokenLog, Transform, make_loader
-from hmar_jax.data.sources import BrokenPicture, Source, decode_picture, open_source
+from hmar_jax.data.loader import DecodeErrorLog, Transform, make_loader
+from hmar_jax.data.sources import ImageDecodeError, Source, decode_image, open_source
 from hmar_jax.errors import InputError
 
 
@@ -92,7 +92,7 @@ def test_listed_class_names(tmp_path, file):
 
 
 @pytest.mark.parametrize("inside", ["", "train"])
-def test_pictures_without_class_folders_where_classes_are_needed(tmp_path, inside):
+def test_images_without_class_folders_where_classes_are_needed(tmp_path, inside):
     for i in range(3):
         save(tmp_path / inside / f"{i}.png")
     with pytest.raises(
@@ -135,7 +135,7 @@ def test_flat_folder(tmp_path, inside):
     assert (len(train), len(validate)) == (9, 1) and not set(train.files) & set(validate.files)
 
 
-def test_adding_a_picture_keeps_the_others_where_they_were(tmp_path):
+def test_adding_a_image_keeps_the_others_where_they_were(tmp_path):
     for i in range(100):
         save(tmp_path / f"{i}.png", size=(1, 1))
     before = set(open_source(f"folder:{tmp_path}", "validate").files)
@@ -174,7 +174,7 @@ def test_an_empty_class_keeps_its_label(tmp_path):
     assert source.class_names == ("a", "b", "c") and labels(source) == [0, 2]
 
 
-def test_opening_reads_no_picture(tmp_path):
+def test_opening_reads_no_image(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"")
     assert len(open_source(f"folder:{tmp_path}")) == 2
@@ -222,7 +222,7 @@ def gradient(h=8, w=16):
 
 
 def decoded(path):
-    image = decode_picture(str(path))
+    image = decode_image(str(path))
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     return image
 
@@ -317,9 +317,9 @@ def test_one_pixel(tmp_path):
 )
 def test_jpegs_are_decoded_no_smaller_than_wanted(tmp_path, mode, wanted, shorter):
     Image.fromarray(gradient(320, 480)).convert(mode).save(tmp_path / "big.jpg")
-    image = decode_picture(str(tmp_path / "big.jpg"), wanted)
+    image = decode_image(str(tmp_path / "big.jpg"), wanted)
     assert image.shape == (shorter, shorter * 3 // 2, 3)
-    full = Image.fromarray(decode_picture(str(tmp_path / "big.jpg"))).resize(
+    full = Image.fromarray(decode_image(str(tmp_path / "big.jpg"))).resize(
         image.shape[1::-1], Image.Resampling.BOX
     )
     assert np.abs(image.astype(int) - np.asarray(full)).mean() < 4
@@ -327,7 +327,7 @@ def test_jpegs_are_decoded_no_smaller_than_wanted(tmp_path, mode, wanted, shorte
 
 def test_decode_side_leaves_other_formats_alone(tmp_path):
     save(tmp_path / "big.png", size=(64, 64))
-    assert decode_picture(str(tmp_path / "big.png"), 8).shape == (64, 64, 3)
+    assert decode_image(str(tmp_path / "big.png"), 8).shape == (64, 64, 3)
 
 
 # Damage
@@ -350,11 +350,11 @@ def damaged(path, kind):
 @pytest.mark.parametrize(
     "kind", ["empty", "text", "missing", "float", "jpeg", "png", "gif", "webp", "bmp", "tiff"]
 )
-def test_damaged_file_is_a_broken_picture(tmp_path, kind):
+def test_damaged_file_is_a_broken_image(tmp_path, kind):
     path = tmp_path / "bad.jpg"
     damaged(path, kind)
-    with pytest.raises(BrokenPicture) as error:
-        decode_picture(str(path))
+    with pytest.raises(ImageDecodeError) as error:
+        decode_image(str(path))
     assert error.value.path == str(path) and error.value.reason and "\n" not in error.value.reason
 
 
@@ -364,7 +364,7 @@ def test_damaged_files_do_not_stop_a_run(tmp_path):
     for kind in ("empty", "text", "jpeg"):
         damaged(tmp_path / "train" / "a" / f"{kind}.jpg", kind)
     save(tmp_path / "val" / "a" / "1.png")
-    log = BrokenLog()
+    log = DecodeErrorLog()
     source = open_source(f"folder:{tmp_path}", in_memory=True)
     transform = Transform(8, "resize_crop")
     for batch in make_loader(
@@ -469,7 +469,7 @@ def test_imagenet_sample(tmp_path):
     train, validate = (open_source(f"folder:{tmp_path}", split) for split in ("train", "validate"))
     assert (len(train), len(validate), train.num_classes) == (196, 4, 200)
     assert train.class_names[:2] == ("tench", "electric_ray")
-    log = BrokenLog()
+    log = DecodeErrorLog()
     batches = list(
         make_loader(
             train,

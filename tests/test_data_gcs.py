@@ -18,7 +18,7 @@ emulator = pytest.importorskip(
 from etils import epath
 
 from hmar_jax.data.records import open_tokens, read_info
-from hmar_jax.data.sources import BrokenPicture, open_source
+from hmar_jax.data.sources import ImageDecodeError, open_source
 from hmar_jax.errors import InputError
 from tests.test_tokens import rows_of, write
 
@@ -42,7 +42,7 @@ def bucket():
     patch.undo()
 
 
-def test_a_folder_of_pictures(bucket):
+def test_a_folder_of_images(bucket):
     root = epath.Path(bucket) / "pictures"
     rng = np.random.default_rng(0)
     images = {}
@@ -68,7 +68,7 @@ def test_a_folder_of_pictures(bucket):
         for i, name in enumerate(source.files):
             np.testing.assert_array_equal(source[i]["image"], images[name])
     (root / "train" / "b" / "3.png").unlink()
-    with pytest.raises(BrokenPicture, match="gs://bucket/pictures/train/b/3.png"):
+    with pytest.raises(ImageDecodeError, match="gs://bucket/pictures/train/b/3.png"):
         train[2]
     with pytest.raises(InputError, match="gs://bucket/nothing does not exist"):
         open_source("folder:gs://bucket/nothing")

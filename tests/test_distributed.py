@@ -81,30 +81,30 @@ class Hosts:
 
 
 def seen(folder: pathlib.Path) -> dict[int, list[int]]:
-    """Pictures of each batch, of all hosts; every attempt at a batch must have had the same."""
+    """Images of each batch, of all hosts; every attempt at a batch must have had the same."""
     attempts: dict[int, list[list[int]]] = {}
     for path in sorted(folder.glob("record_*.jsonl")):
         for line in path.read_text().splitlines():
             try:
-                batch, pictures = json.loads(line)
+                batch, images = json.loads(line)
             except ValueError:
                 continue  # cut by a kill
-            attempts.setdefault(batch, []).append(pictures)
+            attempts.setdefault(batch, []).append(images)
     batches = {}
     for batch, parts in attempts.items():
         whole = [part for part in parts if len(part) == 6]
         halves = {tuple(part) for part in parts if len(part) == 3}
         assert len({tuple(part) for part in whole}) <= 1 and len(halves) <= 2, (batch, parts)
-        pictures = whole[0] if whole else [p for half in sorted(halves) for p in half]
-        assert not halves or {p for half in halves for p in half} <= set(pictures), (batch, parts)
-        batches[batch] = pictures
+        images = whole[0] if whole else [p for half in sorted(halves) for p in half]
+        assert not halves or {p for half in halves for p in half} <= set(images), (batch, parts)
+        batches[batch] = images
     return batches
 
 
-def assert_every_picture_once_an_epoch(folder: pathlib.Path) -> None:
+def assert_every_image_once_an_epoch(folder: pathlib.Path) -> None:
     batches = seen(folder)
     assert sorted(batches) == list(range(1, STEPS + 1))
-    stream = [picture for batch in sorted(batches) for picture in batches[batch]]
+    stream = [image for batch in sorted(batches) for image in batches[batch]]
     for epoch in range(len(stream) // recorded.COUNT):
         assert sorted(stream[epoch * recorded.COUNT : (epoch + 1) * recorded.COUNT]) == list(
             range(recorded.COUNT)
@@ -125,7 +125,7 @@ def assert_close_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
 @pytest.fixture
 def command(tmp_path):
     """Arguments of a run in tmp_path/run."""
-    data = f"folder:{recorded.colours(tmp_path / 'pictures')}"
+    data = f"folder:{recorded.colours(tmp_path / 'images')}"
     return lambda **changes: tiny.train(tmp_path / "run", data__source=data, **changes)
 
 
@@ -155,7 +155,7 @@ def test_two_hosts_are_killed_and_go_on_as_one(tmp_path, command, signalled):
     )
     alone.finish()
     assert "resuming from step" in alone.said() and "run complete" in alone.said()
-    assert_every_picture_once_an_epoch(tmp_path)
+    assert_every_image_once_an_epoch(tmp_path)
     steps = [
         json.loads(line)["step"]
         for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
@@ -185,13 +185,13 @@ def test_killed_twenty_times(tmp_path, command):
         assert killed or all(p.returncode == 0 for p in hosts.processes), hosts.said()
         kills += killed
         if not killed:  # it was over: the rest of the kills is a run of its own
-            assert_every_picture_once_an_epoch(tmp_path)
+            assert_every_image_once_an_epoch(tmp_path)
             for path in tmp_path.glob("record_*.jsonl"):
                 path.unlink()
             os.rename(tmp_path / "run", tmp_path / f"run_{attempt}")
     hosts = Hosts(tmp_path, command(checkpoint_every=4))
     hosts.finish()
-    assert_every_picture_once_an_epoch(tmp_path)
+    assert_every_image_once_an_epoch(tmp_path)
     print(f"{attempt} attempts, {kills} kills")
 
 
@@ -217,5 +217,5 @@ def test_flags_that_do_not_fit(tmp_path, capfd):
         assert cli.main([*tiny.train(tmp_path / "run", tokenizer="unused"), *flags]) == 2
         assert words in capfd.readouterr().err
     with pytest.raises(InputError, match="alone"):
-        processes.raise_together(InputError("alone"))
-    processes.raise_together(None)
+        processes.raise_on_all_processes(InputError("alone"))
+    processes.raise_on_all_processes(None)

@@ -21,10 +21,10 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def sample_images():
     """uint8 (3, h, w, 3)."""
     rng = np.random.default_rng(5)
-    return np.stack([tiny.picture(label, rng, tiny.SIDE) for label in range(3)])
+    return np.stack([tiny.image(label, rng, tiny.SIDE) for label in range(3)])
 
 
 # Pure functions
@@ -63,7 +63,7 @@ def test_ring_and_coarse_scales():
 def test_holes_are_resized_without_losing_a_pixel():
     hole = np.zeros((1, 30, 50), bool)
     hole[0, 29, 49] = True
-    small, large = editing.resize_hole(hole, 8)[0], editing.resize_hole(hole, 64)[0]
+    small, large = editing.resize_mask(hole, 8)[0], editing.resize_mask(hole, 64)[0]
     assert small.sum() == 1 and small[7, 7] and large[63, 63] and not large[:60].any()
 
 
@@ -112,63 +112,70 @@ def test_joining(feather):
 )
 def test_bad_boxes(box, words):
     with pytest.raises(InputError, match=words):
-        editing.box_hole(box, 8, 8)
+        editing.box_mask(box, 8, 8)
 
 
 # The pipeline
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_nothing_to_edit_gives_back_the_reconstruction_to_the_bit(pipe, pictures, count):
-    images, nothing = pictures[:count], np.zeros((tiny.SIDE, tiny.SIDE), bool)
+def test_nothing_to_edit_gives_back_the_reconstruction_to_the_bit(pipe, sample_images, count):
+    images, nothing = sample_images[:count], np.zeros((tiny.SIDE, tiny.SIDE), bool)
     edited, tokens = pipe.edit(KEY, images, nothing, paste=False, return_tokens=True)
     wanted = pipe.encode(images)
     assert np.array_equal(tokens, wanted) and np.array_equal(edited, pipe.decode(wanted))
     assert np.array_equal(pipe.edit(KEY, images, nothing), images / np.float32(255))
 
 
-def test_pixels_outside_come_back_untouched(pipe, pictures):
+def test_pixels_outside_come_back_untouched(pipe, sample_images):
     mask = np.zeros((tiny.SIDE, tiny.SIDE), bool)
     mask[:4, 2:] = True
-    edited = np.asarray(pipe.edit(KEY, pictures, mask, [0, 1, 2], feather=1))
-    assert np.array_equal((edited * 255).round().astype(np.uint8)[:, ~mask], pictures[:, ~mask])
-    assert not np.array_equal(edited[:, mask], pictures[:, mask] / np.float32(255))
-    other = pictures.copy()
+    edited = np.asarray(pipe.edit(KEY, sample_images, mask, [0, 1, 2], feather=1))
+    assert np.array_equal(
+        (edited * 255).round().astype(np.uint8)[:, ~mask], sample_images[:, ~mask]
+    )
+    assert not np.array_equal(edited[:, mask], sample_images[:, mask] / np.float32(255))
+    other = sample_images.copy()
     other[:, mask] = 77
     assert np.array_equal(
-        pipe.edit(KEY, other, mask, [0, 1, 2]), pipe.edit(KEY, pictures, mask, [0, 1, 2])
+        pipe.edit(KEY, other, mask, [0, 1, 2]), pipe.edit(KEY, sample_images, mask, [0, 1, 2])
     )  # nothing leaks
 
 
-def test_kept_tokens_and_classes(pipe, pictures):
+def test_kept_tokens_and_classes(pipe, sample_images):
     mask = np.zeros((tiny.SIDE, tiny.SIDE), np.uint8)
     mask[:4, :4] = 255  # one of the four cells of the last scale, and the only one of the first
     _, tokens = pipe.edit(
-        KEY, pictures[0], mask, ["circle", "cross", "stripes"], return_tokens=True, guidance=5.0
+        KEY,
+        sample_images[0],
+        mask,
+        ["circle", "cross", "stripes"],
+        return_tokens=True,
+        guidance=5.0,
     )
-    hidden = editing.hide(pictures[:1] / np.float32(255), mask[None] >= 128)
+    hidden = editing.hide(sample_images[:1] / np.float32(255), mask[None] >= 128)
     assert (tokens[:, 2:] == pipe.encode(hidden)[0, 2:]).all() and tokens.shape == (3, tiny.LENGTH)
     _, kept = pipe.edit(
-        KEY, pictures[0], mask, return_tokens=True
+        KEY, sample_images[0], mask, return_tokens=True
     )  # without a class the coarse scales stay
     assert kept.shape == (tiny.LENGTH,) and np.array_equal(kept, pipe.encode(hidden)[0])
-    _, free = pipe.edit(KEY, pictures[0], mask, None, keep_coarse=False, return_tokens=True)
+    _, free = pipe.edit(KEY, sample_images[0], mask, None, keep_coarse=False, return_tokens=True)
     assert np.array_equal(free[2:], kept[2:])
-    one = pipe.edit(KEY, pictures[1], mask, 2)
+    one = pipe.edit(KEY, sample_images[1], mask, 2)
     assert one.shape == (tiny.SIDE, tiny.SIDE, 3)
-    assert np.allclose(pipe.edit(KEY, pictures[1:2], mask, [2])[0], one, atol=1e-6)
+    assert np.allclose(pipe.edit(KEY, sample_images[1:2], mask, [2])[0], one, atol=1e-6)
 
 
-def test_works_without_stage_2_and_smoothly(pictures):
+def test_works_without_stage_2_and_smoothly(sample_images):
     pipe = hmar_jax.load(str(tiny.model_run()))
     mask = np.ones((tiny.SIDE, tiny.SIDE), bool)
     plain, smooth = (
-        pipe.edit(KEY, pictures, mask, 1),
-        pipe.edit(KEY, pictures, mask, 1, smooth=True),
+        pipe.edit(KEY, sample_images, mask, 1),
+        pipe.edit(KEY, sample_images, mask, 1, smooth=True),
     )
     assert plain.shape == smooth.shape and not np.array_equal(plain, smooth)
     with pytest.raises(InputError, match="no stage 2"):
-        pipe.edit(KEY, pictures, mask, 1, schedule="default")
+        pipe.edit(KEY, sample_images, mask, 1, schedule="default")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +183,7 @@ def test_works_without_stage_2_and_smoothly(pictures):
     [
         (
             dict(mask=np.zeros((3, 3), bool)),
-            r"mask of shape \(3, 3\) for a picture of shape \(8, 8, 3\)",
+            r"mask of shape \(3, 3\) for a image of shape \(8, 8, 3\)",
         ),
         (dict(mask=np.zeros((8, 8), np.float32)), "mask of type float32"),
         (dict(ring=-1), "ring=-1"),
@@ -184,21 +191,21 @@ def test_works_without_stage_2_and_smoothly(pictures):
         (dict(feather=-1), "feather=-1"),
         (dict(class_id=[0, 1], mask=np.zeros((3, 8, 8), bool)), "2 classes for 3 edits"),
         (dict(class_id=7), "class 7"),
-        (dict(image=np.zeros((8, 8), np.uint8)), r"^picture of shape \(8, 8\)"),
-        (dict(image=np.zeros((0, 8, 8, 3), np.uint8)), r"^picture of shape \(0, 8, 8, 3\)"),
+        (dict(image=np.zeros((8, 8), np.uint8)), r"^image of shape \(8, 8\)"),
+        (dict(image=np.zeros((0, 8, 8, 3), np.uint8)), r"^image of shape \(0, 8, 8, 3\)"),
     ],
 )
-def test_wrong_wishes(pipe, pictures, options, words):
-    arguments = dict(image=pictures[0], mask=np.zeros((8, 8), bool), class_id=0) | options
+def test_wrong_wishes(pipe, sample_images, options, words):
+    arguments = dict(image=sample_images[0], mask=np.zeros((8, 8), bool), class_id=0) | options
     with pytest.raises(InputError, match=words):
         pipe.edit(KEY, arguments.pop("image"), arguments.pop("mask"), **arguments)
 
 
-def test_another_size_is_resized_with_a_notice(pipe, pictures):
-    large = np.kron(pictures[0], np.ones((3, 4, 1), np.uint8))
+def test_another_size_is_resized_with_a_notice(pipe, sample_images):
+    large = np.kron(sample_images[0], np.ones((3, 4, 1), np.uint8))
     mask = np.zeros(large.shape[:2], bool)
     mask[0, 0] = True
-    with pytest.warns(UserWarning, match="resizing a picture of 32x24 to the model's 8x8"):
+    with pytest.warns(UserWarning, match="resizing a image of 32x24 to the model's 8x8"):
         edited, tokens = pipe.edit(KEY, large, mask, return_tokens=True)
     assert edited.shape == (8, 8, 3) and tokens.shape == (tiny.LENGTH,)
 
@@ -207,11 +214,11 @@ def test_another_size_is_resized_with_a_notice(pipe, pictures):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, pictures):
+def here(tmp_path, monkeypatch, sample_images):
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(pictures[0]).save("picture.png")
-    Image.fromarray(pictures[0]).resize((20, 30)).save("large.png")
-    (tmp_path / "text.png").write_text("no picture")
+    Image.fromarray(sample_images[0]).save("image.png")
+    Image.fromarray(sample_images[0]).resize((20, 30)).save("large.png")
+    (tmp_path / "text.png").write_text("no image")
     white = np.zeros((8, 8), np.uint8)
     Image.fromarray(white).save("black.png")
     white[2:5, 2:5] = 255
@@ -220,7 +227,7 @@ def here(tmp_path, monkeypatch, pictures):
         yield tmp_path
 
 
-def edit(*arguments, image="picture.png"):
+def edit(*arguments, image="image.png"):
     return cli.main(
         ["edit", f"--model={tiny.masked_run()}", f"--image={image}", "--out=out.png", *arguments]
     )
@@ -230,27 +237,27 @@ def pixels(name):
     return np.asarray(Image.open(name))
 
 
-def test_edit_by_box_and_by_mask(here, pictures, capsys):
+def test_edit_by_box_and_by_mask(here, sample_images, capsys):
     assert edit("--box=2,2,5,5", "--class=cross", "--show=show.png") == 0
     assert capsys.readouterr().out == "out.png; show.png\n"
     by_box, outside = pixels("out.png"), np.ones((8, 8), bool)
     outside[2:5, 2:5] = False
-    assert np.array_equal(by_box[outside], pictures[0][outside]) and not np.array_equal(
-        by_box, pictures[0]
+    assert np.array_equal(by_box[outside], sample_images[0][outside]) and not np.array_equal(
+        by_box, sample_images[0]
     )
     sheet = Image.open("show.png")
     assert sheet.width > 3 * 48 and sheet.height > 48
     assert edit("--mask=mask.png", "--class=1") == 0
     assert np.array_equal(pixels("out.png"), by_box)
     assert edit("--box=2,2,5,5", "--class=cross", "--mode=outpaint") == 0
-    assert np.array_equal(pixels("out.png")[~outside], pictures[0][~outside])
-    assert not np.array_equal(pixels("out.png")[outside], pictures[0][outside])
+    assert np.array_equal(pixels("out.png")[~outside], sample_images[0][~outside])
+    assert not np.array_equal(pixels("out.png")[outside], sample_images[0][outside])
 
 
 def test_edit_of_another_size(here, capsys):
     assert edit("--box=0,0,10,15", image="large.png") == 0
     said = capsys.readouterr()
-    assert said.err == "hmar edit: resizing a picture of 20x30 to the model's 8x8\n" and pixels(
+    assert said.err == "hmar edit: resizing a image of 20x30 to the model's 8x8\n" and pixels(
         "out.png"
     ).shape == (8, 8, 3)
 
@@ -258,32 +265,32 @@ def test_edit_of_another_size(here, capsys):
 @pytest.mark.parametrize(
     "arguments, image, words",
     [
-        (["--box=2,2,9,5"], "picture.png", ["box 2,2,9,5 is not inside", "8 x 8", "0,0,8,8"]),
-        (["--box=2,2,2,5"], "picture.png", ["box 2,2,2,5 is empty"]),
-        (["--box=1,2,3"], "picture.png", ["'1,2,3'", "x0,y0,x1,y1"]),
-        (["--box=a,b,c,d"], "picture.png", ["'a,b,c,d'"]),
-        ([], "picture.png", ["--box", "--mask"]),
-        (["--box=0,0,2,2", "--mask=mask.png"], "picture.png", ["--mask", "not allowed with"]),
-        (["--box=0,0,8,8", "--mode=outpaint"], "picture.png", ["whole picture"]),
-        (["--mask=black.png"], "picture.png", ["black.png selects nothing", "white"]),
+        (["--box=2,2,9,5"], "image.png", ["box 2,2,9,5 is not inside", "8 x 8", "0,0,8,8"]),
+        (["--box=2,2,2,5"], "image.png", ["box 2,2,2,5 is empty"]),
+        (["--box=1,2,3"], "image.png", ["'1,2,3'", "x0,y0,x1,y1"]),
+        (["--box=a,b,c,d"], "image.png", ["'a,b,c,d'"]),
+        ([], "image.png", ["--box", "--mask"]),
+        (["--box=0,0,2,2", "--mask=mask.png"], "image.png", ["--mask", "not allowed with"]),
+        (["--box=0,0,8,8", "--mode=outpaint"], "image.png", ["whole image"]),
+        (["--mask=black.png"], "image.png", ["black.png selects nothing", "white"]),
         (["--mask=mask.png"], "large.png", ["mask.png is 8 x 8", "20 x 30"]),
-        (["--mask=text.png"], "picture.png", ["--mask text.png", "cannot be read as a picture"]),
-        (["--box=0,0,2,2"], "text.png", ["--image text.png", "cannot be read as a picture"]),
+        (["--mask=text.png"], "image.png", ["--mask text.png", "cannot be read as a image"]),
+        (["--box=0,0,2,2"], "text.png", ["--image text.png", "cannot be read as a image"]),
         (["--box=0,0,2,2"], "no.png", ["--image no.png: no such file"]),
         (
             ["--box=0,0,2,2", "--class=dog"],
-            "picture.png",
+            "image.png",
             ["class 'dog'", "circle, cross, stripes"],
         ),
-        (["--box=0,0,2,2", "--ring=-1"], "picture.png", ["--ring", "'-1'"]),
-        (["--box=0,0,2,2", "--feather=-1"], "picture.png", ["feather=-1"]),
+        (["--box=0,0,2,2", "--ring=-1"], "image.png", ["--ring", "'-1'"]),
+        (["--box=0,0,2,2", "--feather=-1"], "image.png", ["feather=-1"]),
         (
             ["--box=0,0,2,2", "--schedule=[[1],[3]]"],
-            "picture.png",
+            "image.png",
             ["scale 1 (2x2) sums to 3, but the scale has 4"],
         ),
-        (["--box=0,0,2,2", "--greedy", "--smooth"], "picture.png", ["greedy and smooth"]),
-        (["--box=0,0,2,2", "--show=no/x.png"], "picture.png", ["no/x.png", "no folder"]),
+        (["--box=0,0,2,2", "--greedy", "--smooth"], "image.png", ["greedy and smooth"]),
+        (["--box=0,0,2,2", "--show=no/x.png"], "image.png", ["no/x.png", "no folder"]),
     ],
 )
 def test_mistakes(here, capsys, arguments, image, words):

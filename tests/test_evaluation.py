@@ -37,9 +37,9 @@ def classifier(digits):
     return fit_classifier(*digits[0])
 
 
-def some(pictures_and_labels, count, seed=0):
+def some(images_and_labels, count, seed=0):
     """`count` of each class, and the rest."""
-    images, labels = pictures_and_labels
+    images, labels = images_and_labels
     rng = np.random.RandomState(seed)
     chosen = np.concatenate(
         [rng.permutation(np.flatnonzero(labels == c))[:count] for c in np.unique(labels)]
@@ -49,13 +49,13 @@ def some(pictures_and_labels, count, seed=0):
 
 
 def flat(*values, side=8):
-    """One-coloured uint8 pictures."""
+    """One-coloured uint8 images."""
     return np.broadcast_to(
         np.array(values, np.uint8)[:, None, None, None], (len(values), side, side, 3)
     ).copy()
 
 
-# Pictures
+# Images
 
 
 def test_to_pixels():
@@ -77,14 +77,14 @@ def test_to_pixels():
     "images, message",
     [
         (np.zeros((8, 8, 3), np.uint8), r"\(8, 8, 3\): wanted \(N, h, w, 3\)"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "at least one picture"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "at least one image"),
         (np.zeros((1, 8, 8, 3), np.int32), "int32: wanted uint8"),
         (np.full((1, 8, 8, 3), -1.0), r"\[-1, -1\]: floating-point pixels must lie in \[0, 1\]"),
         (np.full((1, 8, 8, 3), 200.0), r"must lie in \[0, 1\]"),
         (np.full((1, 8, 8, 3), np.nan), r"must lie in \[0, 1\]"),
     ],
 )
-def test_wrong_pictures(images, message):
+def test_wrong_images(images, message):
     with pytest.raises(InputError, match=message):
         to_pixels(images)
 
@@ -96,7 +96,7 @@ def test_read_all():
     assert labels.tolist() == [1, 0] and labels.dtype == np.int64
     with pytest.raises(InputError, match="differ in size"):
         read_all(ArraySource("odd", ("a",), [flat(1)[0], flat(1, side=16)[0]], np.array([0, 0])))
-    with pytest.raises(InputError, match="two has no pictures"):
+    with pytest.raises(InputError, match="two has no images"):
         read_all(ArraySource("two", ("a",), flat(3)[:0], np.zeros(0, int)))
 
 
@@ -150,7 +150,7 @@ def test_classifier_mistakes(monkeypatch):
         fit_classifier(flat(1, 2, 3), np.array([0, 1]))
     with pytest.raises(InputError, match="whole numbers"):
         fit_classifier(flat(1, 2), np.array([0.0, 1.0]))
-    with pytest.raises(InputError, match="every training picture has label 7"):
+    with pytest.raises(InputError, match="every training image has label 7"):
         fit_classifier(flat(1, 2), np.array([7, 7]))
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     with pytest.raises(InputError, match=r'needs scikit-learn: pip install "hmar_jax\[demo\]"'):
@@ -222,7 +222,7 @@ def test_nearest_distances_against_all_pairs(monkeypatch):
 
 
 def test_neighbours_by_hand():
-    # One-coloured pictures: the distance of two is their difference times (192 values)^(1/2) / 255.
+    # One-coloured images: the distance of two is their difference times (192 values)^(1/2) / 255.
     unit = np.sqrt(8 * 8 * 3) / 255
     samples, asked = flat(10, 14, 60, 70, 71, 200), np.array([0, 0, 5, 5, 5, 0])
     train = flat(12, 80)
@@ -246,13 +246,13 @@ def test_equal_counts():
     assert counts == {0: 36, 3: 20}
     with pytest.raises(InputError, match="class 3 has 1 samples: at least 2"):
         equal_counts(np.array([3]), np.array([3, 3]))
-    with pytest.raises(InputError, match="class 3 has 0 held-out pictures"):
+    with pytest.raises(InputError, match="class 3 has 0 held-out images"):
         equal_counts(np.array([3, 3]), np.array([0, 0]))
 
 
 def test_no_reference_no_ratio():
     samples, asked = flat(1, 5), np.array([0, 0])
-    with pytest.raises(InputError, match="every held-out picture is also a training picture"):
+    with pytest.raises(InputError, match="every held-out image is also a training image"):
         neighbour_distances(samples, asked, flat(1, 2), (flat(1, 2), asked))
     with pytest.raises(InputError, match="all alike"):
         neighbour_distances(samples, asked, flat(1, 2), (flat(3, 3), asked))
@@ -331,12 +331,12 @@ def test_ignored_classes_show(digits):
 def test_report_mistakes(digits):
     train, held_out = digits
     with pytest.raises(
-        InputError, match=r"samples are \(16, 16, 3\), but training pictures are \(32, 32, 3\)"
+        InputError, match=r"samples are \(16, 16, 3\), but training images are \(32, 32, 3\)"
     ):
         digit_report(flat(1, 2, side=16), np.array([0, 0]), train, held_out)
     with pytest.raises(InputError, match="samples lie in"):
         digit_report(held_out[0] / 127.5 - 1, held_out[1], train, held_out)
-    with pytest.raises(InputError, match="class 12 has 0 held-out pictures"):
+    with pytest.raises(InputError, match="class 12 has 0 held-out images"):
         digit_report(held_out[0][:2], np.array([12, 12]), train, held_out)
 
 
@@ -361,7 +361,7 @@ def test_format_report():
     )
     lines = text.split("\n")
     assert max(map(len, lines)) <= 120
-    assert lines[0] == "500 samples of 10 classes, beside real pictures that were not trained on"
+    assert lines[0] == "500 samples of 10 classes, beside real images that were not trained on"
     table = [line[29:54].split() for line in lines[1:7]]
     assert table == [
         ["samples", "real", "ratio"],

@@ -7,7 +7,7 @@ import pytest
 
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar import filters
-from hmar_jax.families.hmar.sampler import Draw, Strength, draw_tokens, options, picture_keys
+from hmar_jax.families.hmar.sampler import Draw, Strength, image_keys, options, sample_tokens
 
 
 def test_agree_with_recorded(load_golden):
@@ -57,13 +57,13 @@ def test_draws_follow_the_probabilities():
         (Draw(use_top_p=True), Strength(top_p=0.9), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
         (Draw(greedy=True), Strength(), [1, 0, 0, 0]),
     ]:
-        tokens, _ = draw_tokens(many, keys, draw, strength)
+        tokens, _ = sample_tokens(many, keys, draw, strength)
         np.testing.assert_allclose(np.bincount(tokens[0], minlength=4) / 20000, wanted, atol=0.015)
 
 
 def test_keys_do_not_depend_on_the_batch():
     rng = jax.random.key(3)
-    seven, three = (jax.random.key_data(picture_keys(rng, n)) for n in (7, 3))
+    seven, three = (jax.random.key_data(image_keys(rng, n)) for n in (7, 3))
     assert np.array_equal(seven[:3], three)
     assert len({tuple(k) for k in seven.tolist()}) == 7
 

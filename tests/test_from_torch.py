@@ -1,4 +1,4 @@
-"""Published weights to pictures: tokens as the published sampler drew them."""
+"""Published weights to images: tokens as the published sampler drew them."""
 
 import dataclasses
 import json
@@ -263,7 +263,7 @@ def test_combined_model_as_a_directory(torch, golden, load_golden, tmp_path, cap
 
 
 def test_var_with_its_cache(torch, golden, load_golden):
-    """Greedy generation with keys and values of earlier scales: logits of every pass, tokens, running sums, picture."""
+    """Greedy generation with keys and values of earlier scales: logits of every pass, tokens, running sums, image."""
     z = load_golden("var")
     stage1 = hmar_jax.from_torch(
         str(golden / "next_scale.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES
@@ -282,7 +282,7 @@ def test_var_with_its_cache(torch, golden, load_golden):
         images, tokens = sampler.sample(
             CombinedModel(spec),
             params,
-            sampler.picture_keys(jax.random.key(0), 2),
+            sampler.image_keys(jax.random.key(0), 2),
             jax.numpy.asarray(z["labels"]),
             draw,
             sampler.Strength(guidance=float(z["cfg"])),

@@ -14,8 +14,8 @@ from hmar_jax.families.hmar.sampler import (
     Draw,
     Strength,
     Trace,
+    image_keys,
     least_confident,
-    picture_keys,
     sample,
 )
 from hmar_jax.families.hmar.spec import ModelSpec
@@ -52,7 +52,7 @@ def test_every_pass_of(case, parts, load_golden):
     cfg = 0.0 if case == "d" else float(z["cfg"])
     draw = Draw(guided=cfg > 0, greedy=True, top_k=12 if case == "e" else 0, use_top_p=case == "e")
     keys, ids, strength = (
-        picture_keys(jax.random.key(0), 2),
+        image_keys(jax.random.key(0), 2),
         jnp.asarray(z["labels"]),
         Strength(guidance=cfg, top_p=0.995),
     )

@@ -46,7 +46,7 @@ def network(save):
 
 
 @pytest.fixture
-def pictures():
+def images():
     return (
         np.random.default_rng(1).uniform(-1, 1, (2, 3, 9, 8, 3)).astype("float32")
     )  # two batches of three
@@ -72,7 +72,7 @@ def test_without_linear_weights_channels_are_averaged(save):
 
 
 def by_loops(arrays, x, y):
-    """The distance of two pictures (h, w, 3), from the paper's formula, in float64 and one number at a time."""
+    """The distance of two images (h, w, 3), from the paper's formula, in float64 and one number at a time."""
 
     def features(x):
         x, found = (x - arrays["shift"]) / arrays["scale"], []
@@ -100,8 +100,8 @@ def by_loops(arrays, x, y):
     return sum((arrays[f"lin{j}"] * (a - b) ** 2).sum(-1).mean() for j, (a, b) in taps)
 
 
-def test_against_loops(network, pictures):
-    x, y = pictures
+def test_against_loops(network, images):
+    x, y = images
     wanted = [
         by_loops(small_arrays(), a, b) for a, b in zip(x.astype("float64"), y.astype("float64"))
     ]
@@ -137,8 +137,8 @@ def test_by_hand(save):
     )
 
 
-def test_properties(network, pictures):
-    x, y = pictures
+def test_properties(network, images):
+    x, y = images
     of = jax.jit(perceptual_distance)
     distance = of(network, x, y)
     assert distance.shape == (3,) and (distance > 0).all()
@@ -151,19 +151,19 @@ def test_properties(network, pictures):
     assert (nearer < distance).all()
 
 
-def test_gradients(network, pictures):
-    x, y = pictures
+def test_gradients(network, images):
+    x, y = images
     total = jax.jit(jax.value_and_grad(lambda x, network: perceptual_distance(network, x, y).sum()))
     distance, grad = total(x, network)
     assert np.isfinite(grad).all() and all(abs(g).max() > 0 for g in grad)
     assert total(x - 1e-2 * grad, network)[0] < distance
-    # Equal pictures are a minimum, and features that are all zero have no slope that is not a number.
+    # Equal images are a minimum, and features that are all zero have no slope that is not a number.
     np.testing.assert_allclose(total(y, network)[1], 0, atol=1e-7)
     dead = network.replace(biases=tuple(b - 100 for b in network.biases))
     np.testing.assert_array_equal(total(x, dead)[1], 0)
 
 
-def test_pictures_that_do_not_fit(network):
+def test_images_that_do_not_fit(network):
     with pytest.raises(InputError, match="side 3 .* side 4 or more"):
         perceptual_distance(network, jnp.zeros((1, 8, 3, 3)), jnp.zeros((1, 8, 3, 3)))
     fits = jnp.zeros((1, 4, 4, 3))

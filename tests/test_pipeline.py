@@ -1,4 +1,4 @@
-"""Pipelines: pictures do not depend on their neighbours, and what was saved comes back."""
+"""Pipelines: images do not depend on their neighbours, and what was saved comes back."""
 
 import dataclasses
 import shutil
@@ -15,7 +15,7 @@ from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import build_experiment
 from hmar_jax.families.hmar import sampler
-from hmar_jax.pipeline import load_parts
+from hmar_jax.pipeline import load_spec_and_params
 from tests import tiny
 
 KEY = jax.random.key(3)
@@ -27,10 +27,10 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def sample_images():
     """uint8 (6, h, w, 3)."""
     rng = np.random.default_rng(5)
-    return np.stack([tiny.picture(label % 3, rng, tiny.SIDE) for label in range(6)])
+    return np.stack([tiny.image(label % 3, rng, tiny.SIDE) for label in range(6)])
 
 
 # Sampling
@@ -52,7 +52,7 @@ def test_shapes(pipe):
     assert np.array_equal(pipe.sample(KEY, ("circle", "cross", "stripes")), images)
 
 
-def test_a_picture_is_the_same_alone_and_in_any_batch(pipe):
+def test_a_image_is_the_same_alone_and_in_any_batch(pipe):
     ids = [2, 0, 1, 1, 0, 2, 2]
     _, seven = pipe.sample(KEY, ids, return_tokens=True)
     _, three = pipe.sample(KEY, ids[:3], return_tokens=True)
@@ -79,16 +79,16 @@ spread = hmar_jax.load(sys.argv[1], devices=jax.devices())
 many_images, many = spread.sample(key, ids + ids[::-1] + ids[:2], return_tokens=True)
 assert len(many.sharding.device_set) == 8
 assert np.array_equal(many[:7], seven) and np.allclose(many_images[:7], images, atol=1e-5)
-picture_keys = sampler.picture_keys
+image_keys = sampler.image_keys
 for i in range(7):
-    sampler.picture_keys = lambda rng, count: picture_keys(rng, 7)[i:i + 1]
+    sampler.image_keys = lambda rng, count: image_keys(rng, 7)[i:i + 1]
     assert np.array_equal(pipe.sample(key, ids[i], return_tokens=True)[1], seven[i])
 print("agrees")
 """
 
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param("digits", marks=pytest.mark.slow)])
-def test_a_picture_is_the_same_on_eight_devices(model):
+def test_a_image_is_the_same_on_eight_devices(model):
     """Masked passes and guidance included; in a process of its own: JAX counts its devices when it starts."""
     if model == "digits" and "digits" not in hmar_jax.pipeline.bundled_models():
         pytest.skip("no bundled model digits")
@@ -103,14 +103,14 @@ def test_a_picture_is_the_same_on_eight_devices(model):
 
 
 def test_more_than_one_turn(pipe, monkeypatch):
-    """70 pictures are drawn as 64 and 6; each is the one that its own key gives in a batch of 7."""
+    """70 images are drawn as 64 and 6; each is the one that its own key gives in a batch of 7."""
     ids = np.arange(70) % 3
     images, tokens = pipe.sample(KEY, ids, return_tokens=True)
     assert images.shape[0] == tokens.shape[0] == 70
-    keys = sampler.picture_keys(KEY, 70)
+    keys = sampler.image_keys(KEY, 70)
     for start in range(0, 70, 7):
         part = slice(start, start + 7)
-        monkeypatch.setattr(sampler, "picture_keys", lambda rng, count: keys[part])
+        monkeypatch.setattr(sampler, "image_keys", lambda rng, count: keys[part])
         some_images, some_tokens = pipe.sample(KEY, ids[part], return_tokens=True)
         assert np.array_equal(some_tokens, tokens[part])
         assert np.allclose(some_images, images[part], atol=1e-5)
@@ -161,12 +161,12 @@ def test_the_short_call_keeps_its_pipe():
 # Encoding and decoding
 
 
-def test_encode_and_decode(pipe, pictures):
-    tokens = pipe.encode(pictures)
+def test_encode_and_decode(pipe, sample_images):
+    tokens = pipe.encode(sample_images)
     assert tokens.shape == (6, tiny.LENGTH) and tokens.dtype == np.int32
-    assert np.array_equal(pipe.encode(pictures[2]), tokens[2])
-    assert np.array_equal(pipe.encode(pictures / np.float32(255)), tokens)
-    assert np.array_equal(pipe.encode(pictures.astype(np.float64) / 255), tokens)
+    assert np.array_equal(pipe.encode(sample_images[2]), tokens[2])
+    assert np.array_equal(pipe.encode(sample_images / np.float32(255)), tokens)
+    assert np.array_equal(pipe.encode(sample_images.astype(np.float64) / 255), tokens)
     images = pipe.decode(tokens)
     assert images.shape == (6, tiny.SIDE, tiny.SIDE, 3) and images.dtype == np.float32
     assert images.min() >= 0 and images.max() <= 1
@@ -174,34 +174,32 @@ def test_encode_and_decode(pipe, pictures):
     assert one.shape == images.shape[1:] and np.allclose(one, images[2], atol=1e-5)
 
 
-def test_decoding_what_was_encoded_is_the_tokenizers_reconstruction(pipe, pictures):
+def test_decoding_what_was_encoded_is_the_tokenizers_reconstruction(pipe, sample_images):
     with tiny.cached():
         task = build_experiment(tiny.config_of(tiny.train_tokenizer("unused"))).task
         state = jax.eval_shape(task.init, KEY).replace(
             params=pipe.params["tokenizer"], step=jax.numpy.int32(80)
         )
-        wanted = jax.jit(lambda params: task.reconstruct(state.replace(params=params), pictures))(
-            state.params
-        )
-    images = pipe.decode(pipe.encode(pictures))
+        wanted = jax.jit(
+            lambda params: task.reconstruct(state.replace(params=params), sample_images)
+        )(state.params)
+    images = pipe.decode(pipe.encode(sample_images))
     assert np.allclose(images, (wanted + 1) / 2, atol=1e-4)
 
 
-def test_sampled_pictures_are_their_tokens_decoded(pipe):
+def test_sampled_images_are_their_tokens_decoded(pipe):
     images, tokens = pipe.sample(KEY, [0, 1, 2], return_tokens=True)
     assert np.allclose(pipe.decode(tokens), images, atol=1e-5)
 
 
-def test_pictures_of_another_size_are_resized_with_a_warning(pipe, pictures):
-    large = pictures[0].repeat(3, axis=0).repeat(2, axis=1)
-    with pytest.warns(
-        UserWarning, match="resizing a picture of 16x24 to the model's 8x8"
-    ) as caught:
+def test_images_of_another_size_are_resized_with_a_warning(pipe, sample_images):
+    large = sample_images[0].repeat(3, axis=0).repeat(2, axis=1)
+    with pytest.warns(UserWarning, match="resizing a image of 16x24 to the model's 8x8") as caught:
         tokens = pipe.encode(large)
     assert tokens.shape == (tiny.LENGTH,) and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipe.encode(pictures[0])
+        pipe.encode(sample_images[0])
 
 
 @pytest.mark.parametrize(
@@ -211,12 +209,12 @@ def test_pictures_of_another_size_are_resized_with_a_warning(pipe, pictures):
         (np.zeros((8, 8, 4), np.uint8), "shape"),
         (np.zeros((1, 1, 8, 8, 3), np.uint8), "shape"),
         (np.zeros((8, 8, 3), np.int32), "type int32"),
-        (np.full((8, 8, 3), 1.5), "1.5: float pictures lie in"),
+        (np.full((8, 8, 3), 1.5), "1.5: float images lie in"),
         (np.full((8, 8, 3), -0.1), "-0.1"),
         (np.full((8, 8, 3), np.nan), "nan"),
     ],
 )
-def test_wrong_pictures(pipe, image, words):
+def test_wrong_images(pipe, image, words):
     with pytest.raises(InputError, match=words):
         pipe.encode(image)
 
@@ -273,10 +271,10 @@ def test_run_and_exported_directories_sample_alike(pipe, tmp_path):
     assert size("half") < size("whole")
 
 
-def test_a_tokenizer_alone(pictures):
+def test_a_tokenizer_alone(sample_images):
     with tiny.cached():
         alone = hmar_jax.load(str(tiny.tokenizer_run()))
-        assert alone.encode(pictures).shape == (6, tiny.LENGTH)
+        assert alone.encode(sample_images).shape == (6, tiny.LENGTH)
         with pytest.raises(InputError, match="tokenizer alone"):
             alone.sample(KEY, 1)
 
@@ -304,7 +302,7 @@ def test_what_cannot_be_loaded(tmp_path):
 
 
 def test_classes_by_name():
-    spec, _ = load_parts("digits")
+    spec, _ = load_spec_and_params("digits")
     names = (
         "golden_retriever",
         "crane",

@@ -144,7 +144,7 @@ def test_traced_step_and_formula_agree(stage, changes):
     shapes = small(stage, **changes)
     found = counted(shapes)
     # Not quite: scores that the mask removes are computed, scores computed again are not, for this is not a kernel; the quantizer.
-    assert found.total == pytest.approx(2 * shapes.task.flops_per_picture, rel=0.03)
+    assert found.total == pytest.approx(2 * shapes.task.flops_per_image, rel=0.03)
     assert found.float32 > 0  # the quantizer's
 
 
@@ -153,7 +153,7 @@ def test_rematerialisation_is_counted():
         counted(small(**{"model.remat": r})) for r in ("none", "matmuls", "blocks")
     )
     c = small().task.transformer
-    forward = 2 * c.depth * sum(flops.block_forward(c))  # for two pictures
+    forward = 2 * c.depth * sum(flops.block_forward(c))  # for two images
     assert blocks.total - none.total == pytest.approx(forward, rel=0.05)
     assert none.total < matmuls.total < blocks.total
     assert none.residuals > matmuls.residuals > blocks.residuals

@@ -9,7 +9,7 @@ import pytest
 
 from hmar_jax.autoencoders.scales import ScaleList
 from hmar_jax.families.hmar import schedules
-from hmar_jax.families.hmar.sampler import Draw, Known, Strength, Trace, draw_scales, picture_keys
+from hmar_jax.families.hmar.sampler import Draw, Known, Strength, Trace, image_keys, sample_scales
 
 V, Z, CLASSES = 11, 3, 4
 
@@ -46,7 +46,7 @@ PARAMS = {"a": jax.random.normal(jax.random.key(3), (Z, V))}
 
 
 def random_case(seed):
-    """A scale list, a schedule for it, and known tokens of three pictures: some, none or all of them kept."""
+    """A scale list, a schedule for it, and known tokens of three images: some, none or all of them kept."""
     rng = np.random.default_rng(seed)
     sides = np.sort(rng.choice(np.arange(1, 7), rng.integers(1, 5), replace=False))
     scales = ScaleList(tuple(int(s) for s in sides))
@@ -73,10 +73,10 @@ def test_every_token_is_fixed_once_and_counts_follow_the_schedule(seed):
     scales, schedule, known, draw = random_case(seed)
     trace = Trace()
     strength = Strength(guidance=1.0, masked_guidance=0.5, confidence_noise=3.0)
-    f_hat, tokens = draw_scales(
+    f_hat, tokens = sample_scales(
         Stub(scales),
         PARAMS,
-        picture_keys(jax.random.key(seed), 3),
+        image_keys(jax.random.key(seed), 3),
         jnp.array([0, 1, CLASSES]),
         draw,
         strength,
@@ -110,12 +110,12 @@ def test_loop_and_record_agree(seed):
     arguments = (
         Stub(scales),
         PARAMS,
-        picture_keys(jax.random.key(seed), 3),
+        image_keys(jax.random.key(seed), 3),
         jnp.array([0, 1, CLASSES]),
         draw,
         Strength(0.5, 0.5, 1.0, 1.0),
     )
-    compiled = jax.jit(lambda plan: draw_scales(*arguments, plan, known))
+    compiled = jax.jit(lambda plan: sample_scales(*arguments, plan, known))
     for count in (1, 2, 3):
         rows = [
             row if len(row) == 1 else (*range(1, 1 + min(count, len(row) - 1)),) for row in schedule
@@ -125,7 +125,7 @@ def test_loop_and_record_agree(seed):
             for row, part in zip(schedule, rows)
         )
         plan = schedules.plan(schedules.resolve(scales, rows))
-        f_hat, tokens = draw_scales(*arguments, plan, known, Trace())
+        f_hat, tokens = sample_scales(*arguments, plan, known, Trace())
         assert np.array_equal(compiled(plan)[1], tokens) and np.allclose(
             compiled(plan)[0], f_hat, atol=1e-5
         )
@@ -140,10 +140,10 @@ def test_confidence_decides_what_stays():
     trace = {}
     for noise in (0.0, 50.0):
         trace[noise] = Trace()
-        draw_scales(
+        sample_scales(
             Stub(scales),
             PARAMS,
-            picture_keys(jax.random.key(0), 3),
+            image_keys(jax.random.key(0), 3),
             jnp.zeros(3, jnp.int32),
             Draw(guided=False, noisy_confidence=noise > 0),
             Strength(confidence_noise=noise),
@@ -162,10 +162,10 @@ def test_smooth_codes_approach_the_tokens_at_the_last_scale():
     scales = ScaleList((1, 2, 4))
     model = Stub(scales)
     trace = Trace()
-    f_hat, tokens = draw_scales(
+    f_hat, tokens = sample_scales(
         model,
         PARAMS,
-        picture_keys(jax.random.key(0), 3),
+        image_keys(jax.random.key(0), 3),
         jnp.zeros(3, jnp.int32),
         Draw(guided=False, smooth=True),
         Strength(),

@@ -12,14 +12,14 @@ from hmar_jax.cli import main as cli
 from hmar_jax.families.hmar import flops
 from hmar_jax.families.hmar.next_scale_task import NextScaleTask
 from hmar_jax.io import checkpoints
-from hmar_jax.pipeline import load_parts
+from hmar_jax.pipeline import load_spec_and_params
 from hmar_jax.training import loop, state
 from hmar_jax.training.metrics import Mean
 from tests import tiny
 
 
 def tiny_transformer(run):
-    return load_parts(str(run))[0].transformer
+    return load_spec_and_params(str(run))[0].transformer
 
 
 class Task:
@@ -120,12 +120,12 @@ def test_a_run_skips_what_is_not_finite_and_stops_after_ten_in_a_row(tmp_path, m
 
     step, saved = checkpoints.load_params_of_run(tmp_path / "run", "ema_params", "skipped")
     assert step == 40 and saved["skipped"] == 2
-    _, parts = load_parts(str(tmp_path / "run"))
+    _, parts = load_spec_and_params(str(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, parts["transformer"], saved["ema_params"])
     losses = {x["step"]: x["validation/loss"] for x in lines if "validation/loss" in x}
     best, found = checkpoints.load_params_of_run(tmp_path / "run", averaged=True, checkpoint="best")
     assert losses[best] == min(losses.values())
-    _, parts = load_parts(str(tmp_path / "run"), "best")
+    _, parts = load_spec_and_params(str(tmp_path / "run"), "best")
     jax.tree.map(np.testing.assert_array_equal, parts["transformer"], found["params"])
     assert not np.array_equal(
         saved["params"]["head"]["kernel"], saved["ema_params"]["head"]["kernel"]

@@ -45,7 +45,7 @@ def test_encoder(published, z):
     assert relative(run(tokenizer, params, images, method="features"), channels_last(z["f"])) < 2e-4
 
 
-def test_tokens_from_pictures(published, z):
+def test_tokens_from_images(published, z):
     tokenizer, params = published
     tokens = run(tokenizer, params, channels_last(z["images"]), method="encode")
     assert np.array_equal(tokens, z["tokens_BL"])
@@ -167,7 +167,7 @@ def test_rests_without_quantizing_explain_everything():
     tokenizer = Tokenizer(dataclasses.replace(SMALL, phi_ratio=0.0))
     f = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
     params = jax.jit(tokenizer.init)(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
-    z = run(tokenizer, params, f, method=lambda t, f: t.quantizer.unquantized_rests(f))
+    z = run(tokenizer, params, f, method=lambda t, f: t.quantizer.unquantized_residuals(f))
     scales = SMALL.scale_list
     h = [
         run(tokenizer, params, z[:, scales.slice(k)], method=lambda t, c, k=k: t.residual(c, k))

@@ -39,13 +39,15 @@ def experiment():
     return build_experiment(tiny.config_of(tiny.train_tokenizer("unused")))
 
 
-def make_state(task, step, pictures, last_hit):
+def make_state(task, step, images_seen, last_hit):
     """A state of random numbers; no network is run."""
     rng = np.random.default_rng(0)
     draw = lambda x: jnp.asarray(rng.normal(size=x.shape) + 5, x.dtype)  # so that no number is 0
     state = jax.tree.map(draw, jax.eval_shape(task.init, KEY))
     return state.replace(
-        step=jnp.int32(step), pictures=jnp.int32(pictures), last_hit=jnp.array(last_hit, jnp.int32)
+        step=jnp.int32(step),
+        images_seen=jnp.int32(images_seen),
+        last_hit=jnp.array(last_hit, jnp.int32),
     )
 
 
@@ -62,7 +64,7 @@ def moments(state):
 
 def without_codebook(state):
     """All the numbers that reviving must leave alone."""
-    tree = (state.params, state.opt_state, state.step, state.pictures)
+    tree = (state.params, state.opt_state, state.step, state.images_seen)
     return [
         x for path, x in jax.tree_util.tree_leaves_with_path(tree) if "codebook" not in str(path)
     ]
@@ -101,7 +103,7 @@ def test_drawn_entries_are_residuals_of_the_features():
     f = jax.random.normal(jax.random.key(1), (3, 2, 2, 3))
     drawn = task._draw_codebook(state, f, KEY)
     rests = task.model.apply(
-        {"params": state.params}, f, method=lambda t, f: t.quantizer.unquantized_rests(f)
+        {"params": state.params}, f, method=lambda t, f: t.quantizer.unquantized_residuals(f)
     )
     distances = np.linalg.norm(
         drawn.params["quantizer"]["codebook"][:, None] - rests.reshape(-1, 3), axis=-1
@@ -121,7 +123,7 @@ def test_dead_entries_are_replaced_by_current_residuals():
     task = TokenizerTask(
         TINY, steps=1000, batch_size=2, unquantized_steps=5, revive_every=10, revive_after=100
     )
-    # Entry 0: hit by scale 0 just now. 1: by scale 1 exactly 100 pictures ago. 2: 101 pictures ago. 3: never.
+    # Entry 0: hit by scale 0 just now. 1: by scale 1 exactly 100 images ago. 2: 101 images ago. 3: never.
     last_hit = [[500, 0, 399, -(2**30)], [0, 400, 0, -(2**30)]]
     state = make_state(task, 100, 500, last_hit)
     z = 100 + jax.random.normal(jax.random.key(1), (3, 5, 3))
@@ -144,7 +146,7 @@ def test_dead_entries_are_replaced_by_current_residuals():
 
 
 @pytest.mark.parametrize(
-    "step, why", [(101, "not a multiple of revive_every"), (50, "drawn less than 100 pictures ago")]
+    "step, why", [(101, "not a multiple of revive_every"), (50, "drawn less than 100 images ago")]
 )
 def test_nothing_is_revived_out_of_time(step, why):
     task = TokenizerTask(
@@ -157,9 +159,9 @@ def test_nothing_is_revived_out_of_time(step, why):
         assert np.array_equal(a, b)
 
 
-def test_usage_counts_the_last_pictures_of_each_scale():
+def test_usage_counts_the_last_images_of_each_scale():
     task = TokenizerTask(TINY, steps=10, batch_size=2, usage_window=100)
-    # Pictures 401 to 500 are the last 100. Scale 0 used entries 0 and 1 of 4, scale 1 used 1, 2 and 3; all were used.
+    # Images 401 to 500 are the last 100. Scale 0 used entries 0 and 1 of 4, scale 1 used 1, 2 and 3; all were used.
     state = make_state(task, 8, 500, [[500, 401, 400, 0], [-(2**30), 450, 499, 402]])
     assert {k: float(v) for k, v in task.usage(state).items()} == {
         "usage/1x1": 0.5,
@@ -199,10 +201,7 @@ def network(tmp_path_factory):
 
 BATCH = {
     "image": np.stack(
-        [
-            tiny.picture(label, np.random.default_rng(label), tiny.SIDE)
-            for label in (0, 1, 2, 0, 1, 2)
-        ]
+        [tiny.image(label, np.random.default_rng(label), tiny.SIDE) for label in (0, 1, 2, 0, 1, 2)]
     )
 }
 WITH_BOTH = dict(
@@ -282,15 +281,15 @@ def test_the_command_takes_the_network_by_name(network):
     )
     built = build_experiment(config)
     assert built.task.perceptual_weight == 0.5 and built.task.discriminator.num_layers == 1
-    pictures = jnp.asarray(BATCH["image"] / 127.5 - 1, jnp.float32)
-    assert (perceptual_distance(*built.extra, pictures, pictures[::-1]) > 0).any()
+    real_images = jnp.asarray(BATCH["image"] / 127.5 - 1, jnp.float32)
+    assert (perceptual_distance(*built.extra, real_images, real_images[::-1]) > 0).any()
 
 
 # Evaluation
 
 
 def test_evaluation_leaves_padding_out(experiment):
-    """Means over the pictures marked valid, whatever the others are."""
+    """Means over the images marked valid, whatever the others are."""
     state = jax.jit(experiment.task.init)(KEY)
     step = jax.jit(experiment.task.eval_step)
     valid = np.array([True, True, False, True, False, False])
@@ -303,4 +302,4 @@ def test_evaluation_leaves_padding_out(experiment):
 def test_psnr():
     a = jnp.zeros((4, 4, 3))
     assert np.isclose(psnr(a + 0.2, a), 20.0, atol=1e-4)  # the range is 2: 10 log10(4 / 0.04)
-    assert np.isclose(psnr(a, a), 10 * np.log10(4e10), rtol=1e-5)  # equal pictures: finite
+    assert np.isclose(psnr(a, a), 10 * np.log10(4e10), rtol=1e-5)  # equal images: finite

@@ -24,7 +24,7 @@ import pytest
 from hmar_jax.autoencoders.vq import Tokenizer, fingerprint
 from hmar_jax.cli import main as cli
 from hmar_jax.data.encoding import count_unfinished, write_token_set
-from hmar_jax.data.loader import Transform, derive_seed, restore_state, state_to_bytes
+from hmar_jax.data.loader import Transform, derive_seed, loader_state_to_bytes, restore_loader_state
 from hmar_jax.data.records import (
     SplitInfo,
     TokenSetInfo,
@@ -36,11 +36,11 @@ from hmar_jax.data.records import (
     record_bytes,
     unpack,
 )
-from hmar_jax.data.sources import BrokenPicture
+from hmar_jax.data.sources import ImageDecodeError
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io.checkpoints import save_model
-from hmar_jax.pipeline import load_parts
+from hmar_jax.pipeline import load_spec_and_params
 from tests import tiny
 
 SCALES, SIDE = (1, 2, 3), 4
@@ -68,7 +68,7 @@ class Pictures:
     def __getitem__(self, index):
         time.sleep(self.slow)
         if index in self.broken:
-            raise BrokenPicture(f"{index}.jpg", "truncated")
+            raise ImageDecodeError(f"{index}.jpg", "truncated")
         return {
             "image": np.random.default_rng(index).integers(0, 256, (6, 7, 3), dtype=np.uint8),
             "label": index % 2,
@@ -178,7 +178,7 @@ def test_imagenet_fits_in_3_gb_a_crop(tmp_path):
 # Writing
 
 
-def test_a_token_set_holds_every_crop_of_every_picture(tmp_path):
+def test_a_token_set_holds_every_crop_of_every_image(tmp_path):
     made = write(tmp_path / "set")
     assert made.complete and read_info(tmp_path / "set") == made
     train, validate = (open_tokens(tmp_path / "set", split) for split in ("train", "validate"))
@@ -369,7 +369,7 @@ def test_files_that_cannot_grow_as_on_a_full_disk(tmp_path):
     assert write(tmp_path / "set", n=2000, changes={"shard_size": 1000}).complete
 
 
-def test_broken_pictures_are_left_out_and_named(tmp_path):
+def test_broken_images_are_left_out_and_named(tmp_path):
     made = write(tmp_path / "set", broken=(7, 17))
     assert [entry[:2] for entry in made.splits["train"].broken] == [(7, "7.jpg"), (17, "17.jpg")]
     train = open_tokens(tmp_path / "set")
@@ -389,7 +389,7 @@ def test_broken_pictures_are_left_out_and_named(tmp_path):
     )
 
 
-def test_too_many_broken_pictures_stop_it_and_what_is_done_stays(tmp_path):
+def test_too_many_broken_images_stop_it_and_what_is_done_stays(tmp_path):
     broken = tuple(range(30, 41))
     with pytest.raises(
         InputError,
@@ -462,7 +462,7 @@ def identify(source, batch):
     return [known[tuple(row)] for row in batch["tokens"]]
 
 
-def test_every_picture_once_an_epoch_and_crops_take_turns(tokens):
+def test_every_image_once_an_epoch_and_crops_take_turns(tokens):
     loader = iter(make_token_loader(tokens, batch_size=10, seed=0))
     epochs = [[row for _ in range(5) for row in identify(tokens, next(loader))] for _ in range(3)]
     for epoch in epochs:
@@ -511,10 +511,10 @@ def test_the_loaders_state_restores_its_batches(tokens, in_memory):
     first = iter(make_token_loader(source, batch_size=8, seed=0, threads=2))
     for _ in range(9):
         next(first)
-    saved = state_to_bytes(first)
+    saved = loader_state_to_bytes(first)
     assert json.loads(saved) == {"next_index": 9}  # as a loader of pictures has it
     second = iter(make_token_loader(tokens, batch_size=8, seed=0))
-    restore_state(second, saved)
+    restore_loader_state(second, saved)
     for _ in range(4):
         np.testing.assert_array_equal(next(second)["tokens"], next(first)["tokens"])
 
@@ -558,7 +558,7 @@ def command(out, *more, tokenizer=None):
     return [
         "tokenize",
         f"--tokenizer={tokenizer or tiny.tokenizer_run()}",
-        f"--data=folder:{tiny.pictures()}",
+        f"--data=folder:{tiny.images()}",
         f"--out={out}",
         "--crops=2",
         "--transform=random_crop",
@@ -569,7 +569,7 @@ def command(out, *more, tokenizer=None):
 
 
 def test_tokenize(made, capsys):
-    spec, params = load_parts(str(tiny.tokenizer_run()))
+    spec, params = load_spec_and_params(str(tiny.tokenizer_run()))
     info = read_info(made)
     assert info.complete and info.fingerprint == fingerprint(spec.tokenizer, params["tokenizer"])
     assert info.class_names == tiny.CLASSES and info.scales == (1, 2)
@@ -623,7 +623,9 @@ def test_both_stages_from_tokens_on_disk_and_in_memory(made, tmp_path):
             )
             == 0
         )
-        (_, whole), (_, memory) = (load_parts(str(tmp_path / name)) for name in ("whole", "memory"))
+        (_, whole), (_, memory) = (
+            load_spec_and_params(str(tmp_path / name)) for name in ("whole", "memory")
+        )
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(memory)):
         np.testing.assert_array_equal(a, b)
     assert len(list((tmp_path / "masked" / "samples").iterdir())) == 1
@@ -637,7 +639,7 @@ def test_both_stages_from_tokens_on_disk_and_in_memory(made, tmp_path):
 def other_tokenizer(tmp_path_factory):
     """The tiny tokenizer with one number changed."""
     directory = tmp_path_factory.mktemp("tokenizer") / "other"
-    spec, params = load_parts(str(tiny.tokenizer_run()))
+    spec, params = load_spec_and_params(str(tiny.tokenizer_run()))
     params["tokenizer"]["quantizer"]["codebook"] = np.array(
         params["tokenizer"]["quantizer"]["codebook"]
     )
@@ -669,7 +671,7 @@ def test_tokens_of_another_tokenizer(made, other_tokenizer, tmp_path, capsys):
 
 def test_bad_input(made, tmp_path, capsys):
     flat = tmp_path / "flat"
-    shutil.copytree(tiny.pictures() / "train" / "circle", flat)
+    shutil.copytree(tiny.images() / "train" / "circle", flat)
     run, tokenizer = tmp_path / "run", tiny.tokenizer_run()
     for arguments, message in (
         (
@@ -691,7 +693,7 @@ def test_bad_input(made, tmp_path, capsys):
         ),
         (
             tiny.train(run, data__source=f"tokens:{made}", batch_size=37),
-            "batch_size=37: .* has 36 pictures",
+            "batch_size=37: .* has 36 images",
         ),
         (command(run, "--splits=test"), "--splits=test: train, validate or both"),
         (command(run, "--transform=crop"), "unknown transform kind 'crop'"),
@@ -707,7 +709,7 @@ def test_bad_input(made, tmp_path, capsys):
 
 
 def test_the_fingerprint_tells_what_decides_tokens():
-    spec, params = load_parts("digits")
+    spec, params = load_spec_and_params("digits")
     config, params = spec.tokenizer, params["tokenizer"]
     known = fingerprint(config, params)
     assert len(known) == 16

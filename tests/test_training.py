@@ -19,7 +19,7 @@ from hmar_jax.cli import main as cli
 from hmar_jax.data import loader
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io import checkpoints
-from hmar_jax.pipeline import load_parts
+from hmar_jax.pipeline import load_spec_and_params
 from hmar_jax.training import loop, metrics
 from tests import tiny
 
@@ -143,9 +143,9 @@ def test_stage_2_learns_and_nothing_else_changes():
     by_tenth = [validation[-1][f"validation/{name}"] for name in tenths]
     assert np.isclose(np.mean(by_tenth), validation[-1]["validation/loss"], rtol=1e-4)
 
-    spec, params = load_parts(str(tiny.masked_run()))
+    spec, params = load_spec_and_params(str(tiny.masked_run()))
     assert spec.masked_depth == 1 and spec.kind == "HMAR, next-scale and masked prediction"
-    _, stage1 = load_parts(str(tiny.model_run()))
+    _, stage1 = load_spec_and_params(str(tiny.model_run()))
     for part in ("tokenizer", "transformer"):
         for a, b in zip(jax.tree.leaves(params[part]), jax.tree.leaves(stage1[part]), strict=True):
             assert np.array_equal(a, b), part
@@ -237,10 +237,10 @@ def test_goes_on_with_tokens_made_beforehand():
     config = tiny.config_of(tiny.train("unused", data__cached_copies=2))
     batches = iter(build_experiment(config).loader())
     first = [next(batches) for _ in range(7)]
-    state = loader.state_to_bytes(batches)
+    state = loader.loader_state_to_bytes(batches)
     wanted = [next(batches) for _ in range(12)]  # beyond an epoch of 72 rows
     again = iter(build_experiment(config).loader())
-    loader.restore_state(again, state)
+    loader.restore_loader_state(again, state)
     for batch in wanted:
         found = next(again)
         assert all(np.array_equal(found[name], batch[name]) for name in ("tokens", "label"))

@@ -1,4 +1,4 @@
-"""Tiny pictures and the three runs on them that many tests share, made once a test run through the real command line.
+"""Tiny images and the three runs on them that many tests share, made once a test run through the real command line.
 
 Nearly all their time is compilation, so every run here uses one compilation cache, which processes that the tests start
 share too: `cached` for this process, ENVIRONMENT for others.
@@ -115,7 +115,7 @@ def cached():
         log.handlers, log.level, log.propagate = handlers, level, propagate
 
 
-def picture(label: int, rng: np.random.Generator, side: int = 10) -> np.ndarray:
+def image(label: int, rng: np.random.Generator, side: int = 10) -> np.ndarray:
     """A noisy circle, cross or set of stripes, uint8 (side, side, 3)."""
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
     shape = (
@@ -127,14 +127,14 @@ def picture(label: int, rng: np.random.Generator, side: int = 10) -> np.ndarray:
 
 
 @made_once
-def pictures(root: pathlib.Path) -> None:
-    """A folder for --config.data.source=folder:… with three classes, 12 pictures each to train and 3 to validate."""
+def images(root: pathlib.Path) -> None:
+    """A folder for --config.data.source=folder:… with three classes, 12 images each to train and 3 to validate."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("validate", 3)):
         for label, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(picture(label, rng)).save(root / split / name / f"{i}.png")
+                Image.fromarray(image(label, rng)).save(root / split / name / f"{i}.png")
 
 
 def overrides(values: dict) -> list[str]:
@@ -143,7 +143,7 @@ def overrides(values: dict) -> list[str]:
 
 def train_tokenizer(workdir, **changes) -> list[str]:
     """Arguments of the command; a change's dots are written as two underscores."""
-    values = TOKENIZER | {"data.source": f"folder:{pictures()}"} | _dotted(changes)
+    values = TOKENIZER | {"data.source": f"folder:{images()}"} | _dotted(changes)
     return [
         "train-tokenizer",
         "--config=configs/tokenizer.py:digits",
@@ -153,14 +153,14 @@ def train_tokenizer(workdir, **changes) -> list[str]:
 
 
 def train(workdir, **changes) -> list[str]:
-    values = TRANSFORMER | {"data.source": f"folder:{pictures()}"} | _dotted(changes)
+    values = TRANSFORMER | {"data.source": f"folder:{images()}"} | _dotted(changes)
     if "tokenizer" not in values:
         values["tokenizer"] = tokenizer_run()
     return ["train", "--config=configs/hmar.py:digits", f"--workdir={workdir}", *overrides(values)]
 
 
 def train_masked(workdir, **changes) -> list[str]:
-    values = MASKED | {"data.source": f"folder:{pictures()}"} | _dotted(changes)
+    values = MASKED | {"data.source": f"folder:{images()}"} | _dotted(changes)
     if "init_from" not in values:
         values["init_from"] = model_run()
     return [

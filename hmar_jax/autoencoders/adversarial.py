@@ -5,7 +5,7 @@ weight of VQGAN (arXiv 2012.09841, equations 6 and 7): the adversarial loss is s
 its gradient is as long as that of the reconstruction loss.
 
 A training step needs the two gradients apart there, and only there. Differentiate both losses with respect to the
-pictures, which does not touch the decoder, and pull them back:
+images, which does not touch the decoder, and pull them back:
 
     images, pull_back = jax.vjp(paint, params)  # paint(params) -> images (B, h, w, 3)
     rec = jax.grad(reconstruction_loss)(images)  # (B, h, w, 3)
@@ -16,7 +16,7 @@ pictures, which does not touch the decoder, and pull them back:
 
 Under jit, the weight costs one backward convolution for each loss: of the first two pull-backs XLA drops all that
 leads to other parameters, and the third is needed anyway (tests/test_adversarial.py counts). Outside jit it costs two
-backward passes. Losses that do not see the pictures (the quantizer's) are further outputs of paint: their cotangent
+backward passes. Losses that do not see the images (the quantizer's) are further outputs of paint: their cotangent
 is 0 in `last`, and their weight in the third.
 """
 

@@ -1,13 +1,13 @@
-"""Patch discriminator: real or painted, answered for every patch of a picture.
+"""Patch discriminator: real or painted, answered for every patch of a image.
 
 The PatchGAN of pix2pix (arXiv 1611.07004, sections 3.2.2 and 6.1), which VQGAN (arXiv 2012.09841) trains its
-tokenizer with. It judges texture; the whole picture is the reconstruction loss's business. Used in training only,
+tokenizer with. It judges texture; the whole image is the reconstruction loss's business. Used in training only,
 with the losses in training/adversarial.py.
 
-Differs from the paper in the normalisation, which is GroupNorm instead of BatchNorm. GroupNorm looks at one picture
-at a time: there are no running statistics to keep or save, real and painted pictures may share a call or not, and no
+Differs from the paper in the normalisation, which is GroupNorm instead of BatchNorm. GroupNorm looks at one image
+at a time: there are no running statistics to keep or save, real and painted images may share a call or not, and no
 shard of a batch asks another for its statistics. The price is that a patch's logit knows, through the normalisation,
-a little of its whole picture.
+a little of its whole image.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ class PatchDiscriminator(nn.Module):
         """(B, h, w, 3) in [-1, 1] -> logits (B, h', w', 1) float32, h' = floor(h / 2^num_layers) - 2; high means real.
 
         Raises:
-          InputError: groups do not divide the channels, or the pictures are too small for num_layers.
+          InputError: groups do not divide the channels, or the images are too small for num_layers.
         """
         self._check(min(images.shape[1:3]))
         x = nn.leaky_relu(
@@ -75,6 +75,6 @@ class PatchDiscriminator(nn.Module):
         needed = 3 * 2**self.num_layers  # each of the two last convolutions takes one off the side
         if side < needed:
             raise InputError(
-                f"pictures of side {side} are too small for num_layers={self.num_layers}: "
+                f"images of side {side} are too small for num_layers={self.num_layers}: "
                 f"it needs side {needed} or more"
             )

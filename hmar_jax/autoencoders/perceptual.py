@@ -1,6 +1,6 @@
-"""Perceptual distance of pictures, by the features of a network that you bring.
+"""Perceptual distance of images, by the features of a network that you bring.
 
-LPIPS (arXiv 1801.03924, section 3, equation 1): both pictures go through a classifier; at some of its layers the
+LPIPS (arXiv 1801.03924, section 3, equation 1): both images go through a classifier; at some of its layers the
 features are scaled to unit length over the channels, subtracted, squared, weighted by channel, averaged over
 positions; the layers are summed. The weights are not ours to ship, so they come from an .npz file with these arrays,
 i = 0..n-1, j = 0..taps-1:
@@ -10,7 +10,7 @@ i = 0..n-1, j = 0..taps-1:
     taps            (taps,) int      convolutions after whose ReLU features are compared, ascending
     pools           (pools,) int     convolutions before which a 2x2 max pool of stride 2 stands, ascending; or empty
     lin{j}          (C_j,)           weights of tap j's channels, not negative; without any lin, every weight is 1 / C_j
-    shift, scale    (3,) each        pictures x in [-1, 1] enter as (x - shift) / scale
+    shift, scale    (3,) each        images x in [-1, 1] enter as (x - shift) / scale
 
 LPIPS with VGG16, from torchvision's weights and the linear weights that its authors publish (vgg.pth, version 0.1):
 
@@ -64,7 +64,7 @@ class PerceptualNetwork:
 
     @property
     def min_side(self) -> int:
-        """Pixels of the smallest picture that every pool can halve."""
+        """Pixels of the smallest image that every pool can halve."""
         return 2 ** sum(i <= self.taps[-1] for i in self.pools)
 
 
@@ -148,7 +148,7 @@ def load_perceptual(path: str | os.PathLike) -> PerceptualNetwork:
 
 
 def perceptual_distance(network: PerceptualNetwork, x, y):
-    """The distance of each pair of pictures: 0 for equal ones, else positive unless the features agree.
+    """The distance of each pair of images: 0 for equal ones, else positive unless the features agree.
 
     Args:
       x, y: (B, h, w, 3) in [-1, 1]; symmetric. Each takes its own forward pass, so a target costs no backward pass.
@@ -157,15 +157,15 @@ def perceptual_distance(network: PerceptualNetwork, x, y):
       (B,) float32.
 
     Raises:
-      InputError: the shapes differ, or the pictures are too small for the network's pools.
+      InputError: the shapes differ, or the images are too small for the network's pools.
     """
     if x.shape != y.shape:
         raise InputError(
-            f"pictures of shapes {x.shape} and {y.shape} have no distance: they must be equal"
+            f"images of shapes {x.shape} and {y.shape} have no distance: they must be equal"
         )
     if min(x.shape[1:3]) < network.min_side:
         raise InputError(
-            f"pictures of side {min(x.shape[1:3])} are too small for the pools of the perceptual network: "
+            f"images of side {min(x.shape[1:3])} are too small for the pools of the perceptual network: "
             f"it needs side {network.min_side} or more"
         )
     distance = 0.0

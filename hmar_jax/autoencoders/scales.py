@@ -1,6 +1,6 @@
 """Scale lists: the sides of the token grids, and everything that follows from them alone.
 
-HMAR (arXiv 2506.04421) and VAR (arXiv 2404.02905) describe a picture by K grids of tokens, from 1x1 up to SxS. All that
+HMAR (arXiv 2506.04421) and VAR (arXiv 2404.02905) describe a image by K grids of tokens, from 1x1 up to SxS. All that
 depends on the list of sides only (offsets, level ids, resize matrices, which residual convolution a scale uses) is plain
 Python and numpy here, computed once and constant under jit.
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from hmar_jax.errors import InputError
 
-# The published lists, by the side of the picture they are for at 16 pixels a token.
+# The published lists, by the side of the image they are for at 16 pixels a token.
 PUBLISHED_SIDES = {
     256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),

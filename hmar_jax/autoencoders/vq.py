@@ -1,10 +1,10 @@
-"""Multi-scale residual VQ-VAE: pictures to K grids of tokens and back.
+"""Multi-scale residual VQ-VAE: images to K grids of tokens and back.
 
 VAR's tokenizer (arXiv 2404.02905, section 3.2 and algorithms 1 and 2), which HMAR uses unchanged. A convolutional encoder
 gives features f; the residual quantizer explains f scale by scale, coarse to fine; a decoder paints the sum of what all
 scales explain.
 
-Letters: B pictures, h w sides of a picture, S side of the features, Z channels of the code, V codebook entries, K scales,
+Letters: B images, h w sides of a image, S side of the features, Z channels of the code, V codebook entries, K scales,
 l tokens of one scale, L tokens of all. Arrays are channels-last; the published code is channels-first.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from hmar_jax.autoencoders.scales import ScaleList
 from hmar_jax.errors import InputError
-from hmar_jax.parallel.sharding import by_picture
+from hmar_jax.parallel.sharding import constrain_batch
 
 # The quantizer picks tokens by small differences of distances: never in TF32 or bfloat16.
 _EXACT = jax.lax.Precision.HIGHEST
@@ -88,7 +88,7 @@ class Quantized(NamedTuple):
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 (...) in 0..255 to float32 (...) in [-1, 1], the range of all pictures in the networks."""
+    """uint8 (...) in 0..255 to float32 (...) in [-1, 1], the range of all images in the networks."""
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -147,7 +147,7 @@ def group_norm(groups, name, dtype):
     # Not the fast variance E[x^2] - E[x]^2: it cancels in float32.
     norm = nn.GroupNorm(groups, epsilon=1e-6, name=name, dtype=dtype, use_fast_variance=False)
     # A kernel that is divided by channels would leave pieces of groups on each device, and gradients would be copied about.
-    return lambda x: norm(by_picture(x))
+    return lambda x: norm(constrain_batch(x))
 
 
 def fold(x, patch: int):
@@ -301,7 +301,7 @@ class Quantizer(nn.Module):
             f_hats.append(f_hat)
         return Quantized(jnp.concatenate(tokens, 1), jnp.stack(f_hats), jnp.concatenate(zs, 1))
 
-    def unquantized_rests(self, f):
+    def unquantized_residuals(self, f):
         """f (B, S, S, Z) -> (B, L, Z): the vectors each scale would be given if nothing were lost by quantizing.
 
         What a codebook is best initialised from, before there is one.
@@ -373,7 +373,7 @@ class Tokenizer(nn.Module):
         ).astype(jnp.float32)
 
     def decode(self, tokens):
-        """tokens (B, L) -> pictures (B, h, w, 3) in [-1, 1]."""
+        """tokens (B, L) -> images (B, h, w, 3) in [-1, 1]."""
         return self.paint(self.quantizer.f_hats(tokens)[-1]).clip(-1, 1)
 
     def transformer_inputs(self, tokens):
@@ -397,7 +397,7 @@ class Tokenizer(nn.Module):
 
 
 def without_encoder(params: dict) -> dict:
-    """The parameters that are left to do once pictures are tokens: the quantizer's and the decoder's."""
+    """The parameters that are left to do once images are tokens: the quantizer's and the decoder's."""
     return {
         part: values for part, values in params.items() if part not in ("encoder", "quant_conv")
     }

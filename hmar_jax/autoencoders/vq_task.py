@@ -5,7 +5,7 @@ codebook alive, which neither paper spells out: the encoder first trains without
 the residuals that the encoder gives at every scale; from then on entries that no scale has used for a while are replaced by
 current residuals.
 
-Letters: B pictures, h w sides, S side of the features, Z channels, V entries, K scales, L tokens.
+Letters: B images, h w sides, S side of the features, Z channels, V entries, K scales, L tokens.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from hmar_jax.autoencoders.discriminator import PatchDiscriminator
 from hmar_jax.autoencoders.perceptual import PerceptualNetwork, perceptual_distance
 from hmar_jax.autoencoders.vq import PARTITION_RULES, Tokenizer, TokenizerConfig, to_float
 from hmar_jax.autoencoders.vq_losses import quantizer_loss, straight_through
-from hmar_jax.parallel.sharding import Rules, by_picture, like_parameters
+from hmar_jax.parallel.sharding import Rules, constrain_batch, constrain_like_params
 from hmar_jax.training.metrics import Mean
 from hmar_jax.training.optimizer import adamw, lr_schedule
 from hmar_jax.training.state import TrainState
 
-_NEVER = -(2**30)  # pictures ago: an entry that was never hit
+_NEVER = -(2**30)  # images ago: an entry that was never hit
 
 
 @flax.struct.dataclass
@@ -37,8 +37,8 @@ class TokenizerState(TrainState):
     discriminator_opt_state: Any
     last_hit: (
         jax.Array
-    )  # (K, V) int32: how many pictures had been seen when scale k last used the entry
-    pictures: jax.Array  # () int32, pictures seen
+    )  # (K, V) int32: how many images had been seen when scale k last used the entry
+    images_seen: jax.Array  # () int32, images seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +67,13 @@ class TokenizerTask:
     discriminator_learning_rate: float = 1e-4
     unquantized_steps: int = 100  # before the codebook is drawn from data, 1 or more
     revive_every: int = 20  # steps; 0 never
-    revive_after: int = 2000  # pictures without a hit at any scale
-    usage_window: int = 10000  # pictures over which usage is reported
+    revive_after: int = 2000  # images without a hit at any scale
+    usage_window: int = 10000  # images over which usage is reported
 
     partition_rules: ClassVar[Rules] = PARTITION_RULES
 
     @property
-    def flops_per_picture(self) -> None:
+    def flops_per_image(self) -> None:
         """Not counted: convolutions of many shapes."""
 
     @property
@@ -118,7 +118,7 @@ class TokenizerTask:
             last_hit=jnp.full(
                 (len(self.tokenizer.scales), self.tokenizer.vocab_size), _NEVER, jnp.int32
             ),
-            pictures=jnp.zeros((), jnp.int32),
+            images_seen=jnp.zeros((), jnp.int32),
         )
 
     def train_step(
@@ -138,7 +138,7 @@ class TokenizerTask:
         Returns:
           The next state and scalar metrics.
         """
-        images = by_picture(to_float(batch["image"]))  # (B, h, w, 3) in [-1, 1]
+        images = constrain_batch(to_float(batch["image"]))  # (B, h, w, 3) in [-1, 1]
         dropout_key, draw_key, revive_key = jax.random.split(jax.random.fold_in(rng, state.step), 3)
         quantizing = (state.step >= self.unquantized_steps).astype(jnp.float32)
 
@@ -147,7 +147,7 @@ class TokenizerTask:
             state.params,
             has_aux=True,
         )
-        (reconstruction, metrics), to_picture = jax.value_and_grad(
+        (reconstruction, metrics), to_image = jax.value_and_grad(
             self._reconstruction_loss, has_aux=True
         )(painted, images, perceptual)
         metrics |= {
@@ -155,21 +155,21 @@ class TokenizerTask:
             "quantizer_loss": codebook,
         }
         if self.discriminator:
-            more, to_picture = self._adversarial(state, painted, to_picture, pull_back)
+            more, to_image = self._adversarial(state, painted, to_image, pull_back)
             metrics |= more
-        (grads,) = pull_back((to_picture, quantizing * self.quantizer_weight))
-        grads = like_parameters(grads, self.partition_rules)
+        (grads,) = pull_back((to_image, quantizing * self.quantizer_weight))
+        grads = constrain_like_params(grads, self.partition_rules)
         updates, opt_state = self.optimizer().update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
-        pictures = state.pictures + images.shape[0]
-        last_hit = self._hits(state.last_hit, quantized.tokens, pictures)
+        images_seen = state.images_seen + images.shape[0]
+        last_hit = self._hits(state.last_hit, quantized.tokens, images_seen)
         new = state.replace(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
             last_hit=last_hit,
-            pictures=pictures,
+            images_seen=images_seen,
         )
         if self.discriminator:
             new, more = self._discriminator_step(new, images, painted)
@@ -182,7 +182,7 @@ class TokenizerTask:
         return new, metrics | self.usage(new)
 
     def _forward(self, params, images, quantizing, dropout_key):
-        """Pictures (B, h, w, 3) and the quantizer's loss, both of which have gradients; features and tokens beside."""
+        """Images (B, h, w, 3) and the quantizer's loss, both of which have gradients; features and tokens beside."""
         apply = lambda *args, **kw: self.model.apply(
             {"params": params}, *args, rngs={"dropout": dropout_key}, **kw
         )
@@ -204,8 +204,8 @@ class TokenizerTask:
             loss, metrics["perceptual"] = loss + self.perceptual_weight * distance, distance
         return loss, metrics
 
-    def _adversarial(self, state, painted, to_picture, pull_back):
-        """Adds the generator's gradient to that of the reconstruction, both at the picture (B, h, w, 3).
+    def _adversarial(self, state, painted, to_image, pull_back):
+        """Adds the generator's gradient to that of the reconstruction, both at the image (B, h, w, 3).
 
         Its weight makes both equally long at the decoder's last kernel (VQGAN, equation 7).
         """
@@ -216,12 +216,12 @@ class TokenizerTask:
         at_last_kernel = lambda cotangent: pull_back((cotangent, 0.0))[0]["decoder"]["conv_out"][
             "kernel"
         ]
-        weight = adversarial.adaptive_weight(at_last_kernel(to_picture), at_last_kernel(gradient))
+        weight = adversarial.adaptive_weight(at_last_kernel(to_image), at_last_kernel(gradient))
         active = (state.step >= self.adversarial_start) * self.adversarial_weight
         return {
             "adversarial": loss,
             "adaptive_weight": weight,
-        }, to_picture + active * weight * gradient
+        }, to_image + active * weight * gradient
 
     def _discriminator_step(self, state, images, painted):
         def loss(params):
@@ -238,16 +238,16 @@ class TokenizerTask:
             "discriminator_grad_norm": optax.global_norm(grads),
         }
 
-    def _hits(self, last_hit, tokens, pictures):
+    def _hits(self, last_hit, tokens, images_seen):
         """Marks the entries that each scale used in this batch; tokens (B, L)."""
         scales = self.tokenizer.scale_list
         for k in range(scales.num_scales):
-            last_hit = last_hit.at[k, tokens[:, scales.slice(k)].ravel()].set(pictures)
+            last_hit = last_hit.at[k, tokens[:, scales.slice(k)].ravel()].set(images_seen)
         return last_hit
 
     def usage(self, state: TokenizerState) -> dict[str, jax.Array]:
-        """Share of the entries that each scale used over the last `usage_window` pictures, and that any scale used."""
-        recent = state.last_hit > state.pictures - self.usage_window  # (K, V)
+        """Share of the entries that each scale used over the last `usage_window` images, and that any scale used."""
+        recent = state.last_hit > state.images_seen - self.usage_window  # (K, V)
         per_scale = {
             f"usage/{side}x{side}": recent[k].mean() for k, side in enumerate(self.tokenizer.scales)
         }
@@ -258,7 +258,9 @@ class TokenizerTask:
 
         def draw():
             rests = self.model.apply(
-                {"params": state.params}, f, method=lambda t, f: t.quantizer.unquantized_rests(f)
+                {"params": state.params},
+                f,
+                method=lambda t, f: t.quantizer.unquantized_residuals(f),
             )  # (B, L, Z)
             return self._with_codebook(
                 state, self._pick(rests, key), jnp.ones(self.tokenizer.vocab_size, bool)
@@ -267,19 +269,19 @@ class TokenizerTask:
         return jax.lax.cond(state.step == self.unquantized_steps, draw, lambda: state)
 
     def _revive(self, state, z, key):
-        """Replaces entries without a hit for `revive_after` pictures by residuals of this batch, z (B, L, Z)."""
-        idle = state.pictures - state.last_hit.max(0)  # (V,)
+        """Replaces entries without a hit for `revive_after` images by residuals of this batch, z (B, L, Z)."""
+        idle = state.images_seen - state.last_hit.max(0)  # (V,)
         since_draw = (state.step - self.unquantized_steps) * self.batch_size
         due = (state.step % self.revive_every == 0) & (since_draw > self.revive_after)
         dead = due & (idle > self.revive_after)
-        fresh = state.replace(last_hit=jnp.where(dead, state.pictures, state.last_hit))
+        fresh = state.replace(last_hit=jnp.where(dead, state.images_seen, state.last_hit))
         fresh = jax.lax.cond(
             due, lambda: self._with_codebook(fresh, self._pick(z, key), dead), lambda: state
         )
         return fresh, dead.sum()
 
     def _pick(self, z, key):
-        """V vectors out of (B, L, Z): every scale has the same chance, then every picture and position of it."""
+        """V vectors out of (B, L, Z): every scale has the same chance, then every image and position of it."""
         scales, entries = self.tokenizer.scale_list, self.tokenizer.vocab_size
         keys = jax.random.split(key, 3)
         k = jax.random.randint(keys[0], (entries,), 0, scales.num_scales)
@@ -311,7 +313,7 @@ class TokenizerTask:
         batch: dict[str, jax.Array],
         perceptual: PerceptualNetwork | None = None,
     ) -> dict[str, Mean]:
-        """Means over the pictures marked valid: {"l1", "l2", "psnr"}, and "loss", the weighted l1 and l2 alone."""
+        """Means over the images marked valid: {"l1", "l2", "psnr"}, and "loss", the weighted l1 and l2 alone."""
         del perceptual
         images = to_float(batch["image"])
         painted = self.reconstruct(state, batch["image"])
@@ -339,10 +341,10 @@ class TokenizerTask:
         ).clip(-1, 1)
 
     def samples(self, state: TokenizerState, images) -> tuple[jax.Array, jax.Array]:
-        """What is shown while training: pictures and their reconstructions, both (B, h, w, 3) in [-1, 1]."""
+        """What is shown while training: images and their reconstructions, both (B, h, w, 3) in [-1, 1]."""
         return to_float(images), self.reconstruct(state, images)
 
 
 def psnr(painted, images):
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
     return 10 * jnp.log10(4 / jnp.mean((painted.clip(-1, 1) - images) ** 2).clip(1e-10))

@@ -39,7 +39,7 @@ def plan(args, overrides) -> int:
     else:
         print(plan.report(found))
         if args.json:
-            files.write_by_rename(args.json, json.dumps(found.to_json(), indent=1) + "\n")
+            files.write_atomically(args.json, json.dumps(found.to_json(), indent=1) + "\n")
     return 0 if found.fits else 1
 
 
@@ -56,7 +56,7 @@ def _config(args, overrides):
 
 def train(args, overrides) -> None:
     """Begins a run, or goes on with it: `train` and `train-tokenizer`."""
-    _keep_freed_memory()
+    _retain_freed_memory()
     config = _config(args, overrides)
     commands = {"tokenizer": "train-tokenizer", "next_scale": "train", "masked": "train"}
     task = config.get("task")
@@ -68,7 +68,7 @@ def train(args, overrides) -> None:
     from hmar_jax.parallel import processes
 
     processes.initialize(args.coordinator, args.num_processes, args.process_id, args.local_devices)
-    if not processes.is_first():
+    if not processes.is_primary():
         TERMINAL.setLevel(logging.WARNING)
     from hmar_jax.experiment import build_experiment
     from hmar_jax.training import loop
@@ -78,16 +78,18 @@ def train(args, overrides) -> None:
         experiment = build_experiment(config, args.workdir)
     except InputError as e:
         error = e
-    processes.raise_together(error)  # where one cannot begin, the others should not wait for it
+    processes.raise_on_all_processes(
+        error
+    )  # where one cannot begin, the others should not wait for it
     step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
-    if processes.is_first():
+    if processes.is_primary():
         print(
             f"{args.workdir}: {task} run "
             + ("complete" if step == steps else f"stopped at step {step} of {steps}")
         )
 
 
-def _keep_freed_memory() -> None:
+def _retain_freed_memory() -> None:
     """Tells glibc to keep what a step frees for the next one.
 
     XLA's CPU backend allocates its temporaries anew each step. By default glibc gives such sizes back to the system at once, and
@@ -106,7 +108,7 @@ def _keep_freed_memory() -> None:
 
 def tokenize(args) -> None:
     """Turns a data set into a token set, or goes on with it."""
-    _keep_freed_memory()
+    _retain_freed_memory()
     import jax
 
     from hmar_jax import pipeline
@@ -120,7 +122,7 @@ def tokenize(args) -> None:
         raise InputError(f"--splits={args.splits}: train, validate or both are wanted")
     if args.part is None:
         processes.initialize()
-    spec, params = pipeline.load_parts(args.tokenizer)
+    spec, params = pipeline.load_spec_and_params(args.tokenizer)
     config = dataclasses.replace(spec.tokenizer, **({"dtype": args.dtype} if args.dtype else {}))
     transform = Transform(
         config.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip
@@ -165,7 +167,7 @@ def tokenize(args) -> None:
         )
         return
     told = [
-        f"{split.pictures - len(split.broken)} pictures to {name}"
+        f"{split.images - len(split.broken)} images to {name}"
         + (f" in {split.crops} crops" if split.crops > 1 else "")
         + (f" ({len(split.broken)} could not be read)" if split.broken else "")
         for name, split in info.splits.items()
@@ -177,7 +179,7 @@ def tokenize(args) -> None:
 
 
 def sample(args) -> None:
-    """Draws pictures of classes into a .png file, and their arrays into an .npz file."""
+    """Draws images of classes into a .png file, and their arrays into an .npz file."""
     from hmar_jax.io import files
 
     for path in filter(None, (args.out, args.npz)):
@@ -245,15 +247,15 @@ def sample(args) -> None:
             labels=ids,
             tokens=np.asarray(drawn[0][1]),
         )
-        files.write_by_rename(args.npz, arrays.getvalue())
+        files.write_atomically(args.npz, arrays.getvalue())
     print(
-        f"{args.out}: {images.shape[0] * len(ids)} pictures of {len(classes)} classes"
+        f"{args.out}: {images.shape[0] * len(ids)} images of {len(classes)} classes"
         + (f"; {args.npz}" if args.npz else "")
     )
 
 
 def edit(args) -> None:
-    """Draws new content into a part of a picture."""
+    """Draws new content into a part of a image."""
     from hmar_jax.io import files
 
     for path in filter(None, (args.out, args.show)):
@@ -268,26 +270,26 @@ def edit(args) -> None:
     from hmar_jax.families.hmar import editing
     from hmar_jax.io import image_grid
 
-    image = _read_picture("--image", args.image)  # uint8 (h, w, 3)
+    image = _read_image("--image", args.image)  # uint8 (h, w, 3)
     if args.box:
-        hole = editing.box_hole(args.box, *image.shape[:2])
+        hole = editing.box_mask(args.box, *image.shape[:2])
     else:
-        mask = _read_picture("--mask", args.mask)
+        mask = _read_image("--mask", args.mask)
         if mask.shape != image.shape:
             raise InputError(
-                f"mask {args.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, the picture {image.shape[1]} x {image.shape[0]}: "
-                "one of the picture's size is wanted"
+                f"mask {args.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, the image {image.shape[1]} x {image.shape[0]}: "
+                "one of the image's size is wanted"
             )
         hole = mask.mean(-1) >= 128
     if args.mode == "outpaint":
         hole = ~hole
     if not hole.any():
         raise InputError(
-            "the box is the whole picture: nothing around it is left to be made new"
+            "the box is the whole image: nothing around it is left to be made new"
             if args.box
             else f"mask {args.mask} selects nothing: white (128 and above) is wanted where "
             + (
-                "the picture stays, and black elsewhere"
+                "the image stays, and black elsewhere"
                 if args.mode == "outpaint"
                 else "new content goes"
             )
@@ -314,8 +316,8 @@ def edit(args) -> None:
     _write_png(args.out, Image.fromarray((edited * 255).round().astype(np.uint8)))
     if args.show:
         side = edited.shape[0]
-        before = pipeline.resize_picture(image / np.float32(255), side)
-        shown = editing.resize_hole(hole[None], side)[0]
+        before = pipeline.resize_image(image / np.float32(255), side)
+        shown = editing.resize_mask(hole[None], side)[0]
         sheet = np.stack([before, np.repeat(shown[..., None], 3, -1), edited])
         _write_png(args.show, image_grid.draw(sheet, columns=3, titles=["before", "mask", "after"]))
     print(args.out + (f"; {args.show}" if args.show else ""))
@@ -334,30 +336,30 @@ def _sampling_options(args) -> dict:
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
-def _write_png(path: str, picture) -> None:
+def _write_png(path: str, image) -> None:
     import io
 
     from hmar_jax.io import files
 
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    files.write_by_rename(path, buffer.getvalue())
+    image.save(buffer, format="PNG")
+    files.write_atomically(path, buffer.getvalue())
 
 
-def _read_picture(option: str, path: str):
+def _read_image(option: str, path: str):
     """uint8 (h, w, 3)"""
-    from hmar_jax.data.sources import BrokenPicture, decode_picture
+    from hmar_jax.data.sources import ImageDecodeError, decode_image
 
     if not os.path.isfile(path):
         raise InputError(f"{option} {path}: no such file")
     try:
-        return decode_picture(path)
-    except BrokenPicture as e:
-        raise InputError(f"{option} {path}: cannot be read as a picture ({e.reason})") from None
+        return decode_image(path)
+    except ImageDecodeError as e:
+        raise InputError(f"{option} {path}: cannot be read as a image ({e.reason})") from None
 
 
 def evaluate(args) -> None:
-    """Judges samples beside real pictures."""
+    """Judges samples beside real images."""
     from hmar_jax.io import files
 
     if args.json:
@@ -388,7 +390,7 @@ def evaluate(args) -> None:
     )
     report = digit_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
     if args.json:
-        files.write_by_rename(args.json, json.dumps(report, indent=1) + "\n")
+        files.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
     print(format_report(report))
 
 
@@ -396,7 +398,7 @@ def info(args) -> None:
     """Prints what a model is."""
     from hmar_jax import pipeline
 
-    spec, params = pipeline.load_parts(args.model, args.checkpoint)
+    spec, params = pipeline.load_spec_and_params(args.model, args.checkpoint)
     import jax
 
     count = lambda part: sum(x.size for x in jax.tree.leaves(params.get(part, {})))
@@ -404,7 +406,7 @@ def info(args) -> None:
     scales = t.scale_list
     lines = [
         ("model", f"{args.model}: {spec.kind}"),
-        ("pictures", f"{t.image_side} x {t.image_side} pixels, {scales.length} tokens"),
+        ("images", f"{t.image_side} x {t.image_side} pixels, {scales.length} tokens"),
         ("scales", ", ".join(f"{s}x{s}" for s in scales.sides)),
         (
             "tokenizer",
@@ -460,7 +462,7 @@ def convert(args) -> None:
     checkpoints.check_new_model(args.out)
     scales = ScaleList.parse(args.scales).sides if args.scales else None
     try:
-        spec, params = pipeline.torch_parts(
+        spec, params = pipeline.convert_torch_files(
             args.torch,
             tokenizer=args.tokenizer,
             masked=args.masked,
@@ -483,7 +485,7 @@ def export(args) -> None:
     from hmar_jax.io import checkpoints
 
     checkpoints.check_new_model(args.out)
-    spec, params = pipeline.load_parts(args.model, args.checkpoint)
+    spec, params = pipeline.load_spec_and_params(args.model, args.checkpoint)
     if args.licence is not None:
         spec = dataclasses.replace(spec, licence=args.licence)
     if args.half:

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "tokenize",
         commands.tokenize,
         "turn a data set into tokens, for training from tokens:DIR",
-        "hmar tokenize --tokenizer=runs/tokenizer --data=folder:PICTURES --crops=4 --out=tokens\n\n"
+        "hmar tokenize --tokenizer=runs/tokenizer --data=folder:IMAGES --crops=4 --out=tokens\n\n"
         "Killed at any moment, the same command goes on; on a finished set, more --crops are added.",
     )
     sub.add_argument(
@@ -95,12 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         "--crops",
         type=_positive,
         default=1,
-        help="random crops of each training picture (default 1); epochs take turns with them",
+        help="random crops of each training image (default 1); epochs take turns with them",
     )
     sub.add_argument(
         "--splits",
         default="train,validate",
-        help="default train,validate; a validation picture has its centre crop alone",
+        help="default train,validate; a validation image has its centre crop alone",
     )
     sub.add_argument(
         "--transform",
@@ -129,17 +129,15 @@ def _parser() -> argparse.ArgumentParser:
         "--batch_size",
         type=_positive,
         default=64,
-        help="pictures encoded at once, on all devices together (default 64)",
+        help="images encoded at once, on all devices together (default 64)",
     )
     sub.add_argument(
         "--shard_size",
         type=_positive,
         default=8192,
-        help="pictures in a file, which is what a kill can cost (default 8192)",
+        help="images in a file, which is what a kill can cost (default 8192)",
     )
-    sub.add_argument(
-        "--threads", type=_positive, default=2, help="that read pictures (default 2) …"
-    )
+    sub.add_argument("--threads", type=_positive, default=2, help="that read images (default 2) …")
     sub.add_argument(
         "--workers",
         type=_whole,
@@ -234,14 +232,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "sample",
         commands.sample,
-        "draw pictures of classes",
+        "draw images of classes",
         "hmar sample --model=digits --classes=0,3,7 --n=8 --out=grid.png",
     )
     _model(sub)
     sub.add_argument(
         "--classes", default=None, help="ids or names, separated by commas (default: the first ten)"
     )
-    sub.add_argument("--n", type=_positive, default=8, help="pictures of each class (default 8)")
+    sub.add_argument("--n", type=_positive, default=8, help="images of each class (default 8)")
     _strength(sub, several_schedules=True)
     _manner(sub)
     sub.add_argument("--seed", type=_seed, default=0)
@@ -261,24 +259,24 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "edit",
         commands.edit,
-        "draw new content into a part of a picture, without training",
+        "draw new content into a part of a image, without training",
         "hmar edit --model=digits --image=seven.png --box=0,11,32,21 --class=7 --out=edited.png --show=before_and_after.png",
     )
     _model(sub)
     sub.add_argument(
         "--image",
         required=True,
-        help="a picture file; one of another size than the model's is resized",
+        help="a image file; one of another size than the model's is resized",
     )
     where = sub.add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--box",
         type=_box,
         default=None,
-        help="x0,y0,x1,y1 in pixels of the picture, x1 and y1 the first outside",
+        help="x0,y0,x1,y1 in pixels of the image, x1 and y1 the first outside",
     )
     where.add_argument(
-        "--mask", default=None, help="a picture file of the same size, white where new content goes"
+        "--mask", default=None, help="a image file of the same size, white where new content goes"
     )
     sub.add_argument(
         "--mode",
@@ -318,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     _strength(sub)
     _manner(sub)
     sub.add_argument("--seed", type=_seed, default=0)
-    sub.add_argument("--out", type=_output, required=True, help="a .png file: the edited picture")
+    sub.add_argument("--out", type=_output, required=True, help="a .png file: the edited image")
     sub.add_argument(
         "--show",
         type=_output,
@@ -329,14 +327,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "evaluate",
         commands.evaluate,
-        "judge samples against real pictures",
+        "judge samples against real images",
         "hmar evaluate --model=digits --reference=digits --features=classifier",
     )
     _model(sub)
     sub.add_argument(
         "--reference",
         default="digits",
-        help="the data set of real pictures: digits, folder:DIR, tfds:NAME (default digits)",
+        help="the data set of real images: digits, folder:DIR, tfds:NAME (default digits)",
     )
     sub.add_argument(
         "--features",
@@ -456,7 +454,7 @@ def _manner(sub) -> None:
     sub.add_argument(
         "--smooth",
         action="store_true",
-        help="mixtures of tokens: smoother pictures, to look at and not to measure",
+        help="mixtures of tokens: smoother images, to look at and not to measure",
     )
 
 

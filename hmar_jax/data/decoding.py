@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-class BrokenPicture(Exception):
+class ImageDecodeError(Exception):
     """A picture that cannot be decoded. Attributes: `path` (str; which picture) and `reason` (str; one line)."""
 
     def __init__(self, path: str, reason: str):
@@ -18,7 +18,7 @@ class BrokenPicture(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode_picture(
+def decode_image(
     file: str | BinaryIO, decode_side: int | None = None, path: str | None = None
 ) -> np.ndarray:
     """Decodes any picture that PIL reads to RGB.
@@ -35,7 +35,7 @@ def decode_picture(
       uint8 (h, w, 3).
 
     Raises:
-      BrokenPicture: it cannot be decoded completely.
+      ImageDecodeError: it cannot be decoded completely.
     """
     try:
         with Image.open(file) as picture:
@@ -50,7 +50,7 @@ def decode_picture(
         reason = " ".join(str(error).split()) or type(error).__name__
         if path is None:
             path = str(file)
-        raise BrokenPicture(path, reason) from error
+        raise ImageDecodeError(path, reason) from error
 
 
 def _upright(picture: Image.Image) -> Image.Image:

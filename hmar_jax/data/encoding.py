@@ -38,9 +38,9 @@ from hmar_jax.data.records import (
     pack,
     read_info,
 )
-from hmar_jax.data.sources import BrokenPicture, Source
+from hmar_jax.data.sources import ImageDecodeError, Source
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import absolute, is_local, read_json, write_by_rename
+from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def make_encoder(
 ):
     """`encode` as `write_token_set` takes it, a batch divided among the devices, and its batch size, rounded up to fit."""
     mesh = Mesh(np.array(devices), ("data",))
-    by_picture, whole = (
+    constrain_batch, whole = (
         NamedSharding(mesh, PartitionSpec("data")),
         NamedSharding(mesh, PartitionSpec()),
     )
@@ -158,8 +158,8 @@ def make_encoder(
         lambda known, images: Tokenizer(config).apply(
             {"params": known}, to_float(images), method="encode"
         ),
-        in_shardings=(whole, by_picture),
-        out_shardings=by_picture,
+        in_shardings=(whole, constrain_batch),
+        out_shardings=constrain_batch,
     )
     return (lambda images: run(known, images)), -(-batch_size // len(devices)) * len(devices)
 
@@ -333,7 +333,7 @@ def count_unfinished(directory: os.PathLike | str, info: TokenSetInfo) -> tuple[
 
 
 def _write_info(folder: epath.Path, info: TokenSetInfo) -> None:
-    write_by_rename(folder / INFO_FILE, json.dumps(info.to_json(), indent=1) + "\n")
+    write_atomically(folder / INFO_FILE, json.dumps(info.to_json(), indent=1) + "\n")
 
 
 def _note_path(folder: epath.Path, shard: Shard) -> epath.Path:
@@ -371,7 +371,7 @@ def _is_finished(folder: epath.Path, shard: Shard, source: Source, verify: bool)
 def _reads(source: Source, index: int) -> bool:
     try:
         source[index]
-    except BrokenPicture:
+    except ImageDecodeError:
         return False
     return True
 
@@ -455,7 +455,7 @@ def _reason(source: Source, index: int) -> tuple[int, str, str]:
     """The picture may have been read by another process: what is wrong with it is found out again."""
     try:
         source[index]
-    except BrokenPicture as error:
+    except ImageDecodeError as error:
         return index, error.path, error.reason
     return index, f"{source.name}[{index}]", "was unreadable once, and is readable now"
 
@@ -481,7 +481,7 @@ def _records(
             picture, crop = int(pictures[position]), int(crops[position])
             try:
                 example = source[picture]
-            except BrokenPicture:
+            except ImageDecodeError:
                 pass
             else:
                 rng = np.random.default_rng([crop_seed, crop, picture]) if random else None
@@ -559,7 +559,7 @@ class _ShardWriter:
             os.replace(self._temporary, target)
         else:
             epath.Path(self._temporary).copy(target, overwrite=True)
-        write_by_rename(_note_path(self._folder, self._shard), json.dumps(note) + "\n")
+        write_atomically(_note_path(self._folder, self._shard), json.dumps(note) + "\n")
 
     def _read_back(self) -> None:
         reader = array_record_module.ArrayRecordReader(self._temporary)

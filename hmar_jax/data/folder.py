@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from etils import epath
 
-from hmar_jax.data.decoding import BrokenPicture, decode_picture
+from hmar_jax.data.decoding import ImageDecodeError, decode_image
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import is_local
 
@@ -49,9 +49,9 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         path = os.path.join(self.root, self.files[index])
         if is_local(path):
-            image = decode_picture(path, self.decode_side)
+            image = decode_image(path, self.decode_side)
         else:
-            image = decode_picture(_fetch(path), self.decode_side, path)
+            image = decode_image(_fetch(path), self.decode_side, path)
         return {"image": image, "label": int(self.labels[index])}
 
 
@@ -60,7 +60,9 @@ def _fetch(path: str) -> BinaryIO:
     try:
         return io.BytesIO(epath.Path(path).read_bytes())
     except OSError as error:
-        raise BrokenPicture(path, " ".join(str(error).split()) or type(error).__name__) from error
+        raise ImageDecodeError(
+            path, " ".join(str(error).split()) or type(error).__name__
+        ) from error
 
 
 def open_folder(root: str, split: str, decode_side: int | None, need_classes: bool) -> FolderSource:

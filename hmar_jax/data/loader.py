@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from hmar_jax.data.sources import BrokenPicture, InMemory, Source
+from hmar_jax.data.sources import ImageDecodeError, InMemory, Source
 from hmar_jax.data.workers import ByProcesses
 from hmar_jax.errors import InputError
 
@@ -151,7 +151,7 @@ def _crop(image: np.ndarray, side: int, rng: np.random.Generator | None) -> np.n
 # Broken pictures
 
 
-class BrokenLog:
+class DecodeErrorLog:
     """The broken pictures met so far, each path once. Loaders may share one; it is safe across threads."""
 
     def __init__(self):
@@ -179,7 +179,7 @@ class _Reader:
 
     def __init__(self, source: Source):
         self.source = source
-        self._broken: dict[int, BrokenPicture] = {}  # by index; not to be decoded again
+        self._broken: dict[int, ImageDecodeError] = {}  # by index; not to be decoded again
 
     def __len__(self) -> int:
         return len(self.source)
@@ -193,7 +193,7 @@ class _Reader:
                 continue
             try:
                 example = self.source[candidate]
-            except BrokenPicture as error:
+            except ImageDecodeError as error:
                 self._broken[candidate] = error
                 continue
             return {
@@ -207,15 +207,15 @@ class _Reader:
             f"{self.source.name}: none of its {len(self)} pictures can be read; the first: {first}"
         )
 
-    def why(self, index: int) -> BrokenPicture:
+    def why(self, index: int) -> ImageDecodeError:
         """What is wrong with a broken picture; read again where another process met it."""
         if index not in self._broken:
             try:
                 self.source[index]
-            except BrokenPicture as error:
+            except ImageDecodeError as error:
                 self._broken[index] = error
             else:
-                self._broken[index] = BrokenPicture(
+                self._broken[index] = ImageDecodeError(
                     f"{self.source.name}[{index}]", "was unreadable once, and is readable now"
                 )
         return self._broken[index]
@@ -227,7 +227,7 @@ class _Watch:
     Pictures may be read in other processes, so a batch says which were broken, and it is told apart here.
     """
 
-    def __init__(self, reader: _Reader, log: BrokenLog | None, share: int):
+    def __init__(self, reader: _Reader, log: DecodeErrorLog | None, share: int):
         self._reader, self._log = reader, log
         self._met: dict[int, str] = {}  # path by index
         self._share = share  # pictures that this shard reads in an epoch
@@ -283,7 +283,7 @@ def make_loader(
     threads: int = 2,
     workers: int = 0,
     pad: bool = True,
-    broken: BrokenLog | None = None,
+    broken: DecodeErrorLog | None = None,
 ) -> grain.IterDataset:
     """Batches of one shard (usually one host) of a source.
 
@@ -293,7 +293,7 @@ def make_loader(
     Validation: one pass in order. All shards give the same number of batches. Batches also have "valid": False for
     the zeros that pad the last batch and for pictures that stand in for broken ones; count only the others.
 
-    The iterator, `iter(loader)`, has Grain's `get_state` and `set_state`; see `state_to_bytes` and `restore_state`.
+    The iterator, `iter(loader)`, has Grain's `get_state` and `set_state`; see `loader_state_to_bytes` and `restore_loader_state`.
 
     Args:
       source: what to read. A broken picture is replaced by the next readable one of the source.
@@ -453,13 +453,13 @@ def derive_seed(seed: int, purpose: int) -> int:
 # State
 
 
-def state_to_bytes(iterator: grain.DatasetIterator) -> bytes:
+def loader_state_to_bytes(iterator: grain.DatasetIterator) -> bytes:
     """Where a loader's iterator is, as JSON: the next batch it will give, whatever has been read ahead."""
     return json.dumps(iterator.get_state()).encode()
 
 
-def restore_state(iterator: grain.DatasetIterator, data: bytes) -> None:
-    """Puts a fresh iterator where `state_to_bytes` was taken; the following batches are bit-identical.
+def restore_loader_state(iterator: grain.DatasetIterator, data: bytes) -> None:
+    """Puts a fresh iterator where `loader_state_to_bytes` was taken; the following batches are bit-identical.
 
     The loader must be made with the same source, transform, seed and global batch (batch_size * shard_count); the
     number of shards may differ.

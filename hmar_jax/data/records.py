@@ -26,7 +26,7 @@ from etils import epath
 
 from hmar_jax.data.loader import check_loader, derive_seed, iterate
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import is_local, read_json, write_by_rename
+from hmar_jax.io.files import is_local, read_json, write_atomically
 
 FORMAT = "hmar_jax tokens 1"
 INFO_FILE, PROGRESS_FOLDER = "tokens.json", "progress"
@@ -354,7 +354,7 @@ def _local_copy(directory: str, info: TokenSetInfo, split: str) -> str:
             raise InputError(
                 f"the token set {directory} is damaged: {shard['file']} has another checksum; hmar tokenize with --verify makes it anew"
             )
-        write_by_rename(target, data)
+        write_atomically(target, data)
     return folder
 
 

@@ -6,7 +6,7 @@ A source is what the pipeline shuffles, shards and batches. Three exist, chosen 
     folder:DIR          a folder of pictures, in the ImageNet layout or without classes
     tfds:NAME[@DIR]     a TensorFlow Datasets data set prepared on disk as array_record
 
-Opening lists file names and nothing else. A file that cannot be read raises `BrokenPicture` when it is asked for; the
+Opening lists file names and nothing else. A file that cannot be read raises `ImageDecodeError` when it is asked for; the
 pipeline replaces it.
 """
 
@@ -21,7 +21,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from hmar_jax.data.decoding import BrokenPicture, decode_picture
+from hmar_jax.data.decoding import ImageDecodeError, decode_image
 from hmar_jax.data.folder import EXTENSIONS, open_folder
 from hmar_jax.errors import InputError
 
@@ -29,11 +29,11 @@ __all__ = [
     "EXTENSIONS",
     "SPLITS",
     "ArraySource",
-    "BrokenPicture",
+    "ImageDecodeError",
     "InMemory",
     "Source",
     "TfdsSource",
-    "decode_picture",
+    "decode_image",
     "open_source",
 ]
 
@@ -52,7 +52,7 @@ class Source(Protocol):
     """Labelled pictures read by index; reading may happen from several threads at once.
 
     `source[i]` is {"image": uint8 (h, w, 3), RGB at the picture's native size, "label": int in [0, num_classes)} and
-    raises `BrokenPicture` if picture i cannot be decoded.
+    raises `ImageDecodeError` if picture i cannot be decoded.
     """
 
     name: str
@@ -205,7 +205,7 @@ class TfdsSource:
         record = self.records[index]
         path = f"{self.name}/{self.split}[{index}]"
         return {
-            "image": decode_picture(io.BytesIO(record["image"]), self.decode_side, path),
+            "image": decode_image(io.BytesIO(record["image"]), self.decode_side, path),
             "label": int(record["label"]),
         }
 

@@ -1,8 +1,8 @@
-"""A classifier of real pictures, and the Fréchet distance over its features.
+"""A classifier of real images, and the Fréchet distance over its features.
 
-It is fitted on real training pictures and never sees a sample, so how often it reads a sample as the class that was
+It is fitted on real training images and never sees a sample, so how often it reads a sample as the class that was
 asked for says whether the model draws what it is told to. It is a support vector machine on 8x8 block means: no
-download, a second to fit, and right on 98.3 % of the held-out digits (354 of 360). Pictures whose classes differ in
+download, a second to fit, and right on 98.3 % of the held-out digits (354 of 360). Images whose classes differ in
 finer detail need a network.
 """
 
@@ -21,11 +21,11 @@ _SLACK = 1e-3  # how far a float pixel may lie outside [0, 1]: a resize or a hal
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def to_pixels(images: np.ndarray, name: str = "images") -> np.ndarray:
-    """Pictures as bytes, the form in which all figures are taken: a float picture is rounded as if saved as PNG.
+    """Images as bytes, the form in which all figures are taken: a float image is rounded as if saved as PNG.
 
     Args:
       images: (N, h, w, 3), uint8 in 0..255 or floating-point in [0, 1]. JAX arrays are accepted.
@@ -35,12 +35,12 @@ def to_pixels(images: np.ndarray, name: str = "images") -> np.ndarray:
       uint8 (N, h, w, 3).
 
     Raises:
-      InputError: another shape or type, no pictures, a pixel that is not finite, or a float pixel outside [0, 1].
+      InputError: another shape or type, no images, a pixel that is not finite, or a float pixel outside [0, 1].
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise InputError(
-            f"{name} have shape {images.shape}: wanted (N, h, w, 3) with at least one picture"
+            f"{name} have shape {images.shape}: wanted (N, h, w, 3) with at least one image"
         )
     if images.dtype == np.uint8:
         return images
@@ -65,7 +65,7 @@ def to_labels(labels: np.ndarray, count: int, name: str = "labels") -> np.ndarra
     """
     labels = np.asarray(labels)
     if labels.shape != (count,):
-        raise InputError(f"{name} have shape {labels.shape}: wanted ({count},), one a picture")
+        raise InputError(f"{name} have shape {labels.shape}: wanted ({count},), one a image")
     if labels.dtype.kind not in "iu" or labels.min() < 0:
         raise InputError(f"{name} must be whole numbers from 0 upwards")
     return labels.astype(np.int64)
@@ -75,19 +75,19 @@ def read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """A whole source, decoded.
 
     Returns:
-      uint8 (N, h, w, 3) pictures and int64 (N,) labels.
+      uint8 (N, h, w, 3) images and int64 (N,) labels.
 
     Raises:
-      InputError: it is empty, or its pictures differ in size.
-      BrokenPicture: a picture cannot be decoded.
+      InputError: it is empty, or its images differ in size.
+      ImageDecodeError: a image cannot be decoded.
     """
     examples = [source[i] for i in range(len(source))]
     if not examples:
-        raise InputError(f"{source.name} has no pictures")
+        raise InputError(f"{source.name} has no images")
     shapes = sorted({example["image"].shape[:2] for example in examples})
     if len(shapes) > 1:
         raise InputError(
-            f"the pictures of {source.name} differ in size ({shapes[0]}, {shapes[-1]}): wanted one size"
+            f"the images of {source.name} differ in size ({shapes[0]}, {shapes[-1]}): wanted one size"
         )
     return np.stack([e["image"] for e in examples]), np.array(
         [e["label"] for e in examples], np.int64
@@ -110,7 +110,7 @@ def block_means(images: np.ndarray, grey: bool) -> np.ndarray:
     pixels = to_pixels(images)
     n, h, w, _ = pixels.shape
     if h % BLOCKS or w % BLOCKS:
-        raise InputError(f"the pictures are {h}x{w}: both sides must be multiples of {BLOCKS}")
+        raise InputError(f"the images are {h}x{w}: both sides must be multiples of {BLOCKS}")
     blocks = pixels.reshape(n, BLOCKS, h // BLOCKS, BLOCKS, w // BLOCKS, 3)
     means = blocks.mean((2, 4, 5) if grey else (2, 4), dtype=np.float64)
     return means.reshape(n, -1) / 255
@@ -132,15 +132,15 @@ class Classifier:
 def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Classifier:
     """Fits a support vector machine (RBF kernel, C 10, width "scale") to block means. Deterministic.
 
-    It looks at grey pictures if each training picture is grey (its three channels are equal), otherwise at each
+    It looks at grey images if each training image is grey (its three channels are equal), otherwise at each
     channel.
 
     Args:
-      images: real training pictures, uint8 or [0, 1] floating-point (N, h, w, 3); h and w multiples of 8 pixels.
+      images: real training images, uint8 or [0, 1] floating-point (N, h, w, 3); h and w multiples of 8 pixels.
       labels: int (N,); at least two classes occur.
 
     Raises:
-      InputError: scikit-learn is missing, or the pictures or labels are not as above.
+      InputError: scikit-learn is missing, or the images or labels are not as above.
     """
     try:
         from sklearn.svm import SVC
@@ -153,7 +153,7 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Classifier:
     classes = np.unique(labels)
     if len(classes) < 2:
         raise InputError(
-            f"every training picture has label {classes[0]}: a classifier needs at least two classes"
+            f"every training image has label {classes[0]}: a classifier needs at least two classes"
         )
     grey = bool((pixels == pixels[..., :1]).all())
     svc = SVC(C=_C, kernel="rbf", gamma="scale", decision_function_shape="ovo")
@@ -161,26 +161,26 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Classifier:
 
 
 def read(classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """The labels that the classifier reads: int64 (N,) for pictures as in `fit_classifier`, of any such size."""
+    """The labels that the classifier reads: int64 (N,) for images as in `fit_classifier`, of any such size."""
     return classifier.svc.predict(block_means(images, classifier.grey))
 
 
 def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
-    """The share, in [0, 1], of pictures that are read as their label.
+    """The share, in [0, 1], of images that are read as their label.
 
     Args:
       images: uint8 or [0, 1] floating-point (N, h, w, 3); h and w multiples of 8 pixels.
-      labels: int (N,): what real pictures are, or what samples were asked to be.
+      labels: int (N,): what real images are, or what samples were asked to be.
 
     Raises:
-      InputError: the pictures or labels are not as above, or the classifier was not fitted on one of the labels.
+      InputError: the images or labels are not as above, or the classifier was not fitted on one of the labels.
     """
     images = to_pixels(images)
     labels = to_labels(labels, len(images))
     unknown = np.setdiff1d(labels, classifier.classes)
     if len(unknown):
         raise InputError(
-            f"label {unknown[0]} does not occur among the pictures that the classifier was fitted on"
+            f"label {unknown[0]} does not occur among the images that the classifier was fitted on"
         )
     return float(np.mean(read(classifier, images) == labels))
 
@@ -188,8 +188,8 @@ def accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> 
 def classifier_features(classifier: Classifier, images: np.ndarray) -> np.ndarray:
     """What the classifier decides by: its margins, one for each pair of its C classes.
 
-    A margin is 0 on the border between two classes and 1 or -1 where the training pictures of either mostly begin.
-    Unlike the class that is read, margins also tell a typical picture of a class from a borderline one.
+    A margin is 0 on the border between two classes and 1 or -1 where the training images of either mostly begin.
+    Unlike the class that is read, margins also tell a typical image of a class from a borderline one.
 
     Args:
       images: uint8 or [0, 1] floating-point (N, h, w, 3); h and w multiples of 8 pixels.
@@ -198,7 +198,7 @@ def classifier_features(classifier: Classifier, images: np.ndarray) -> np.ndarra
       float64 (N, C * (C - 1) / 2).
 
     Raises:
-      InputError: the pictures are not as above.
+      InputError: the images are not as above.
     """
     margins = classifier.svc.decision_function(block_means(images, classifier.grey))
     return margins.reshape(len(margins), -1)  # scikit-learn gives (N,) for two classes
@@ -213,7 +213,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), Heusel et al. 2017, arXiv:1706.08500. The trace of
     the root is taken without a root of that product: with any R for which cov = R^T R, the eigenvalues of cov_a cov_b
-    are the squared singular values of R_a R_b^T. Singular covariances and fewer pictures than features are fine.
+    are the squared singular values of R_a R_b^T. Singular covariances and fewer images than features are fine.
 
     Sets of finite size do not reach 0 even if drawn from the same distribution, and smaller sets stay further above:
     compare with sets of equal size.

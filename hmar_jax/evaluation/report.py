@@ -28,43 +28,43 @@ def digit_report(
     held_out: tuple[np.ndarray, np.ndarray],
     seed: int = 0,
 ) -> dict[str, float]:
-    """Judges samples by real pictures alone; any small labelled data set will do, not only digits.
+    """Judges samples by real images alone; any small labelled data set will do, not only digits.
 
-    The classifier is fitted on `train`. Pictures are compared as bytes. Fréchet distances are over its margins, of
-    equally many samples and held-out pictures of each class, averaged over draws as diversity is.
+    The classifier is fitted on `train`. Images are compared as bytes. Fréchet distances are over its margins, of
+    equally many samples and held-out images of each class, averaged over draws as diversity is.
 
     Args:
       samples: uint8 or [0, 1] floating-point (N, h, w, 3); h and w multiples of 8 pixels.
       asked: int (N,), the class that each sample was asked to be; each class at least twice.
-      train: real pictures (M, h, w, 3) that the model was trained on, without augmentation, and their labels (M,).
-      held_out: real pictures (H, h, w, 3) that it was not trained on and labels (H,); two or more of each class.
+      train: real images (M, h, w, 3) that the model was trained on, without augmentation, and their labels (M,).
+      held_out: real images (H, h, w, 3) that it was not trained on and labels (H,); two or more of each class.
       seed: of the draws and of the shuffling.
 
     Returns:
       samples, classes: N, and the number of classes in `asked`;
       read_as_asked: share of the samples that the classifier reads as the class asked for;
-      held_out_accuracy: share of the held-out pictures that it reads correctly;
+      held_out_accuracy: share of the held-out images that it reads correctly;
       shuffled_labels: read_as_asked against randomly permuted `asked`, averaged over 16 permutations, and
       chance: what that should come to, the sum of the squared shares of the classes (0.1 for ten in equal numbers);
       near, near_sample, near_held_out, diversity, diversity_sample, diversity_held_out: as `neighbour_distances`;
-      frechet: of the samples to held-out pictures, and
-      frechet_floor: of real training pictures, in the same number of each class, to held-out pictures.
+      frechet: of the samples to held-out images, and
+      frechet_floor: of real training images, in the same number of each class, to held-out images.
 
     Raises:
       InputError: scikit-learn is missing, or the arrays are not as above.
     """
     train_images, held_images = (
-        to_pixels(train[0], "training pictures"),
-        to_pixels(held_out[0], "held-out pictures"),
+        to_pixels(train[0], "training images"),
+        to_pixels(held_out[0], "held-out images"),
     )
     train_labels = to_labels(train[1], len(train_images), "training labels")
     held_labels = to_labels(held_out[1], len(held_images), "held-out labels")
     samples = to_pixels(samples, "samples")
     asked = to_labels(asked, len(samples), "asked-for classes")
-    for what, pictures in (("samples", samples), ("held-out pictures", held_images)):
-        if pictures.shape[1:] != train_images.shape[1:]:
+    for what, images in (("samples", samples), ("held-out images", held_images)):
+        if images.shape[1:] != train_images.shape[1:]:
             raise InputError(
-                f"{what} are {pictures.shape[1:]}, but training pictures are {train_images.shape[1:]}"
+                f"{what} are {images.shape[1:]}, but training images are {train_images.shape[1:]}"
             )
     counts = equal_counts(asked, held_labels)
 
@@ -75,7 +75,7 @@ def digit_report(
     shares = np.bincount(asked) / len(asked)
 
     sets = ((samples, asked), (train_images, train_labels), (held_images, held_labels))
-    features = [classifier_features(classifier, pictures) for pictures, _ in sets]
+    features = [classifier_features(classifier, images) for images, _ in sets]
     to_held_out = []
     for _ in range(DRAWS):
         sample, real, held = (
@@ -117,7 +117,7 @@ def format_report(report: dict[str, float]) -> str:
             "far from chance: the line above cannot be trusted",
         ),
         (
-            "to nearest training picture",
+            "to nearest training image",
             f"{r['near_sample']:.2f}",
             f"{r['near_held_out']:.2f}",
             f"{r['near']:.2f}",
@@ -139,14 +139,14 @@ def format_report(report: dict[str, float]) -> str:
         ),
     ]
     lines = [
-        f"{r['samples']} samples of {r['classes']} classes, beside real pictures that were not trained on"
+        f"{r['samples']} samples of {r['classes']} classes, beside real images that were not trained on"
     ]
     lines += [
         f"{what:<29}{ours:>9}{real:>9}{ratio:>7}   {bad}".rstrip()
         for what, ours, real, ratio, bad in rows
     ]
     lines += [
-        "Shuffled labels stand beside chance; the Frechet distance beside that of real training pictures.",
-        "Distances are Euclidean, pixels in [0, 1]. The classifier is fitted on real training pictures only.",
+        "Shuffled labels stand beside chance; the Frechet distance beside that of real training images.",
+        "Distances are Euclidean, pixels in [0, 1]. The classifier is fitted on real training images only.",
     ]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import absolute, is_local, read_json, write_by_rename
+from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
 
 _log = logging.getLogger(__name__)
 _STATE, _EXTRA = "state", "extra"
@@ -105,8 +105,8 @@ def _write_model(directory: epath.Path, config: str, params: Any, readme: str) -
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         # force: over what a process left that was killed here; in a local directory there is nothing yet
         checkpointer.save(directory / "params", args=ocp.args.PyTreeSave(params), force=True)
-    write_by_rename(directory / "README.md", readme)
-    write_by_rename(directory / "config.json", config)
+    write_atomically(directory / "README.md", readme)
+    write_atomically(directory / "config.json", config)
 
 
 def load_model(directory: os.PathLike | str) -> tuple[dict[str, Any], dict[str, Any]]:

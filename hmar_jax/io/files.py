@@ -28,7 +28,7 @@ def absolute(path: os.PathLike | str) -> epath.Path:
     return epath.Path(os.path.abspath(path) if is_local(path) else path)
 
 
-def write_by_rename(path: os.PathLike | str, data: bytes | str) -> None:
+def write_atomically(path: os.PathLike | str, data: bytes | str) -> None:
     """Writes the file; whoever reads it, and whenever this process dies, finds the old contents or the new ones.
 
     Symbolic links are followed. A device or a pipe (/dev/stdout) is written in place.
@@ -107,7 +107,7 @@ class AppendedFile:
 
 
 def check_writable(path: os.PathLike | str) -> None:
-    """Raises InputError now if `write_by_rename(path, ...)` would fail after an hour of work.
+    """Raises InputError now if `write_atomically(path, ...)` would fail after an hour of work.
 
     A file is created in the folder and removed: permission bits say nothing to root or on a read-only file system.
     Paths in object stores are not checked.

@@ -1,27 +1,27 @@
-"""Pictures side by side, with a label beside each row."""
+"""Images side by side, with a label beside each row."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_GAP = 2  # pixels between pictures
-_MIN_SIDE = 48  # smaller pictures are enlarged by a whole factor, so that they can be seen
+_GAP = 2  # pixels between images
+_MIN_SIDE = 48  # smaller images are enlarged by a whole factor, so that they can be seen
 
 
 def draw(
     images: np.ndarray, columns: int, labels: Sequence[str] = (), titles: Sequence[str] = ()
 ) -> Image.Image:
-    """A grid of pictures, row by row.
+    """A grid of images, row by row.
 
     Args:
       images: (B, h, w, 3) float in [0, 1].
-      columns: pictures in a row.
+      columns: images in a row.
       labels: one a row, written at its left.
       titles: written over equal shares of the columns, which stand a little apart.
 
     Returns:
-      A PIL picture.
+      A PIL image.
     """
     factor = max(1, -(-_MIN_SIDE // images.shape[1]))
     pixels = (np.asarray(images, np.float32).clip(0, 1) * 255).round().astype(np.uint8)
@@ -38,9 +38,9 @@ def draw(
     right = max(x_of(columns - 1) + width + _GAP, left + len(titles) * title_width)
     canvas = Image.new("RGB", (right, top + rows * (height + _GAP)), "white")
     pen = ImageDraw.Draw(canvas)
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         canvas.paste(
-            Image.fromarray(picture), (x_of(i % columns), top + i // columns * (height + _GAP))
+            Image.fromarray(image), (x_of(i % columns), top + i // columns * (height + _GAP))
         )
     for row, label in enumerate(labels):
         pen.text(

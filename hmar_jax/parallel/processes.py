@@ -71,12 +71,12 @@ def initialize(
         ) from error
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
 
 
-def raise_together(error: InputError | None) -> None:
+def raise_on_all_processes(error: InputError | None) -> None:
     """Where any process has an error, all raise the first of them; call it everywhere, with None where all is well."""
     if jax.process_count() == 1:
         if error is not None:
@@ -90,7 +90,7 @@ def raise_together(error: InputError | None) -> None:
             raise InputError(bytes(message[message != 0]).decode(errors="replace"))
 
 
-class StopSignal:
+class StopRequest:
     """Whether SIGTERM came, to this process or, for all at the same step, to any of them: the run saves and ends well."""
 
     def __init__(self):

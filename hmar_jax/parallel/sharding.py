@@ -1,11 +1,11 @@
-"""Where arrays lie: one mesh of devices, rules that divide parameters by their names, batches divided by picture.
+"""Where arrays lie: one mesh of devices, rules that divide parameters by their names, batches divided by image.
 
 The mesh has three axes. Over "data" parameters are copied; over "fsdp" they are divided and gathered where they are used
 (ZeRO, arXiv 1910.02054; PyTorch's FSDP, arXiv 2304.11277); over "tensor" a layer's heads and hidden units are divided
-(Megatron-LM, arXiv 1909.08053). Pictures are divided over "data" and "fsdp". XLA's partitioner makes a program for the mesh
+(Megatron-LM, arXiv 1909.08053). Images are divided over "data" and "fsdp". XLA's partitioner makes a program for the mesh
 out of one that is written for one device; what it must be told is here. A model offers its rules; nothing here knows a model.
 
-Letters: B pictures, l tokens, H heads, D head dim.
+Letters: B images, l tokens, H heads, D head dim.
 """
 
 import functools
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from hmar_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the axes that pictures are divided over
+BATCH = ("data", "fsdp")  # the axes that images are divided over
 
 # Ordered (regular expression, axes): the first expression that is found in an array's path, such as
 # "opt_state/1/mu/blocks/block/qkv/kernel", says over which mesh axis, or axes, each of its dimensions is divided.
@@ -127,7 +127,7 @@ def _spec(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | Abstract
 # Inside a program that is traced for a mesh
 
 
-def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+def traced_on_mesh(mesh: Mesh, function: Callable) -> Callable:
     """The function, traced with this mesh around it: for jax.jit, with shardings of the mesh for its arguments."""
 
     @functools.wraps(function)
@@ -146,16 +146,16 @@ def _mesh_around() -> AbstractMesh | None:
     return mesh if divided else None
 
 
-def by_picture(x: jax.Array) -> jax.Array:
-    """(B, …), laid out with the pictures divided and all else copied; as it is without a mesh, or where it does not divide B,
-    as a few pictures that are shown may not."""
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """(B, …), laid out with the images divided and all else copied; as it is without a mesh, or where it does not divide B,
+    as a few images that are shown may not."""
     mesh = _mesh_around()
     if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH):
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH))
 
 
-def like_parameters(tree: Any, rules: Rules) -> Any:
+def constrain_like_params(tree: Any, rules: Rules) -> Any:
     """Gradients, laid out as the rules lay out the parameters of the same names."""
     mesh = _mesh_around()
     if mesh is None:
@@ -168,10 +168,10 @@ def like_parameters(tree: Any, rules: Rules) -> Any:
     )
 
 
-def by_picture_and_head(attend: Callable, *arrays: jax.Array) -> jax.Array:
-    """Calls attend(*arrays), each (B, l, H, D), once a device with the device's own pictures and heads.
+def map_over_images_and_heads(attend: Callable, *arrays: jax.Array) -> jax.Array:
+    """Calls attend(*arrays), each (B, l, H, D), once a device with the device's own images and heads.
 
-    The partitioner cannot look into a kernel; attention does nothing across pictures or heads, so none is needed.
+    The partitioner cannot look into a kernel; attention does nothing across images or heads, so none is needed.
     """
     mesh = _mesh_around()
     if mesh is None:
@@ -180,7 +180,7 @@ def by_picture_and_head(attend: Callable, *arrays: jax.Array) -> jax.Array:
     parts = math.prod(mesh.shape[axis] for axis in BATCH)
     if batch % parts or heads % mesh.shape["tensor"]:
         raise InputError(
-            f"{batch} pictures and {heads} heads cannot be divided over the mesh: multiples of {parts} and {mesh.shape['tensor']} "
+            f"{batch} images and {heads} heads cannot be divided over the mesh: multiples of {parts} and {mesh.shape['tensor']} "
             "are wanted"
         )
     spec = P(BATCH, None, "tensor", None)
@@ -201,7 +201,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
-    """How many parts the pictures of a batch are divided into."""
+    """How many parts the images of a batch are divided into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
@@ -220,7 +220,7 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int = 1)
 
 
 def host_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which part of every batch this host reads: (index, count). Hosts that hold the same pictures read the same part.
+    """Which part of every batch this host reads: (index, count). Hosts that hold the same images read the same part.
 
     Raises:
       InputError: the hosts cannot share the batch: it does not divide, or the mesh gives them unequal parts.
@@ -239,7 +239,7 @@ def host_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 
 
 def global_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """The batch of all hosts, of which this one has read its part: arrays (B / hosts, …) -> (B, …), divided by picture."""
+    """The batch of all hosts, of which this one has read its part: arrays (B / hosts, …) -> (B, …), divided by image."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))

@@ -4,7 +4,7 @@ For TPUs the real training step is compiled for the topology by libtpu on the CP
 those of the program that would run. For GPUs, for which nothing can be compiled here, the same is estimated from shapes.
 Times are what the chips' figures allow at best (roofline, Williams et al. 2009); nothing is measured.
 
-Letters: B pictures of a step, L tokens, N blocks, C width.
+Letters: B images of a step, L tokens, N blocks, C width.
 """
 
 import dataclasses
@@ -191,7 +191,7 @@ def make_plan(
         accumulate=accumulate,
         parameters=_count(state.params),
         frozen_parameters=_count(extra),
-        model_flops=(task.flops_per_picture or 0.0) * config.batch_size,
+        model_flops=(task.flops_per_image or 0.0) * config.batch_size,
         step_flops=counted.total,
         memory=memory,
         traffic=traffic,
@@ -207,10 +207,10 @@ def _shapes(config: ConfigDict, stage1: ConfigDict | None) -> tasks.Shapes:
     tokenizer = below = None
     if config.get("tokenizer") or config.get("init_from"):
         from hmar_jax.pipeline import (
-            load_parts,
+            load_spec_and_params,
         )  # not needed otherwise, and it reads parameters
 
-        spec, _ = load_parts(config.get("tokenizer") or config.init_from)
+        spec, _ = load_spec_and_params(config.get("tokenizer") or config.init_from)
         tokenizer, below = spec.tokenizer, spec.transformer
     more = {"num_classes": below.num_classes} if below is not None else {}
     if config.task == "masked" and below is None:
@@ -227,7 +227,7 @@ def _shapes(config: ConfigDict, stage1: ConfigDict | None) -> tasks.Shapes:
         and not source.startswith("tokens:")
         and not config.data.get("cached_copies")
     ):
-        side = shapes.task.tokenizer.image_side  # pictures, which the step encodes
+        side = shapes.task.tokenizer.image_side  # images, which the step encodes
         shapes.batch["image"] = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
         del shapes.batch["tokens"]
     return shapes
@@ -371,13 +371,13 @@ def _estimated(
 
 
 def _encoding(task, batch) -> float:
-    """Bytes while pictures are made into tokens, which is over before blocks begin: a residual block's widest arrays."""
+    """Bytes while images are made into tokens, which is over before blocks begin: a residual block's widest arrays."""
     if "image" not in batch:
         return 0.0
-    tokenizer, (pictures, height, width, _) = task.tokenizer, batch["image"].shape
+    tokenizer, (images, height, width, _) = task.tokenizer, batch["image"].shape
     return (
         3.0
-        * pictures
+        * images
         * height
         * width
         * tokenizer.channels
@@ -387,7 +387,7 @@ def _encoding(task, batch) -> float:
 
 
 def _arguments(task, mesh, state, extra, batch) -> float:
-    """Bytes of one device: parameters, optimizer, what is frozen, its pictures."""
+    """Bytes of one device: parameters, optimizer, what is frozen, its images."""
     rules = task.partition_rules
     return (
         _divided(state, rules, mesh)
@@ -487,7 +487,7 @@ def report(plan: Plan) -> str:
             (
                 "step",
                 f"{_ms(low)} at the very least, {_ms(high)} if nothing overlaps; {plan.batch_size / high:,.0f} to {plan.batch_size / low:,.0f} "
-                "pictures a second (makers' peak figures, which no program reaches)",
+                "images a second (makers' peak figures, which no program reaches)",
             ),
         ]
     share = memory.peak / memory.available

@@ -29,7 +29,7 @@ class Program:
     eval_step: Callable  # (state, batch, *extra) -> {name: Mean}
 
     def batch(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch of all hosts, (B, …) each, divided by picture."""
+        """A batch of all hosts, (B, …) each, divided by image."""
         place = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
@@ -59,7 +59,7 @@ def build(task, mesh: Mesh, extra: tuple = (), ema_decay: float = 0.0) -> Progra
 
     begin = functools.partial(run_state.init, task, ema_decay=ema_decay)
     step = functools.partial(run_state.train_step, task, ema_decay=ema_decay)
-    copied, by_picture = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    copied, constrain_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=copied)
     extra = tuple(shapes(x) for x in extra)
@@ -67,7 +67,10 @@ def build(task, mesh: Mesh, extra: tuple = (), ema_decay: float = 0.0) -> Progra
 
     def compiled(function, *arguments, out, **options):
         return jax.jit(
-            sharding.on_mesh(mesh, function), in_shardings=arguments, out_shardings=out, **options
+            sharding.traced_on_mesh(mesh, function),
+            in_shardings=arguments,
+            out_shardings=out,
+            **options,
         )
 
     frozen = tuple(places(x) for x in extra)
@@ -80,11 +83,11 @@ def build(task, mesh: Mesh, extra: tuple = (), ema_decay: float = 0.0) -> Progra
         train_step=compiled(
             step,
             places(state),
-            by_picture,
+            constrain_batch,
             copied,
             *frozen,
             out=(places(state), copied),
             donate_argnums=0,
         ),
-        eval_step=compiled(task.eval_step, places(state), by_picture, *frozen, out=copied),
+        eval_step=compiled(task.eval_step, places(state), constrain_batch, *frozen, out=copied),
     )

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from hmar_jax import config_files
-from hmar_jax.data.loader import BrokenLog, restore_state, state_to_bytes
+from hmar_jax.data.loader import DecodeErrorLog, loader_state_to_bytes, restore_loader_state
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import Experiment
 from hmar_jax.families.hmar.flops import peak_flops
@@ -51,7 +51,7 @@ def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
       FloatingPointError: the loss or the gradient was not finite for MAX_SKIPPED_IN_ROW steps.
     """
     directory = _prepare_together(workdir, config, experiment)
-    with log_to_file(directory) if processes.is_first() else contextlib.nullcontext():
+    with log_to_file(directory) if processes.is_primary() else contextlib.nullcontext():
         with RunCheckpoints(directory, config.keep_checkpoints, config.keep_best) as checkpoints:
             return _run(config, experiment, directory, checkpoints)
 
@@ -81,21 +81,21 @@ def _run(
 
     batches = iter(experiment.loader())
     if restored is not None:
-        restore_state(batches, restored.extra["data_state"])
-    writer = MetricsWriter(directory, start) if processes.is_first() else None
+        restore_loader_state(batches, restored.extra["data_state"])
+    writer = MetricsWriter(directory, start) if processes.is_primary() else None
     meter, stop = (
         _Meter(config.batch_size, _peak_images_per_second(task, mesh)),
-        processes.StopSignal(),
+        processes.StopRequest(),
     )
     bar = tqdm(
         total=task.steps,
         initial=start,
         desc=config.task,
         unit="step",
-        disable=None if processes.is_first() else True,
+        disable=None if processes.is_primary() else True,
         dynamic_ncols=True,
     )
-    told = 0  # broken pictures already named
+    told = 0  # broken images already named
     try:
         for step in range(start + 1, task.steps + 1):
             with meter.time("waited"):
@@ -115,9 +115,9 @@ def _run(
                     loss = figures.get("validation/loss")
                     _report(writer, bar, step, task.steps, figures)
                 if step % config.sample_every == 0 or last:
-                    picture = experiment.picture(state, sample_key, extra)
-                    if processes.is_first():
-                        _save_picture(picture, directory / "samples" / f"step_{step:06d}.png")
+                    image = experiment.image(state, sample_key, extra)
+                    if processes.is_primary():
+                        _save_image(image, directory / "samples" / f"step_{step:06d}.png")
                 stopped = stop.asked(step)
                 if (
                     step % config.checkpoint_every == 0
@@ -128,7 +128,9 @@ def _run(
                     meter.check()
                     if writer is not None:
                         writer.sync()  # what is before the checkpoint will not be written again
-                    checkpoints.save(step, state, state_to_bytes(batches), validation_loss=loss)
+                    checkpoints.save(
+                        step, state, loader_state_to_bytes(batches), validation_loss=loss
+                    )
             if stopped and not last:
                 LOGGER.info(
                     "stopped by a signal after step %d; the same command goes on from there", step
@@ -144,29 +146,27 @@ def _run(
 
 
 def _peak_images_per_second(task, mesh: Mesh) -> float | None:
-    """Pictures a second at which the devices would do nothing but the step's counted work; None where it is not known."""
+    """Images a second at which the devices would do nothing but the step's counted work; None where it is not known."""
     peaks = [peak_flops(device) for device in mesh.devices.flat]
     return (
-        None
-        if task.flops_per_picture is None or None in peaks
-        else sum(peaks) / task.flops_per_picture
+        None if task.flops_per_image is None or None in peaks else sum(peaks) / task.flops_per_image
     )
 
 
 def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) -> epath.Path:
     """The first process prepares the directory; where it cannot, or another does not see it, all say so."""
     directory, error = files.absolute(workdir), None
-    if processes.is_first():
+    if processes.is_primary():
         try:
             _prepare(workdir, config, experiment)
         except InputError as e:
             error = e
-    processes.raise_together(error)
+    processes.raise_on_all_processes(error)
     if not (directory / "config.json").exists():
         error = InputError(
             f"workdir {workdir} is not seen by host {jax.process_index()}: a directory that all hosts share is wanted, or gs://"
         )
-    processes.raise_together(error)
+    processes.raise_on_all_processes(error)
     return directory
 
 
@@ -196,7 +196,7 @@ def _prepare(workdir: str, config: ConfigDict, experiment: Experiment) -> None:
         raise InputError(f"workdir {workdir} is a file: name a directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        files.write_by_rename(
+        files.write_atomically(
             saved, json.dumps(ours, indent=1, sort_keys=True)
         )  # first: it makes this a run directory
         (directory / "samples").mkdir(exist_ok=True)
@@ -231,22 +231,22 @@ def _report(
         bar.set_postfix_str(", ".join(words))
 
 
-def _report_broken(broken: BrokenLog, told: int) -> int:
-    """Names the pictures that could not be read since the last call; returns how many have been named."""
+def _report_broken(broken: DecodeErrorLog, told: int) -> int:
+    """Names the images that could not be read since the last call; returns how many have been named."""
     items = broken.items
     for path, reason in items[told:]:
         LOGGER.warning("skipped %s: %s", path, reason)
     return len(items)
 
 
-def _save_picture(picture, path: epath.Path) -> None:
+def _save_image(image, path: epath.Path) -> None:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    files.write_by_rename(path, buffer.getvalue())
+    image.save(buffer, format="PNG")
+    files.write_atomically(path, buffer.getvalue())
 
 
 def evaluate(eval_step, state, experiment: Experiment, extra: tuple) -> dict[str, float]:
-    """Means over the validation pictures, names prefixed with "validation/"."""
+    """Means over the validation images, names prefixed with "validation/"."""
     held_out = experiment.validation
     if held_out is None:
         return {}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import tensorboardX
 from etils import epath
 
-from hmar_jax.io.files import AppendedFile, is_local, write_by_rename
+from hmar_jax.io.files import AppendedFile, is_local, write_atomically
 
 LOGGER = logging.getLogger("hmar_jax")
 
@@ -81,7 +81,7 @@ def _drop_after(path: epath.Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    write_by_rename(path, "".join(kept))
+    write_atomically(path, "".join(kept))
 
 
 @contextlib.contextmanager

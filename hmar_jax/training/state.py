@@ -1,6 +1,6 @@
 """The state of a run: what every kind of training has, and the step around a task's own that keeps it sound.
 
-A step whose loss or gradient is not finite changes nothing but the count of steps, so that the next one has other pictures
+A step whose loss or gradient is not finite changes nothing but the count of steps, so that the next one has other images
 and other random numbers. Beside the parameters an exponential moving average of them may be kept (Polyak and Juditsky, 1992).
 """
 

@@ -1,7 +1,7 @@
 """What both stages of a transformer's training share: the optimizer, the state of a run, and what a batch becomes.
 
-HMAR (arXiv 2506.04421) trains its stages with VAR's recipe (arXiv 2404.02905). Letters: B pictures, L tokens, K scales, Z
-channels of the code, h w sides of a picture.
+HMAR (arXiv 2506.04421) trains its stages with VAR's recipe (arXiv 2404.02905). Letters: B images, L tokens, K scales, Z
+channels of the code, h w sides of a image.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import optax
 
 from hmar_jax.autoencoders.vq import Tokenizer, TokenizerConfig, to_float
 from hmar_jax.families.hmar.transformer import PARTITION_RULES, TransformerConfig
-from hmar_jax.parallel.sharding import Rules, by_picture, like_parameters
+from hmar_jax.parallel.sharding import Rules, constrain_batch, constrain_like_params
 from hmar_jax.training.metrics import Mean
 from hmar_jax.training.optimizer import adamw, lr_schedule, wd_schedule
 from hmar_jax.training.state import TrainState
@@ -43,7 +43,7 @@ class TransformerRecipe:
     b2: float = 0.95
     clip: float = 2.0
     label_smoothing: float = 0.0
-    class_dropout: float = 0.1  # share of pictures whose class is replaced by the null class
+    class_dropout: float = 0.1  # share of images whose class is replaced by the null class
     accumulate: int = (
         1  # parts that a batch is cut into, whose gradients are added up one after another
     )
@@ -111,17 +111,17 @@ def gradients(
     gradient = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
         (_, metrics), grads = gradient(params, rows, key)
-        return like_parameters(grads, rules), metrics
+        return constrain_like_params(grads, rules), metrics
 
     def cut(x):  # (B, …) -> (parts, B / parts, …)
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, part):
         part_rows, part_key = part
-        (_, metrics), grads = gradient(params, jax.tree.map(by_picture, part_rows), part_key)
-        return like_parameters(jax.tree.map(jnp.add, total, grads), rules), metrics
+        (_, metrics), grads = gradient(params, jax.tree.map(constrain_batch, part_rows), part_key)
+        return constrain_like_params(jax.tree.map(jnp.add, total, grads), rules), metrics
 
-    zeros = like_parameters(jax.tree.map(jnp.zeros_like, params), rules)
+    zeros = constrain_like_params(jax.tree.map(jnp.zeros_like, params), rules)
     total, metrics = jax.lax.scan(
         add, zeros, (jax.tree.map(cut, rows), jax.random.split(key, parts))
     )

@@ -1,9 +1,9 @@
-"""The whole model that pictures are drawn with: tokenizer, shared base, and the two tails of stages 1 and 2.
+"""The whole model that images are drawn with: tokenizer, shared base, and the two tails of stages 1 and 2.
 
-HMAR (arXiv 2506.04421, section 3.3). Stage 1 predicts a scale from the picture so far; stage 2 predicts some of its tokens
+HMAR (arXiv 2506.04421, section 3.3). Stage 1 predicts a scale from the image so far; stage 2 predicts some of its tokens
 from the others. Both run the same first blocks. The sampler knows nothing else of a model than the methods here.
 
-Letters: B pictures, K scales with l tokens each, S side of the features, Z channels of the code, V codebook entries.
+Letters: B images, K scales with l tokens each, S side of the features, Z channels of the code, V codebook entries.
 """
 
 import dataclasses
@@ -57,11 +57,11 @@ class CombinedModel:
         return self.quantize(params, f, k, method="area")
 
     def residual(self, params, k: int, vectors) -> jax.Array:
-        """What scale k adds to the picture: (B, l, Z) -> (B, S, S, Z)."""
+        """What scale k adds to the image: (B, l, Z) -> (B, S, S, Z)."""
         return self.quantize(params, vectors, k, method="residual")
 
     def paint(self, params, f_hat) -> jax.Array:
-        """(B, S, S, Z) -> pictures (B, h, w, 3) in [0, 1]."""
+        """(B, S, S, Z) -> images (B, h, w, 3) in [0, 1]."""
         return (self.quantize(params, f_hat, method="paint").clip(-1, 1) + 1) / 2
 
     # The transformer's part.
@@ -71,7 +71,7 @@ class CombinedModel:
 
         Args:
           class_ids: (B,) int32.
-          codes: the picture so far on the cells of the scale, (B, l, Z).
+          codes: the image so far on the cells of the scale, (B, l, Z).
           past: what this method returned for scale k - 1 (block-causal models keep keys and values there).
 
         Returns:

@@ -1,9 +1,9 @@
-"""Editing without training: which tokens of a picture stay, what the tokenizer sees of it, and how the parts are joined.
+"""Editing without training: which tokens of a image stay, what the tokenizer sees of it, and how the parts are joined.
 
 The paper shows editing (arXiv 2506.04421) and does not say how; this is MaskGIT's way (arXiv 2202.04200): sampling in which some
 tokens are known. All of this is arithmetic on pixels, on the host.
 
-Letters: B pictures, h w sides of a picture in pixels, K scales with s_k x s_k tokens, L tokens.
+Letters: B images, h w sides of a image in pixels, K scales with s_k x s_k tokens, L tokens.
 """
 
 import numpy as np
@@ -12,10 +12,10 @@ from scipy import ndimage
 from hmar_jax.autoencoders.scales import ScaleList, area_matrix
 from hmar_jax.errors import InputError
 
-COARSE_TOKENS = 4  # scales of at most so many tokens hold the layout of the whole picture, and can be kept as a whole
+COARSE_TOKENS = 4  # scales of at most so many tokens hold the layout of the whole image, and can be kept as a whole
 
 
-def box_hole(box, height: int, width: int) -> np.ndarray:
+def box_mask(box, height: int, width: int) -> np.ndarray:
     """A rectangle as a mask.
 
     Args:
@@ -25,7 +25,7 @@ def box_hole(box, height: int, width: int) -> np.ndarray:
       (height, width) bool, True inside.
 
     Raises:
-      InputError: the box is empty, or not inside the picture.
+      InputError: the box is empty, or not inside the image.
     """
     x0, y0, x1, y1 = box
     text = ",".join(map(str, box))
@@ -33,14 +33,14 @@ def box_hole(box, height: int, width: int) -> np.ndarray:
         raise InputError(f"box {text} is empty: x0,y0,x1,y1 with x0 < x1 and y0 < y1 is wanted")
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
         raise InputError(
-            f"box {text} is not inside the picture, which is {width} x {height} pixels: 0,0,{width},{height} is all of it"
+            f"box {text} is not inside the image, which is {width} x {height} pixels: 0,0,{width},{height} is all of it"
         )
     hole = np.zeros((height, width), bool)
     hole[y0:y1, x0:x1] = True
     return hole
 
 
-def resize_hole(hole: np.ndarray, side: int) -> np.ndarray:
+def resize_mask(hole: np.ndarray, side: int) -> np.ndarray:
     """(B, h, w) bool -> (B, side, side): True where any part of a pixel is in the hole."""
     rows, columns = (area_matrix(n, side) for n in hole.shape[1:])
     return np.einsum("th,bhw,uw->btu", rows, hole.astype(np.float32), columns) > 0
@@ -49,7 +49,7 @@ def resize_hole(hole: np.ndarray, side: int) -> np.ndarray:
 def kept_tokens(
     scales: ScaleList, hole: np.ndarray, *, ring: int = 0, keep_coarse: bool = False
 ) -> np.ndarray:
-    """Which tokens of a picture stay: those whose whole cell does.
+    """Which tokens of a image stay: those whose whole cell does.
 
     Args:
       hole: (B, h, w) bool, True where new content goes.
@@ -62,7 +62,7 @@ def kept_tokens(
     """
     keep = []
     for side, length in zip(scales.sides, scales.lengths):
-        touched = resize_hole(hole, side)
+        touched = resize_mask(hole, side)
         if ring:
             touched = ndimage.binary_dilation(touched, np.ones((1, 2 * ring + 1, 2 * ring + 1)))
         if keep_coarse and length <= COARSE_TOKENS:
@@ -72,7 +72,7 @@ def kept_tokens(
 
 
 def hide(images: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """Pictures (B, h, w, 3) in [0, 1] whose hole has the mean colour of the rest (grey where there is no rest).
+    """Images (B, h, w, 3) in [0, 1] whose hole has the mean colour of the rest (grey where there is no rest).
 
     So nothing of what was there reaches the tokens that are kept: cells at the border leak into their neighbours.
     """
@@ -85,7 +85,7 @@ def hide(images: np.ndarray, hole: np.ndarray) -> np.ndarray:
 def join(
     images: np.ndarray, generated: np.ndarray, hole: np.ndarray, feather: float = 0
 ) -> np.ndarray:
-    """Puts the new content into the pictures: pixels outside the hole come back bit by bit.
+    """Puts the new content into the images: pixels outside the hole come back bit by bit.
 
     Args:
       images, generated: (B, h, w, 3) float32.
@@ -97,7 +97,7 @@ def join(
     """
     share = hole.astype(np.float32)
     if feather:
-        # The picture's own border is no border of the hole: beyond it there is nothing to pass into.
+        # The image's own border is no border of the hole: beyond it there is nothing to pass into.
         inside = np.stack(
             [
                 ndimage.distance_transform_edt(h) if not h.all() else np.full(h.shape, np.inf)

@@ -1,6 +1,6 @@
 """What may be drawn: guidance, top-k, top-p, and mixtures instead of draws.
 
-Letters: B pictures, l tokens, V codebook entries.
+Letters: B images, l tokens, V codebook entries.
 """
 
 import jax
@@ -38,7 +38,7 @@ def smooth_weights(logits, noise, ratio: float):
     """How much of each entry a smooth code has: nearly all of one at the last scale, a mixture at the first.
 
     softmax(((1 + r) logits + noise) / tau), tau = max(0.27 (1 - 0.95 r), 0.005). VAR's "more_smooth" (its published code;
-    arXiv 2404.02905 does not name it), for pictures that are looked at, not measured.
+    arXiv 2404.02905 does not name it), for images that are looked at, not measured.
 
     Args:
       logits: (..., V); entries of -inf get nothing.

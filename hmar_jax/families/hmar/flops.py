@@ -2,7 +2,7 @@
 
 Counted are matrix products over tokens and attention over the cells that its pattern keeps; a multiply-add is two FLOPs.
 The backward pass of a product is two products; of attention, which computes its scores again, five for the forward pass's two.
-What rematerialisation computes again is not counted, nor is encoding pictures to tokens.
+What rematerialisation computes again is not counted, nor is encoding images to tokens.
 
 Letters: L tokens, C width, Z channels of the code, V codebook.
 """
@@ -54,7 +54,7 @@ def attention_cells(config: TransformerConfig) -> int:
 
 
 def block_forward(config: TransformerConfig) -> tuple[float, float]:
-    """FLOPs of one block for one picture: matrix products, attention."""
+    """FLOPs of one block for one image: matrix products, attention."""
     length, width = config.scale_list.length, config.width
     modulation = 0 if config.shared_adaln else 2 * 6 * width**2
     products = 2 * length * width**2 * (4 + 2 * config.mlp_ratio) + modulation
@@ -62,7 +62,7 @@ def block_forward(config: TransformerConfig) -> tuple[float, float]:
 
 
 def ends_forward(config: TransformerConfig) -> tuple[float, float]:
-    """FLOPs of the word embedding, and of the head with its modulation, for one picture."""
+    """FLOPs of the word embedding, and of the head with its modulation, for one image."""
     length, width = config.scale_list.length, config.width
     return (
         2 * length * config.z_channels * width,
@@ -71,7 +71,7 @@ def ends_forward(config: TransformerConfig) -> tuple[float, float]:
 
 
 def next_scale_step(config: TransformerConfig) -> float:
-    """Forward and backward pass of stage 1, for one picture."""
+    """Forward and backward pass of stage 1, for one image."""
     products, attention = block_forward(config)
     words, head = ends_forward(config)
     return (1 + _PRODUCT) * (config.depth * products + words + head) + (
@@ -80,7 +80,7 @@ def next_scale_step(config: TransformerConfig) -> float:
 
 
 def masked_step(config: TransformerConfig, masked_depth: int) -> float:
-    """Of stage 2, for one picture: forward and backward through all blocks, though those below the trained ones have no
+    """Of stage 2, for one image: forward and backward through all blocks, though those below the trained ones have no
     gradient of their own: it passes through them to the mask embedding at the input."""
     products, attention = block_forward(config)
     words, head = ends_forward(config)

@@ -1,6 +1,6 @@
 """Cross-entropy over scales and its weightings.
 
-HMAR (arXiv 2506.04421, section 3.2, "loss weighting"); the numbers are those of the published code. Letters: B pictures, L
+HMAR (arXiv 2506.04421, section 3.2, "loss weighting"); the numbers are those of the published code. Letters: B images, L
 tokens, V codebook entries, K scales with l_k tokens.
 """
 
@@ -46,8 +46,8 @@ def masked_weights(scales: ScaleList, kind: str, masked) -> jax.Array:
     """The weight of each position in the loss of masked prediction: 0 where nothing is masked.
 
     Args:
-      kind: "unweighted": the mean over a picture's masked positions, the published default. "lognorm", "equal": as
-        position_weights, of the masked positions, normalised to sum to 1 for each picture. "lognorm_published",
+      kind: "unweighted": the mean over a image's masked positions, the published default. "lognorm", "equal": as
+        position_weights, of the masked positions, normalised to sum to 1 for each image. "lognorm_published",
         "equal_published": as the published code has them, each position with the weight of the one l_0 places before it,
         and not normalised.
       masked: (B, L - l_0) bool, the positions after the first scale, which is never masked.

@@ -1,9 +1,9 @@
 """Stage 2, masked prediction inside a scale: the same trunk, its last blocks and head trained anew.
 
 HMAR (arXiv 2506.04421, section 3.3). Part of a scale's tokens is known, the rest is masked; the input of a position is the
-picture so far, as in stage 1, plus what the known token of that position adds, or a learned vector where it is masked.
+image so far, as in stage 1, plus what the known token of that position adds, or a learned vector where it is masked.
 
-Letters: B pictures, L tokens, l tokens of one scale, C width, N blocks of stage 1, M blocks of stage 2, V codebook, Z channels.
+Letters: B images, L tokens, l tokens of one scale, C width, N blocks of stage 1, M blocks of stage 2, V codebook, Z channels.
 """
 
 import dataclasses

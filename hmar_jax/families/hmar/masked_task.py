@@ -1,6 +1,6 @@
 """Training stage 2, masked prediction on top of a frozen stage 1: state, step, evaluation, as pure functions.
 
-HMAR (arXiv 2506.04421, section 3.3). Letters: B pictures, L tokens, K scales, Z channels of the code, M blocks of stage 2.
+HMAR (arXiv 2506.04421, section 3.3). Letters: B images, L tokens, K scales, Z channels of the code, M blocks of stage 2.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hmar_jax.families.hmar import flops
 from hmar_jax.families.hmar.losses import cross_entropy, masked_weights
 from hmar_jax.families.hmar.masked import MaskedTransformer
-from hmar_jax.families.hmar.masking import draw_masks, draw_ratios
+from hmar_jax.families.hmar.masking import sample_mask_ratios, sample_masks
 from hmar_jax.training.metrics import Mean
 from hmar_jax.training.state import TrainState
 from hmar_jax.training.step import TransformerRecipe
@@ -26,7 +26,7 @@ class MaskedTask(TransformerRecipe):
     masked_depth: int  # M
     loss_weights: str = "unweighted"
     mask_ratios: str = "uniform"
-    # Published: one ratio and one set of positions for all pictures of a batch; every step's gradient is then that of one
+    # Published: one ratio and one set of positions for all images of a batch; every step's gradient is then that of one
     # difficulty alone.
     shared_mask: bool = False
 
@@ -35,7 +35,7 @@ class MaskedTask(TransformerRecipe):
         return MaskedTransformer(self.transformer, self.masked_depth)
 
     @property
-    def flops_per_picture(self) -> float:
+    def flops_per_image(self) -> float:
         """Of one step, counted by hand."""
         return flops.masked_step(self.transformer, self.masked_depth)
 
@@ -72,14 +72,14 @@ class MaskedTask(TransformerRecipe):
     def draw(self, ratio_key, mask_key, batch: int) -> tuple[jax.Array, jax.Array]:
         """Mask ratios (B,) and masks (B, L - l_0), True where masked."""
         drawn = 1 if self.shared_mask else batch
-        ratios = draw_ratios(ratio_key, drawn, self.mask_ratios)
-        masked = draw_masks(mask_key, self.transformer.scale_list, ratios)
+        ratios = sample_mask_ratios(ratio_key, drawn, self.mask_ratios)
+        masked = sample_masks(mask_key, self.transformer.scale_list, ratios)
         return jnp.broadcast_to(ratios, (batch,)), jnp.broadcast_to(
             masked, (batch, masked.shape[1])
         )
 
     def loss(self, params, batch, frozen, dropout_key=None):
-        """Mean over the pictures of a batch that also has "ratio" (B,) and "masked" (B, L - l_0), and the metrics."""
+        """Mean over the images of a batch that also has "ratio" (B,) and "masked" (B, L - l_0), and the metrics."""
         tokens = self.tokens_of(batch, frozen["tokenizer"])
         figures = self.figures(params, frozen, batch["label"], tokens, batch["masked"], dropout_key)
         metrics = self._means(figures, batch["ratio"], batch["masked"], jnp.ones(tokens.shape[:1]))
@@ -89,7 +89,7 @@ class MaskedTask(TransformerRecipe):
     def figures(
         self, params, frozen, labels, tokens, masked, dropout_key=None
     ) -> dict[str, jax.Array]:
-        """Of each picture: "loss" (B,) weighted, "accuracy" (B,) over its masked positions; "ce" (B, L - l_0) everywhere."""
+        """Of each image: "loss" (B,) weighted, "accuracy" (B,) over its masked positions; "ce" (B, L - l_0) everywhere."""
         first = self.transformer.scale_list.lengths[0]
         codes = self.quantize(frozen["tokenizer"], tokens, "transformer_inputs")
         own = self.quantize(frozen["tokenizer"], tokens, "own_scale_inputs")
@@ -108,7 +108,7 @@ class MaskedTask(TransformerRecipe):
         }
 
     def _means(self, figures, ratios, masked, valid) -> dict[str, Mean]:
-        """Loss over the masked positions of each scale, and of the pictures in each tenth of the mask ratio."""
+        """Loss over the masked positions of each scale, and of the images in each tenth of the mask ratio."""
         scales, means = self.transformer.scale_list, {}
         for k in range(1, scales.num_scales):
             part = slice(
@@ -124,14 +124,14 @@ class MaskedTask(TransformerRecipe):
         return means
 
     def eval_step(self, state: TrainState, batch, frozen) -> dict[str, Mean]:
-        """Means over the pictures marked valid. Every picture is judged at ten mask ratios, the middle of each tenth, with
-        positions that depend on nothing but the tenth and the picture's place in the batch: the same at every evaluation."""
+        """Means over the images marked valid. Every image is judged at ten mask ratios, the middle of each tenth, with
+        positions that depend on nothing but the tenth and the image's place in the batch: the same at every evaluation."""
         tokens = self.tokens_of(batch, frozen["tokenizer"])
         valid = batch["valid"].astype(jnp.float32)
 
         def judge(t):
             ratios = jnp.full(tokens.shape[:1], (t + 0.5) / _TENTHS)
-            masked = draw_masks(
+            masked = sample_masks(
                 jax.random.fold_in(jax.random.key(0), t), self.transformer.scale_list, ratios
             )
             figures = self.figures(state.eval_params, frozen, batch["label"], tokens, masked)

@@ -1,7 +1,7 @@
 """Which tokens are masked while stage 2 is trained.
 
 HMAR (arXiv 2506.04421, section 3.3) after MaskGIT (arXiv 2202.04200, section 3.1): a ratio is drawn, and of every scale that
-share of its positions. Letters: B pictures, L tokens, K scales with l_k tokens.
+share of its positions. Letters: B images, L tokens, K scales with l_k tokens.
 """
 
 import jax
@@ -13,7 +13,7 @@ from hmar_jax.errors import InputError
 RATIOS = ("uniform", "cosine")
 
 
-def draw_ratios(rng: jax.Array, count: int, kind: str) -> jax.Array:
+def sample_mask_ratios(rng: jax.Array, count: int, kind: str) -> jax.Array:
     """(count,) float32 in (0, 1].
 
     Args:
@@ -30,7 +30,7 @@ def draw_ratios(rng: jax.Array, count: int, kind: str) -> jax.Array:
     raise InputError(f"mask_ratios={kind!r}: known are {', '.join(RATIOS)}")
 
 
-def draw_masks(rng: jax.Array, scales: ScaleList, ratios) -> jax.Array:
+def sample_masks(rng: jax.Array, scales: ScaleList, ratios) -> jax.Array:
     """ceil(ratio l_k) positions of each scale after the first, which has nothing to be masked.
 
     Args:

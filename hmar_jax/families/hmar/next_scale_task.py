@@ -1,6 +1,6 @@
 """Training stage 1, the next-scale transformer: state, step, evaluation, as pure functions.
 
-HMAR (arXiv 2506.04421, section 3.2). Letters: B pictures, L tokens, K scales, h w sides of a picture.
+HMAR (arXiv 2506.04421, section 3.2). Letters: B images, L tokens, K scales, h w sides of a image.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class NextScaleTask(TransformerRecipe):
         return NextScaleTransformer(self.transformer)
 
     @property
-    def flops_per_picture(self) -> float:
+    def flops_per_image(self) -> float:
         """Of one step, counted by hand."""
         return flops.next_scale_step(self.transformer)
 
@@ -61,13 +61,13 @@ class NextScaleTask(TransformerRecipe):
     def loss(
         self, params, batch, tokenizer_params, dropout_key=None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean over the pictures of a batch, whose labels may be the null class, and the metrics."""
+        """Mean over the images of a batch, whose labels may be the null class, and the metrics."""
         figures = self.figures(params, batch, tokenizer_params, dropout_key)
         metrics = {name: value.mean() for name, value in figures.items()}
         return metrics["loss"], metrics
 
     def figures(self, params, batch, tokenizer_params, dropout_key=None) -> dict[str, jax.Array]:
-        """Of each picture, (B,) each: "loss", "accuracy", and both for each scale (there unweighted)."""
+        """Of each image, (B,) each: "loss", "accuracy", and both for each scale (there unweighted)."""
         scales = self.transformer.scale_list
         tokens = self.tokens_of(batch, tokenizer_params)  # (B, L)
         codes = self.quantize(tokenizer_params, tokens, "transformer_inputs")  # (B, L - l_0, Z)
@@ -86,6 +86,6 @@ class NextScaleTask(TransformerRecipe):
         return figures
 
     def eval_step(self, state: TrainState, batch, tokenizer_params) -> dict[str, Mean]:
-        """Means over the pictures marked valid of every training figure."""
+        """Means over the images marked valid of every training figure."""
         figures = self.figures(state.eval_params, batch, tokenizer_params)
         return {name: Mean.of(value, batch["valid"]) for name, value in figures.items()}

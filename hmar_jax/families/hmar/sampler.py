@@ -1,10 +1,10 @@
-"""The sampler: a picture scale by scale, as one pure function that is jitted whole.
+"""The sampler: a image scale by scale, as one pure function that is jitted whole.
 
 HMAR (arXiv 2506.04421, section 3.3), VAR (arXiv 2404.02905, algorithm 2) and, inside a scale, MaskGIT (arXiv 2202.04200,
 section 3.2). Editing is the same loop with some tokens known. Of a model nothing is used but the methods of
 models/combined.py.
 
-Letters: B pictures, K scales with l_k tokens, L tokens, S side of the features, Z channels, V codebook entries.
+Letters: B images, K scales with l_k tokens, L tokens, S side of the features, Z channels, V codebook entries.
 """
 
 import dataclasses
@@ -121,7 +121,7 @@ class Known(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What one forward pass saw and did; kept for tests and for showing how a picture comes about."""
+    """What one forward pass saw and did; kept for tests and for showing how a image comes about."""
 
     scale: int
     logits: jax.Array  # (B, l_k, V) guided, before filtering
@@ -159,23 +159,23 @@ def sample(
     plan: Plan,
     trace: Trace | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws pictures.
+    """Draws images.
 
     Args:
       params: {"tokenizer": …, "transformer": …} and, with masked passes, {"masked": …}.
-      keys: (B,) random keys, one a picture: a picture does not depend on what else is in the batch.
+      keys: (B,) random keys, one a image: a image does not depend on what else is in the batch.
       class_ids: (B,) int32; the null class draws without a class.
       plan: how many tokens are fixed in each pass of each scale.
       trace: a record to be filled; the plan must then be known while tracing.
 
     Returns:
-      pictures (B, h, w, 3) float32 in [0, 1] and tokens (B, L) int32.
+      images (B, h, w, 3) float32 in [0, 1] and tokens (B, L) int32.
     """
-    f_hat, tokens = draw_scales(model, params, keys, class_ids, draw, strength, plan, trace=trace)
+    f_hat, tokens = sample_scales(model, params, keys, class_ids, draw, strength, plan, trace=trace)
     return model.paint(params, f_hat), tokens
 
 
-def draw_scales(
+def sample_scales(
     model: CombinedModel,
     params,
     keys: jax.Array,
@@ -189,7 +189,7 @@ def draw_scales(
     """As `sample`, without painting: features (B, S, S, Z) and tokens (B, L).
 
     Args:
-      known: tokens that are given, for editing. The counts of the plan then are shares of each picture's other tokens.
+      known: tokens that are given, for editing. The counts of the plan then are shares of each image's other tokens.
     """
     scales, batch = model.scales, class_ids.shape[0]
     f_hat = jnp.zeros((batch, scales.side, scales.side, model.z_channels))
@@ -263,7 +263,7 @@ def _masked_pass(
     """Fixes the most confident of the open tokens and predicts the others again, seeing all that are fixed.
 
     Args:
-      codes: the picture so far, (B, l_k, Z).
+      codes: the image so far, (B, l_k, Z).
       free: (B, l_k) bool, what is not given.
       left: () int32, how many of l_k tokens stay open.
       keys: (B,) of this pass.
@@ -329,12 +329,12 @@ def _draw(model, params, k: int, logits, keys, draw: Draw, strength: Strength) -
             _probability(kept, tokens),
         )
     else:
-        tokens, confidence = draw_tokens(logits, keys, draw, strength)
+        tokens, confidence = sample_tokens(logits, keys, draw, strength)
         vectors = codebook[tokens]
     return _Drawn(tokens, vectors, confidence, jnp.ones(tokens.shape, bool))
 
 
-def draw_tokens(logits, keys, draw: Draw, strength: Strength) -> tuple[jax.Array, jax.Array]:
+def sample_tokens(logits, keys, draw: Draw, strength: Strength) -> tuple[jax.Array, jax.Array]:
     """logits (B, l, V), keys (B,) -> tokens (B, l) int32 and the probability of each after filtering, (B, l)."""
     kept = _filtered(logits, draw, strength)
     if draw.greedy:
@@ -368,8 +368,8 @@ def least_confident(confidence, among, count) -> jax.Array:
     return (rank < jnp.reshape(count, (-1, 1))) & among
 
 
-def picture_keys(rng: jax.Array, count: int) -> jax.Array:
-    """(count,) keys, split from rng by index: picture i has the same key for any count above i."""
+def image_keys(rng: jax.Array, count: int) -> jax.Array:
+    """(count,) keys, split from rng by index: image i has the same key for any count above i."""
     return _fold_all(jnp.repeat(rng[None], count, 0), jnp.arange(count))
 
 

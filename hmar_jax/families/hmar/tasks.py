@@ -14,11 +14,11 @@ from hmar_jax.autoencoders.vq_task import TokenizerTask
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.losses import masked_weights, position_weights
 from hmar_jax.families.hmar.masked_task import MaskedTask
-from hmar_jax.families.hmar.masking import draw_ratios
+from hmar_jax.families.hmar.masking import sample_mask_ratios
 from hmar_jax.families.hmar.next_scale_task import NextScaleTask
 from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
 
-_IMAGENET_PICTURES, _IMAGENET_CLASSES = 1_281_167, 1000
+_IMAGENET_IMAGES, _IMAGENET_CLASSES = 1_281_167, 1000
 
 
 class Shapes(NamedTuple):
@@ -43,9 +43,9 @@ def tokenizer_task(config: ConfigDict) -> TokenizerTask:
     )
 
 
-def steps_of(config: ConfigDict, pictures: int) -> int:
-    """Of a transformer's run on so many pictures an epoch."""
-    steps = config.steps or config.epochs * pictures // config.batch_size
+def steps_of(config: ConfigDict, images: int) -> int:
+    """Of a transformer's run on so many images an epoch."""
+    steps = config.steps or config.epochs * images // config.batch_size
     if steps < 1:
         raise InputError(
             f"steps={config.steps} and epochs={config.epochs}: one of them must be 1 or more"
@@ -85,7 +85,7 @@ def masked_task(
         config.recipe.loss_weights,
         jnp.ones((1, model.scale_list.length - model.scale_list.lengths[0]), bool),
     )
-    draw_ratios(
+    sample_mask_ratios(
         jax.random.key(0), 1, config.recipe.mask_ratios
     )  # are there such weights and ratios?
     return config_files.build(
@@ -103,7 +103,7 @@ def masked_task(
 def shapes(
     config: ConfigDict,
     num_classes: int = _IMAGENET_CLASSES,
-    pictures: int = _IMAGENET_PICTURES,
+    images: int = _IMAGENET_IMAGES,
     *,
     tokenizer: TokenizerConfig | None = None,
     stage1: TransformerConfig | None = None,
@@ -115,7 +115,7 @@ def shapes(
       stage1: what a stage 2 is trained on top of.
 
     Raises:
-      InputError: a stage 2 without a stage 1, or no tokenizer for pictures of a side for which no scale list is published.
+      InputError: a stage 2 without a stage 1, or no tokenizer for images of a side for which no scale list is published.
     """
     whole = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
     if config.task == "tokenizer":
@@ -135,7 +135,7 @@ def shapes(
                 f"image_side={config.image_side}: the published tokenizer has scales for {', '.join(map(str, PUBLISHED_SIDES))}"
             )
         tokenizer = TokenizerConfig(scales=PUBLISHED_SIDES[config.image_side])
-    steps, below = steps_of(config, pictures), None
+    steps, below = steps_of(config, images), None
     if config.task == "next_scale":
         task = next_scale_task(config, tokenizer, num_classes, steps)
     elif stage1 is None:
@@ -146,8 +146,8 @@ def shapes(
         changes = {key: value for key, value in config.model.items() if key != "masked_depth"}
         task = masked_task(config, tokenizer, dataclasses.replace(stage1, **changes), steps)
         below = jax.eval_shape(NextScaleTransformer(stage1).init, jax.random.key(0))
-    picture = jax.ShapeDtypeStruct((1, tokenizer.image_side, tokenizer.image_side, 3), jnp.float32)
-    frozen = jax.eval_shape(Tokenizer(tokenizer).init, jax.random.key(0), picture)["params"]
+    image = jax.ShapeDtypeStruct((1, tokenizer.image_side, tokenizer.image_side, 3), jnp.float32)
+    frozen = jax.eval_shape(Tokenizer(tokenizer).init, jax.random.key(0), image)["params"]
     batch = {
         "label": whole,
         "tokens": jax.ShapeDtypeStruct((config.batch_size, tokenizer.scale_list.length), jnp.int32),

@@ -1,13 +1,13 @@
 """The transformer over scales: embeddings, blocks with adaptive layer norm, head, and their composition for stage 1.
 
 HMAR (arXiv 2506.04421, section 3) and VAR (arXiv 2404.02905, section 3.3): every token of scale k is predicted at once from
-the picture so far. In HMAR a token attends to its own scale only ("diagonal": what came before is in its input, through the
+the image so far. In HMAR a token attends to its own scale only ("diagonal": what came before is in its input, through the
 running sum f_hat); in VAR also to all earlier scales ("causal"). Both work with the same parameters.
 
 The three parts are Flax modules; a model is a plain composition of them over one dictionary of parameters, so that the
 blocks, stacked on a leading axis, can be cut into base and tail by a slice.
 
-Letters: B pictures, L tokens of all scales, l tokens at hand, C width, H heads, D = C / H, N blocks, V codebook, Z channels
+Letters: B images, L tokens of all scales, l tokens at hand, C width, H heads, D = C / H, N blocks, V codebook, Z channels
 of the code, K scales.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from hmar_jax.autoencoders.scales import ScaleList
 from hmar_jax.errors import InputError
-from hmar_jax.parallel.sharding import by_picture, by_picture_and_head
+from hmar_jax.parallel.sharding import constrain_batch, map_over_images_and_heads
 from pallas_kernels import block_attention
 
 _NORM_EPS = 1e-6
@@ -182,7 +182,7 @@ class Block(nn.Module):
           x (B, l, C), and None or the keys and values of past and own tokens.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        x = by_picture(x)
+        x = constrain_batch(x)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self._modulate(
             modulation
         )  # (B, 1, C) each
@@ -199,7 +199,7 @@ class Block(nn.Module):
             nn.gelu(h, approximate=True)
         )
         h = nn.Dropout(c.dropout)(h.reshape(x.shape), deterministic=self.deterministic)
-        return by_picture(x + self._drop_path(gamma2 * h, drop_path)), kv
+        return constrain_batch(x + self._drop_path(gamma2 * h, drop_path)), kv
 
     def _residual_init(self):
         """Of the layers that end a residual branch: smaller by sqrt(2 N)."""
@@ -251,7 +251,7 @@ class Block(nn.Module):
             attend = lambda q, k, v: block_attention(
                 q, k, v, block_sizes, c.pattern, scale, implementation=c.attention
             )
-            out = by_picture_and_head(attend, q, k, v)
+            out = map_over_images_and_heads(attend, q, k, v)
         project = nn.DenseGeneral(
             c.width, axis=(-2, -1), name="proj", dtype=dtype, kernel_init=self._residual_init()
         )
@@ -262,7 +262,7 @@ class Block(nn.Module):
         ) if keep_kv else None
 
     def _drop_path(self, branch, rate):
-        """Stochastic depth: the whole branch of a picture is dropped with probability `rate`."""
+        """Stochastic depth: the whole branch of a image is dropped with probability `rate`."""
         if self.deterministic or self.config.drop_path == 0:
             return branch
         keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (branch.shape[0], 1, 1))
