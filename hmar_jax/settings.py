@@ -1,0 +1,339 @@
+"""Settings: each is declared once, as a field of a frozen dataclass, with type, range, default and help text.
+
+    @dataclasses.dataclass(frozen=True)
+    class SamplingConfig(Settings):
+        top_p: float = setting(0.0, "Nucleus sampling; 0 is off.", at_least=0, at_most=1)
+
+Everything that users meet derives from such a class: the keys of config files (`defaults`), checks (`validate`, at
+construction), options of the command line (`add_arguments`) and keyword arguments with their documentation
+(`parameters`, `describe`).
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+from hmar_jax.errors import InputError
+
+_KEY = "setting"  # of a field's metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """What is known of a setting beside its name, type and default."""
+
+    help: str
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] | Mapping[str, Any] = ()
+    metavar: str | None = None  # in the help of the command line
+    parse: Callable[[str], Any] | None = None  # from the command line's text; None: by the field's type
+    former_name: str | None = None  # still accepted, with a warning
+    per_class: bool = True
+
+
+def setting(default: Any, help: str, **declaration) -> Any:
+    """A dataclass field with its declaration; see `Declaration` for the keywords."""
+    return dataclasses.field(default=default, metadata={_KEY: Declaration(help, **declaration)})
+
+
+def declaration(field: dataclasses.Field) -> Declaration:
+    """The declaration of a field; one without help or range for a plain field."""
+    return field.metadata.get(_KEY, Declaration(""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of the classes that declare settings; checks types and ranges at construction."""
+
+    prefix: ClassVar[str] = ""  # of names in errors, such as "config.recipe."
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+            check_value(self.prefix + field.name, getattr(self, field.name), field, type(self))
+
+
+def check_value(name: str, value: Any, field: dataclasses.Field, cls: type | None = None) -> None:
+    """Raises InputError unless the value has the field's type and lies in its range.
+
+    Args:
+      name: how the error names the setting.
+      cls: the dataclass of the field, where its annotations are strings.
+    """
+    declared = declaration(field)
+    if declared.parse is not None and not declared.choices:
+        return  # not a plain value: its own code checks it
+    if value is None and field.default is None:
+        return
+    kinds = _kinds(cls, field)
+    values = value if isinstance(value, tuple) else (value,)
+    if tuple in kinds and not isinstance(value, tuple):
+        raise InputError(f"{name} must be a list; got {value!r}")
+    for item in values:
+        _check_item(name, item, kinds, declared, field.default)
+
+
+def _check_item(name: str, value: Any, kinds: tuple[type, ...], declared: Declaration, default: Any):
+    if declared.choices:
+        if value not in declared.choices:
+            raise InputError(f"{name} must be one of {', '.join(declared.choices)}; got {value!r}")
+        return
+    number = not isinstance(value, bool) and isinstance(value, (int, float))
+    if bool in kinds:
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False; got {value!r}")
+        return
+    if float in kinds or int in kinds:
+        whole = float not in kinds
+        kind = "an integer" if whole else "a number"
+        wrong_type = not number or (whole and not isinstance(value, int))
+        limits = describe_range(declared)
+        if wrong_type or not math.isfinite(value) or not in_range(value, declared):
+            raise InputError(f"{name} must be {kind}{f' {limits}' if limits else ''}; got {value!r}")
+
+
+def in_range(value: float, declared: Declaration) -> bool:
+    """Whether a number lies in the declared range."""
+    return (
+        (declared.at_least is None or value >= declared.at_least)
+        and (declared.at_most is None or value <= declared.at_most)
+        and (declared.above is None or value > declared.above)
+        and (declared.below is None or value < declared.below)
+    )
+
+
+def describe_range(declared: Declaration) -> str:
+    """The range in words: "in [0, 1]", "above 0", "of at least 1"; "" without one."""
+    low = declared.at_least if declared.at_least is not None else declared.above
+    high = declared.at_most if declared.at_most is not None else declared.below
+    if low is not None and high is not None:
+        opening = "[" if declared.at_least is not None else "("
+        closing = "]" if declared.at_most is not None else ")"
+        return f"in {opening}{low:g}, {high:g}{closing}"
+    if low is not None:
+        return f"of at least {low:g}" if declared.at_least is not None else f"above {low:g}"
+    if high is not None:
+        return f"of at most {high:g}" if declared.at_most is not None else f"below {high:g}"
+    return ""
+
+
+def _kinds(cls: type | None, field: dataclasses.Field) -> tuple[type, ...]:
+    """The plain types of an annotation such as `float | None` or `tuple[int, ...]`."""
+    annotation = field.type
+    if isinstance(annotation, str):
+        annotation = typing.get_type_hints(cls)[field.name] if cls is not None else Any
+    options = (
+        typing.get_args(annotation)
+        if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+        else (annotation,)
+    )
+    found: list[type] = []
+    for option in options:
+        if typing.get_origin(option) is tuple:
+            found += [tuple, *(a for a in typing.get_args(option) if a is not Ellipsis)]
+        elif isinstance(option, type):
+            found.append(option)
+    return tuple(found)
+
+
+# Config files
+
+
+def defaults(cls: type, exclude: Iterable[str] = ()) -> dict[str, Any]:
+    """Names and defaults of the settings of a class, for a group of a config."""
+    fields = (f for f in dataclasses.fields(cls) if f.name not in set(exclude))
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+
+def from_group(cls: type, group: Mapping[str, Any], prefix: str = "", **more) -> Any:
+    """An instance of a dataclass from a group of a config, and what else it takes.
+
+    Raises:
+      InputError: the group has a key that the class does not know, or a value out of range.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(group) - known)
+    if unknown:
+        raise InputError(
+            f"unknown config key {prefix + unknown[0]!r}; known: {', '.join(sorted(known - set(more)))}"
+        )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
+    by_name = {field.name: field for field in dataclasses.fields(cls)}
+    for name, value in values.items():
+        check_value(f"config.{prefix}{name}", value, by_name[name], cls)
+    return cls(**values, **more)
+
+
+# The command line
+
+
+def add_arguments(parser: Any, cls: type, *, several: Iterable[str] = ()) -> None:
+    """Options of the command line for every setting of a class that is not there yet.
+
+    An option that is not given stays None: the model's own value then holds.
+
+    Args:
+      parser: an argparse parser or a group of one.
+      several: names of settings that may be given more than once; they are collected in a list.
+    """
+    for field in dataclasses.fields(cls):
+        if f"--{field.name}" in parser._option_string_actions:
+            continue
+        declared = declaration(field)
+        names = [f"--{field.name}"]
+        options: dict[str, Any] = dict(dest=field.name, default=None)
+        options["help"] = _help(field, declared, repeated=field.name in several)
+        if _kinds(cls, field) == (bool,):
+            options["action"] = argparse.BooleanOptionalAction
+            names = [f"--{field.name}"]
+        else:
+            options["type"] = _argument_type(cls, field)
+            options["metavar"] = declared.metavar or field.name.upper()
+            if field.name in several:
+                options["action"] = "append"
+        parser.add_argument(*names, **options)
+        if declared.former_name:
+            parser.add_argument(
+                f"--{declared.former_name}",
+                dest=field.name,
+                default=None,
+                type=_former(declared.former_name, field.name, _argument_type(cls, field)),
+                help=argparse.SUPPRESS,
+            )
+
+
+def _former(old: str, new: str, parse: Callable) -> Callable:
+    def parse_and_warn(text: str):
+        warn_renamed(f"--{old}", f"--{new}")
+        return parse(text)
+
+    parse_and_warn.__name__ = getattr(parse, "__name__", "value")
+    return parse_and_warn
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warns that a name is deprecated."""
+    warnings.warn(f"{old} is deprecated; use {new}", FutureWarning, stacklevel=3)
+
+
+def _help(field: dataclasses.Field, declared: Declaration, repeated: bool) -> str:
+    limits = describe_range(declared)
+    choices = f"One of {', '.join(declared.choices)}." if declared.choices else ""
+    parts = [declared.help, f"Must be {limits}." if limits else "", choices]
+    if repeated:
+        parts.append("May be given several times: the results stand side by side.")
+    parts.append("Default: the model's own." if field.default is None else "")
+    return " ".join(part for part in parts if part).replace("%", "%%")
+
+
+def _argument_type(cls: type, field: dataclasses.Field) -> Callable[[str], Any]:
+    declared = declaration(field)
+
+    def parse(text: str):
+        try:
+            if declared.parse is not None:
+                return declared.parse(text)
+            value = parse_text(text, _kinds(cls, field))
+            check_value(f"--{field.name}", value, field, cls)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value
+
+    return parse
+
+
+def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
+    """A value of one of the types from text; the text itself where it is none."""
+    if tuple in kinds:
+        return tuple(parse_text(part.strip(), tuple(k for k in kinds if k is not tuple)) for part in text.split(","))
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return text
+
+
+# Keyword arguments
+
+
+def parameters(cls: type, optional: bool = True) -> list[inspect.Parameter]:
+    """The settings as keyword-only parameters of a signature.
+
+    Args:
+      optional: each may also be None, which stands for the model's own value.
+    """
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if optional else field.default,
+            annotation=field.type,
+        )
+        for field in dataclasses.fields(cls)
+    ]
+
+
+def describe(cls: type, indent: str = "") -> str:
+    """One line of documentation for each setting: name, help and range."""
+    lines = []
+    for field in dataclasses.fields(cls):
+        declared = declaration(field)
+        limits = describe_range(declared)
+        default = f"default {field.default!r}" if field.default is not None else "default: see above"
+        lines.append(
+            f"{indent}{field.name}: {declared.help} ({'; '.join(x for x in (limits, default) if x)})"
+        )
+    return "\n".join(lines)
+
+
+def resolve_names(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given keywords by their present names.
+
+    Raises:
+      InputError: a name is unknown, or an old and a new name of one setting are both given.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    former = {
+        declaration(field).former_name: name
+        for name, field in fields.items()
+        if declaration(field).former_name
+    }
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        present = former.get(name, name)
+        if present not in fields:
+            raise InputError(f"unknown option {name!r}; known: {', '.join(sorted(fields))}")
+        if name != present:
+            warn_renamed(name, present)
+            if given.get(present) is not None:
+                raise InputError(f"{name} and {present} are the same option; give one of them")
+        found[present] = value if value is not None else found.get(present)
+    return found
+
+
+def parse_json(text: str, what: str) -> Any:
+    """JSON from the command line.
+
+    Raises:
+      InputError: the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise InputError(f"{text!r} must be {what}") from None
