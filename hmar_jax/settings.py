@@ -36,9 +36,12 @@ class Declaration:
     below: float | None = None
     choices: tuple[str, ...] | Mapping[str, Any] = ()
     metavar: str | None = None  # in the help of the command line
-    parse: Callable[[str], Any] | None = None  # from the command line's text; None: by the field's type
+    parse: Callable[[str], Any] | None = (
+        None  # from the command line's text; None: by the field's type
+    )
     former_name: str | None = None  # still accepted, with a warning
-    per_class: bool = True
+    derived: bool = False  # follows from the data or another model: no key of a config
+    harmless: bool = False  # may differ between the starts of one run: changes no result
 
 
 def setting(default: Any, help: str, **declaration) -> Any:
@@ -77,31 +80,33 @@ def check_value(name: str, value: Any, field: dataclasses.Field, cls: type | Non
         return  # not a plain value: its own code checks it
     if value is None and field.default is None:
         return
-    kinds = _kinds(cls, field)
+    allowed = kinds(cls, field)
     values = value if isinstance(value, tuple) else (value,)
-    if tuple in kinds and not isinstance(value, tuple):
+    if tuple in allowed and not isinstance(value, tuple):
         raise InputError(f"{name} must be a list; got {value!r}")
     for item in values:
-        _check_item(name, item, kinds, declared, field.default)
+        _check_item(name, item, allowed, declared)
 
 
-def _check_item(name: str, value: Any, kinds: tuple[type, ...], declared: Declaration, default: Any):
+def _check_item(name: str, value: Any, allowed: tuple[type, ...], declared: Declaration):
     if declared.choices:
         if value not in declared.choices:
             raise InputError(f"{name} must be one of {', '.join(declared.choices)}; got {value!r}")
         return
     number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if bool in kinds:
+    if bool in allowed:
         if not isinstance(value, bool):
             raise InputError(f"{name} must be True or False; got {value!r}")
         return
-    if float in kinds or int in kinds:
-        whole = float not in kinds
+    if float in allowed or int in allowed:
+        whole = float not in allowed
         kind = "an integer" if whole else "a number"
         wrong_type = not number or (whole and not isinstance(value, int))
         limits = describe_range(declared)
         if wrong_type or not math.isfinite(value) or not in_range(value, declared):
-            raise InputError(f"{name} must be {kind}{f' {limits}' if limits else ''}; got {value!r}")
+            raise InputError(
+                f"{name} must be {kind}{f' {limits}' if limits else ''}; got {value!r}"
+            )
 
 
 def in_range(value: float, declared: Declaration) -> bool:
@@ -129,7 +134,7 @@ def describe_range(declared: Declaration) -> str:
     return ""
 
 
-def _kinds(cls: type | None, field: dataclasses.Field) -> tuple[type, ...]:
+def kinds(cls: type | None, field: dataclasses.Field) -> tuple[type, ...]:
     """The plain types of an annotation such as `float | None` or `tuple[int, ...]`."""
     annotation = field.type
     if isinstance(annotation, str):
@@ -157,22 +162,10 @@ def defaults(cls: type, exclude: Iterable[str] = ()) -> dict[str, Any]:
     return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
-def from_group(cls: type, group: Mapping[str, Any], prefix: str = "", **more) -> Any:
-    """An instance of a dataclass from a group of a config, and what else it takes.
-
-    Raises:
-      InputError: the group has a key that the class does not know, or a value out of range.
-    """
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(set(group) - known)
-    if unknown:
-        raise InputError(
-            f"unknown config key {prefix + unknown[0]!r}; known: {', '.join(sorted(known - set(more)))}"
-        )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
-    by_name = {field.name: field for field in dataclasses.fields(cls)}
-    for name, value in values.items():
-        check_value(f"config.{prefix}{name}", value, by_name[name], cls)
+def from_group(cls: type, group: Mapping[str, Any], **more) -> Any:
+    """An instance of a class of settings from a group of a checked config, and what else it takes."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items() if k in names}
     return cls(**values, **more)
 
 
@@ -195,7 +188,7 @@ def add_arguments(parser: Any, cls: type, *, several: Iterable[str] = ()) -> Non
         names = [f"--{field.name}"]
         options: dict[str, Any] = dict(dest=field.name, default=None)
         options["help"] = _help(field, declared, repeated=field.name in several)
-        if _kinds(cls, field) == (bool,):
+        if kinds(cls, field) == (bool,):
             options["action"] = argparse.BooleanOptionalAction
             names = [f"--{field.name}"]
         else:
@@ -245,7 +238,7 @@ def _argument_type(cls: type, field: dataclasses.Field) -> Callable[[str], Any]:
         try:
             if declared.parse is not None:
                 return declared.parse(text)
-            value = parse_text(text, _kinds(cls, field))
+            value = parse_text(text, kinds(cls, field))
             check_value(f"--{field.name}", value, field, cls)
         except InputError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
@@ -254,17 +247,18 @@ def _argument_type(cls: type, field: dataclasses.Field) -> Callable[[str], Any]:
     return parse
 
 
-def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
+def parse_text(text: str, allowed: tuple[type, ...]) -> Any:
     """A value of one of the types from text; the text itself where it is none."""
-    if tuple in kinds:
-        return tuple(parse_text(part.strip(), tuple(k for k in kinds if k is not tuple)) for part in text.split(","))
+    if tuple in allowed:
+        items = tuple(kind for kind in allowed if kind is not tuple)
+        return tuple(parse_text(part.strip(), items) for part in text.split(","))
     for kind in (int, float):
-        if kind in kinds:
+        if kind in allowed:
             try:
                 return kind(text)
             except ValueError:
                 continue
-    if bool in kinds and text.lower() in ("true", "false"):
+    if bool in allowed and text.lower() in ("true", "false"):
         return text.lower() == "true"
     return text
 
@@ -295,7 +289,9 @@ def describe(cls: type, indent: str = "") -> str:
     for field in dataclasses.fields(cls):
         declared = declaration(field)
         limits = describe_range(declared)
-        default = f"default {field.default!r}" if field.default is not None else "default: see above"
+        default = (
+            f"default {field.default!r}" if field.default is not None else "default: see above"
+        )
         lines.append(
             f"{indent}{field.name}: {declared.help} ({'; '.join(x for x in (limits, default) if x)})"
         )

@@ -4,20 +4,55 @@ HMAR (arXiv 2506.04421) trains with VAR's recipe; the schedules are those of the
 are a test. `it` counts steps from 0.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from hmar_jax.errors import InputError
+from hmar_jax.settings import Settings, setting
 
 SCHEDULES = ("cos", "lin", "lin0", "lin00", "lin<T>", "exp")
-_DECAYED = (
-    "kernel",
-    "class_emb",
-    "mask_embed",
-)  # every other leaf is a bias, a norm, a position or a scale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Settings):
+    """AdamW and its schedules. Steps are counted from 0."""
+
+    learning_rate: float = setting(1e-3, "Peak learning rate.", at_least=0)
+    schedule: str = setting("lin0", f"Learning-rate schedule: {', '.join(SCHEDULES)}, 0 < T < 1.")
+    warmup_steps: int = setting(20, "Steps of linear warm-up.", at_least=0)
+    start_ratio: float = setting(0.005, "First learning rate, relative to the peak.", at_least=0)
+    end_ratio: float = setting(0.1, "Last learning rate, relative to the peak.", at_least=0)
+    weight_decay: float = setting(0.05, "Decoupled weight decay at the first step.", at_least=0)
+    weight_decay_end: float | None = setting(
+        None, "Weight decay at the last step; None: the same as at the first.", at_least=0
+    )
+    b1: float = setting(0.9, "Decay of Adam's first moment.", at_least=0, below=1)
+    b2: float = setting(0.95, "Decay of Adam's second moment.", at_least=0, below=1)
+    clip: float = setting(2.0, "Largest global norm of a gradient; 0: no clipping.", at_least=0)
+
+    def learning_rates(self, steps: int) -> Callable:
+        """The learning rate at each of so many steps."""
+        return lr_schedule(
+            self.schedule,
+            peak=self.learning_rate,
+            warmup=self.warmup_steps,
+            total=steps,
+            start_ratio=self.start_ratio,
+            end_ratio=self.end_ratio,
+        )
+
+    def make(self, steps: int, decay_mask: Callable[[Any], Any]) -> optax.GradientTransformation:
+        """The optimizer of a run of so many steps; `decay_mask(params)` is a tree of bool."""
+        end = self.weight_decay if self.weight_decay_end is None else self.weight_decay_end
+        decay = wd_schedule(start=self.weight_decay, end=end, total=steps)
+        return adamw(
+            self.learning_rates(steps), decay, decay_mask, b1=self.b1, b2=self.b2, clip=self.clip
+        )
 
 
 def lr_schedule(
@@ -67,7 +102,9 @@ def _after_warmup(kind: str, end: float) -> Callable:
     except ValueError:
         turn = -1.0
     if not 0 < turn < 1:
-        raise InputError(f"schedule={kind!r}: known are {', '.join(SCHEDULES)} with 0 < T < 1")
+        raise InputError(
+            f"schedule must be one of {', '.join(SCHEDULES)} with 0 < T < 1; got {kind!r}"
+        )
     middle = (1 + end + (1 - end) * (1 - turn)) / 2
     return lambda p: jnp.where(
         p < turn, 1 + (middle - 1) * p / turn, end + (middle - end) * (1 - p) / (1 - turn)
@@ -79,35 +116,52 @@ def wd_schedule(*, start: float, end: float, total: int) -> Callable:
     return lambda it: end + (start - end) * (0.5 + 0.5 * jnp.cos(jnp.pi * it / max(total - 1, 1)))
 
 
-def decay_mask(params):
-    """True for the leaves that weight decay acts on: weight matrices, class embeddings and the mask embedding."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path[-1]) in _DECAYED, params)
+def leaves_named(*names: str) -> Callable[[Any], Any]:
+    """A decay mask: True for the leaves of these names, whatever the modules around them."""
+    return lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in names, params
+    )
 
 
-def _name(key) -> str:
-    return str(getattr(key, "key", getattr(key, "name", key)))
+kernels = leaves_named("kernel")  # every other leaf is a bias, a norm or a scale
 
 
 def adamw(
-    learning_rate: Callable, weight_decay: Callable, *, b1=0.9, b2=0.95, eps=1e-8, clip: float = 0.0
+    learning_rate: Callable,
+    weight_decay: Callable,
+    decay_mask: Callable[[Any], Any] = kernels,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    clip: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW (decoupled, decay times learning rate) after clipping by the global norm; clip 0 is off."""
+    """AdamW (arXiv 1711.05101): decoupled decay, times the learning rate.
+
+    Args:
+      learning_rate, weight_decay: functions of the step.
+      decay_mask: from parameters to a tree of bool, the leaves that decay.
+      clip: largest global norm of the gradient; 0 is off.
+    """
     steps = [optax.clip_by_global_norm(clip)] if clip else []
     steps += [
         optax.scale_by_adam(b1, b2, eps),
-        _scheduled_decay(weight_decay),
+        _scheduled_decay(weight_decay, decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     ]
     return optax.chain(*steps)
 
 
-def _scheduled_decay(weight_decay: Callable) -> optax.GradientTransformation:
-    """Adds weight_decay(step) times the parameter to the update of each decayed leaf."""
+def _scheduled_decay(weight_decay: Callable, decay_mask: Callable) -> optax.GradientTransformation:
+    """Adds weight_decay(step) times the parameter to the update of each leaf that decays.
+
+    optax.add_decayed_weights takes a number, not a schedule that advances with the steps.
+    """
 
     def update(updates, state, params):
         rate = weight_decay(state.count)
         updates = jax.tree.map(
-            lambda u, p, decayed: u + rate * p if decayed else u,
+            lambda u, p, decays: u + rate * p if decays else u,
             updates,
             params,
             decay_mask(params),

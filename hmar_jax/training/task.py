@@ -14,7 +14,7 @@ import jax
 
 from hmar_jax.parallel.sharding import Rules
 from hmar_jax.training.metrics import Mean
-from hmar_jax.training.optimizer import OptimizerConfig
+from hmar_jax.training.optimizer import OptimizerConfig, kernels
 
 Params = Any  # a pytree of arrays
 Batch = dict[str, jax.Array]  # arrays (B, ...)
@@ -39,7 +39,9 @@ class Task(Protocol):
     optimizer: OptimizerConfig
     grad_accum_steps: int
     partition_rules: Rules  # for parameters, frozen parameters and the optimizer's state
-    input_kinds: frozenset[str]  # which batches it takes: "image", or kinds of records such as "tokens"
+    input_kinds: frozenset[
+        str
+    ]  # which batches it takes: "image", or kinds of records such as "tokens"
     num_preview_images: int  # held-out images that `preview` takes; 0: none
     flops_per_image: float | None  # of one training step, counted by hand; None: not known
 
@@ -100,7 +102,9 @@ class CustomUpdateTask(Task, Protocol):
         """The TrainState before the first step, without the moving average."""
         ...
 
-    def train_step(self, state: Any, frozen: Params, batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
+    def train_step(
+        self, state: Any, frozen: Params, batch: Batch, rng: jax.Array
+    ) -> tuple[Any, Metrics]:
         """The next state and scalar metrics; `rng` is the key of the run."""
         ...
 
@@ -112,6 +116,9 @@ class TaskDefaults:
     grad_accum_steps = 1
     num_preview_images = 0
     flops_per_image = None
+
+    def decay_mask(self, params: Params) -> Any:
+        return kernels(params)
 
     def prepare_batch(self, batch: Batch, rng: jax.Array) -> tuple[Batch, jax.Array]:
         return batch, rng
