@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from hmar_jax.parallel.sharding import Rules
 from hmar_jax.training.metrics import Mean
@@ -51,6 +52,10 @@ class Task(Protocol):
 
     def decay_mask(self, params: Params) -> Any:
         """A tree of bool: the leaves that weight decay acts on."""
+        ...
+
+    def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
+        """Raises InputError where the network cannot be divided over the mesh."""
         ...
 
     def init_params(self, rng: jax.Array, frozen: Params) -> Params:
@@ -119,6 +124,9 @@ class TaskDefaults:
 
     def decay_mask(self, params: Params) -> Any:
         return kernels(params)
+
+    def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
+        del mesh
 
     def prepare_batch(self, batch: Batch, rng: jax.Array) -> tuple[Batch, jax.Array]:
         return batch, rng
