@@ -1,4 +1,4 @@
-"""Config files: reading configs/NAME.py:SPEC, changing single values, comparing the configs of runs.
+"""Config files: reading configs/NAME.py:SPEC, changing single values, comparing configs of runs.
 
 A config file is a Python file with get_config(spec) -> ml_collections.ConfigDict. `ConfigSchema`
 says which keys there are; the keys are declared as settings (settings.py).

@@ -11,26 +11,25 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hmar_jax import autoencoders, families, settings
-from hmar_jax.autoencoders.base import make_encoder
+from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec, make_encoder
 from hmar_jax.data.encoding import encode_in_memory
 from hmar_jax.data.loader import DecodeErrorLog, make_loader
 from hmar_jax.data.records import RecordSet, make_record_loader, open_records
 from hmar_jax.data.sources import Source, open_source
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
-from hmar_jax.families.base import AUTOENCODER, DataInfo, Parent, TaskKind
 from hmar_jax.io import files
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.pipeline import load_spec_and_params
 from hmar_jax.training.experiment import Experiment, FrozenModel, Validation
 from hmar_jax.training.metrics import LOGGER
 from hmar_jax.training.step import init_state
+from hmar_jax.training.trainable import DataInfo, Parent, TaskKind
 
 _MAX_EVAL_BATCH = 128
 _RECORDS = ("tokens:", "records:")  # of data.source: a data set that hmar tokenize has encoded
@@ -104,7 +103,7 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
 
 def _kept_parts(setup: Any, parent_params: Any) -> Any:
     """The parent's parameters, without those that its frozen copy does not have."""
-    if isinstance(setup.parent_spec, autoencoders.AutoencoderSpec):
+    if isinstance(setup.parent_spec, AutoencoderSpec):
         return {AUTOENCODER: parent_params[AUTOENCODER]}
     return parent_params
 
@@ -195,13 +194,13 @@ def _open_images(
 
     kind = "image"
     if copies:
-        kind = autoencoders.get_autoencoder(parent.spec.autoencoder).record_spec.kind
+        kind = autoencoders.make_autoencoder(parent.spec.autoencoder).record_spec.kind
     return _Data(_info(config, source), kind, loader, Validation(validation, batch), errors)
 
 
 def _cached_loader(config, source: Source, transform, parent: Parent, params, shard, shards):
     """Encodes every image some times before training; every host encodes all of them."""
-    autoencoder = autoencoders.get_autoencoder(parent.spec.autoencoder)
+    autoencoder = autoencoders.make_autoencoder(parent.spec.autoencoder)
     encode, _ = make_encoder(autoencoder, params[AUTOENCODER], 1, jax.local_devices()[:1])
     records = encode_in_memory(
         encode,
@@ -264,7 +263,7 @@ def _open_records(config: ConfigDict, mesh: Mesh, parent: Parent, parent_params:
 
 
 def _check_fingerprint(source: RecordSet, directory: str, parent: Parent, params: Any) -> None:
-    autoencoder = autoencoders.get_autoencoder(parent.spec.autoencoder)
+    autoencoder = autoencoders.make_autoencoder(parent.spec.autoencoder)
     ours, theirs = autoencoder.fingerprint(params[AUTOENCODER]), source.info.fingerprint
     if ours != theirs:
         raise InputError(
@@ -331,7 +330,7 @@ def task_shapes(
     if parent is not None:
         owner = (
             autoencoders
-            if isinstance(parent.spec, autoencoders.AutoencoderSpec)
+            if isinstance(parent.spec, AutoencoderSpec)
             else families.get_family(parent.spec.family)
         )
         params = jax.eval_shape(lambda: owner.init_params(parent.spec, jax.random.key(0)))

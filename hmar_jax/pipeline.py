@@ -20,8 +20,10 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmar_jax import autoencoders, families, settings
+from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec
+from hmar_jax.data.records import RecordSpec
 from hmar_jax.errors import InputError
-from hmar_jax.families.base import AUTOENCODER, image_keys
+from hmar_jax.families.base import image_keys
 from hmar_jax.io import checkpoints, files, masks, runs
 from hmar_jax.io.images import resize_image
 
@@ -62,9 +64,9 @@ class Pipeline:
         self._by_image = NamedSharding(mesh, PartitionSpec("data"))
         whole = NamedSharding(mesh, PartitionSpec())
         self.params = jax.device_put(jax.tree.map(jnp.asarray, dict(params)), whole)
-        self.autoencoder = autoencoders.get_autoencoder(self.spec.autoencoder)
+        self.autoencoder = autoencoders.make_autoencoder(self.spec.autoencoder)
         self.image_side: int = self.autoencoder.image_side
-        self._encode = jax.jit(self.autoencoder.encode_unit)
+        self._encode = jax.jit(self.autoencoder.encode)
         self._decode = jax.jit(self.autoencoder.decode)
         self._sampler = None
         if self.can_sample:
@@ -242,8 +244,8 @@ class Pipeline:
             is resized, with a warning.
         """
         images, single = self._images(image)
-        latents = self._encode_all(images)
-        return latents[0] if single else latents
+        latents = _unwrap(self._encode_all(images))
+        return jax.tree.map(lambda x: x[0], latents) if single else latents
 
     def decode(self, tokens) -> jax.Array:
         """Images (h, w, 3) or (B, h, w, 3) float32 in [0, 1] from latents, such as tokens (B, L).
@@ -251,15 +253,13 @@ class Pipeline:
         Raises:
           InputError: another shape or type than the autoencoder's, or a token outside the codebook.
         """
-        latents, single = self.autoencoder.check_latents(np.asarray(tokens))
-        images = self._in_turns(self._decode_rows, latents)
+        latents, single = _check_latents(tokens, self.autoencoder.record_spec)
+        decode = lambda latents: self._decode(self.params[AUTOENCODER], latents)
+        images = self._in_turns(decode, latents)
         return images[0] if single else images
 
     def _encode_all(self, images: np.ndarray):
         return self._in_turns(lambda rows: self._encode(self.params[AUTOENCODER], rows), images)
-
-    def _decode_rows(self, latents):
-        return self._decode(self.params[AUTOENCODER], latents)
 
     def _images(self, image) -> tuple[np.ndarray, bool]:
         """(B, h, w, 3) float32 in [0, 1] of the model's size, and whether one image was given."""
@@ -325,6 +325,43 @@ def resolve_class(given: Any, num_classes: int, class_names: tuple[str, ...] = (
     if not 0 <= number < num_classes:
         raise InputError(f"class must be an id in [0, {num_classes - 1}]; got {number}")
     return number
+
+
+def _unwrap(latents: Mapping[str, Any]) -> Any:
+    """The array of latents that have one field; otherwise all of them by name."""
+    return next(iter(latents.values())) if len(latents) == 1 else latents
+
+
+def _check_latents(given: Any, record: RecordSpec) -> tuple[dict[str, np.ndarray], bool]:
+    """Latents by field with a batch axis, and whether those of one image were given.
+
+    Raises:
+      InputError: another shape or type, or a value outside the vocabulary.
+    """
+    by_name = given if isinstance(given, Mapping) else {record.fields[0].name: given}
+    found, single = {}, False
+    for field in record.fields:
+        if field.name not in by_name:
+            raise InputError(f"latents must have {field.name!r}; got {', '.join(by_name)}")
+        x, shape = np.asarray(by_name[field.name]), tuple(field.shape)
+        single = x.ndim == len(shape)
+        x = x[None] if single else x
+        kind = np.integer if field.vocab_size else np.floating
+        if x.shape[1:] != shape or not x.size or not np.issubdtype(x.dtype, kind):
+            sizes = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+            what = "integers" if field.vocab_size else "floats"
+            raise InputError(
+                f"{field.name} must be {what} of shape ({sizes}) or (B, {sizes.rstrip(',')}); "
+                f"got {np.asarray(by_name[field.name]).dtype} of shape "
+                f"{np.shape(by_name[field.name])}"
+            )
+        if field.vocab_size and not 0 <= x.min() <= x.max() < field.vocab_size:
+            raise InputError(
+                f"{field.name} must be in [0, {field.vocab_size - 1}]; "
+                f"got values in [{x.min()}, {x.max()}]"
+            )
+        found[field.name] = x.astype(np.int32 if field.vocab_size else np.float32)
+    return found, single
 
 
 def _as_key(rng: Any) -> jax.Array:
@@ -420,7 +457,7 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
 def _load_run(directory: pathlib.Path | epath.Path, spec: Any, checkpoint: int | str):
     _, saved = checkpoints.load_params_of_run(directory, averaged=True, checkpoint=checkpoint)
     trained = saved["params"]
-    if isinstance(spec, autoencoders.AutoencoderSpec):
+    if isinstance(spec, AutoencoderSpec):
         return spec, {AUTOENCODER: trained}
     family = families.get_family(spec.family)
     parent_params: dict = {}

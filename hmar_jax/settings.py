@@ -1,12 +1,14 @@
-"""Settings: each is declared once, as a field of a frozen dataclass, with type, range, default and help text.
+"""Settings: each is declared once, as a field of a frozen dataclass.
+
+The declaration has type, range, default and help text:
 
     @dataclasses.dataclass(frozen=True)
     class SamplingConfig(Settings):
         top_p: float = setting(0.0, "Nucleus sampling; 0 is off.", at_least=0, at_most=1)
 
-Everything that users meet derives from such a class: the keys of config files (`defaults`), checks (`validate`, at
-construction), options of the command line (`add_arguments`) and keyword arguments with their documentation
-(`parameters`, `describe`).
+Everything that users meet derives from such a class: the keys of config files
+(config_files.ConfigSchema), checks (at construction, and `check_value`), options of the command
+line (`add_arguments`), and keyword arguments with their documentation (`parameters`, `describe`).
 """
 
 import argparse
@@ -163,7 +165,7 @@ def defaults(cls: type, exclude: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def from_group(cls: type, group: Mapping[str, Any], **more) -> Any:
-    """An instance of a class of settings from a group of a checked config, and what else it takes."""
+    """An instance of a class of settings from a group of a checked config, and more fields."""
     names = {field.name for field in dataclasses.fields(cls)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items() if k in names}
     return cls(**values, **more)

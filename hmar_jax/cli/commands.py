@@ -122,11 +122,10 @@ def tokenize(args) -> None:
     import jax
 
     from hmar_jax import autoencoders, pipeline
-    from hmar_jax.autoencoders.base import make_encoder
+    from hmar_jax.autoencoders.base import AUTOENCODER, config_to_json, make_encoder
     from hmar_jax.data import encoding
     from hmar_jax.data.sources import SPLITS, open_source
     from hmar_jax.data.transforms import Transform
-    from hmar_jax.families.base import AUTOENCODER
     from hmar_jax.parallel import processes
 
     splits = args.splits.split(",")
@@ -137,7 +136,7 @@ def tokenize(args) -> None:
     spec, params = pipeline.load_spec_and_params(args.tokenizer)
     changes = {"dtype": args.dtype} if args.dtype else {}
     config = dataclasses.replace(spec.autoencoder, **changes)
-    autoencoder, params = autoencoders.get_autoencoder(config), params[AUTOENCODER]
+    autoencoder, params = autoencoders.make_autoencoder(config), params[AUTOENCODER]
     transform = Transform(
         autoencoder.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip
     )
@@ -151,7 +150,7 @@ def tokenize(args) -> None:
         args.tokenizer,
         autoencoder.fingerprint(params),
         autoencoder.record_spec,
-        autoencoders.config_to_json(config),
+        config_to_json(config),
         args.data,
         sources,
         transform,

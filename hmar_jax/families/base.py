@@ -1,55 +1,16 @@
-"""What a model family offers: everything the trainer, the pipeline and the command line ask of it.
+"""What a model family offers: all that pipeline, evaluation and command line ask of it.
 
-A family's family.py is a module with the attributes of `Family`. An autoencoder's module offers the
-part that training asks for (`Trainable`).
+A family's family.py is a module with the attributes of `Family`.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from hmar_jax.config_files import ConfigSchema
 from hmar_jax.settings import Settings
-from hmar_jax.training.task import Params, Task
-
-AUTOENCODER = "tokenizer"  # where a model's parameters have those of its autoencoder
-
-
-@dataclasses.dataclass(frozen=True)
-class DataInfo:
-    """What a task may depend on of its data."""
-
-    source: str  # as the config names it
-    num_classes: int
-    class_names: tuple[str, ...]
-    num_images: int  # of the training split
-
-
-class Parent(NamedTuple):
-    """A model that a new one trains on top of."""
-
-    name: str  # as the config names it
-    spec: Any
-
-
-class TaskKind(NamedTuple):
-    """One kind of training that a family offers."""
-
-    schema: ConfigSchema
-    command: str  # "train" or "train-tokenizer"
-    parent_key: str | None = None  # the config key that names the parent
-    parent_folder: str | None = None  # where a run directory keeps it
-
-
-class TaskSetup(NamedTuple):
-    """What a config trains."""
-
-    task: Task
-    spec: Any  # of the model that comes out
-    parent_spec: Any = None  # of the frozen copy in the run directory
+from hmar_jax.training.task import Params
+from hmar_jax.training.trainable import Trainable
 
 
 class Spec(Protocol):
@@ -118,28 +79,6 @@ class Sampler(Protocol):
           config: EditingConfig.
           has_class: whether new content of a class is asked for.
         """
-        ...
-
-
-class Trainable(Protocol):
-    """What training asks of a family or a kind of autoencoder."""
-
-    TASKS: Mapping[str, TaskKind]  # by config.task
-
-    def image_side(self, config: Any, parent: Parent | None) -> int:
-        """Pixels of the images that the task takes."""
-        ...
-
-    def make_task(self, config: Any, parent: Parent | None, data: DataInfo) -> TaskSetup:
-        """The task that a checked config describes; InputError where its parts do not fit."""
-        ...
-
-    def frozen_params(self, config: Any, parent_params: Params, kind: str) -> Params:
-        """What a task uses and does not change, from its parent's parameters; `kind` of its batches."""
-        ...
-
-    def planning_parent(self, config: Any, parent_config: Any) -> Any:
-        """The spec that `hmar plan` assumes for a parent that the config does not name yet."""
         ...
 
 

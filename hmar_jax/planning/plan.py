@@ -17,14 +17,12 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from hmar_jax import autoencoders, families
+from hmar_jax.autoencoders.base import AutoencoderSpec
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import task_kind, task_shapes
-from hmar_jax.families.base import DataInfo, Parent
 from hmar_jax.parallel import sharding
 from hmar_jax.parallel.chips import Chip
 from hmar_jax.planning import gpu_estimate, hlo, jaxpr
@@ -32,6 +30,7 @@ from hmar_jax.planning.memory import MemoryPlan, Traffic, by_kind, divided_bytes
 from hmar_jax.planning.topology import Topology
 from hmar_jax.training import step as training_step
 from hmar_jax.training.compiled_steps import compile_steps
+from hmar_jax.training.trainable import DataInfo, Parent
 
 _log = logging.getLogger(__name__)
 
@@ -207,7 +206,7 @@ def _shapes(config: ConfigDict, parent_config: ConfigDict | None):
             parent = Parent(config[key], load_spec_and_params(config[key])[0])
         else:
             parent = Parent("", trainable.planning_parent(config, parent_config))
-        if not isinstance(parent.spec, autoencoders.AutoencoderSpec):
+        if not isinstance(parent.spec, AutoencoderSpec):
             data = dataclasses.replace(data, num_classes=parent.spec.num_classes)
     source = config.data.source
     given = source and not source.startswith(("tokens:", "records:"))

@@ -19,10 +19,11 @@ from hmar_jax.training.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class CompiledSteps:
-    """Jitted functions. Their arguments are laid out as `state`, `frozen` and the batch sharding say.
+    """Jitted functions. Their arguments are laid out as `state`, `frozen` and `batch` say.
 
     To see what the compiler makes of a step without any device of the mesh:
-    steps.train_step.trace(steps.state, steps.frozen, steps.batch(shapes), steps.rng).lower().compile()
+        traced = steps.train_step.trace(steps.state, steps.frozen, steps.batch(shapes), steps.rng)
+        traced.lower().compile()
     """
 
     mesh: Mesh

@@ -155,7 +155,7 @@ def evaluate(
 
 
 def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) -> epath.Path:
-    """The first process prepares the directory; if it cannot, or another does not see it, all raise."""
+    """The first process prepares the directory; if it cannot, or one does not see it, all raise."""
     directory, error = files.absolute(workdir), None
     if processes.is_primary():
         try:
@@ -293,7 +293,7 @@ class _Meter:
             self._check_row(row)
 
     def read(self) -> dict[str, float]:
-        """Means over the finite steps, the number of the others, and the times; then starts anew."""
+        """Means over the finite steps, the number of the others, and times; then it restarts."""
         self.check()
         self._metrics = jax.device_get(self._metrics)
         seconds = time.perf_counter() - self._started - self._seconds["excluded"]

@@ -74,7 +74,7 @@ def train_step(
 
 
 def eval_step(task: Task, state: TrainState, frozen: Params, batch: Batch) -> dict[str, Mean]:
-    """Means over the images that batch["valid"] marks, with the averaged parameters if there are."""
+    """Means over the images that batch["valid"] marks, with the averaged parameters if any."""
     return task.eval_metrics(state.eval_params, frozen, batch, state.step)
 
 
@@ -124,8 +124,8 @@ def gradients(
 ) -> tuple[Params, Metrics]:
     """The mean gradient of a loss over a batch, and the means of its metrics.
 
-    Microbatch i takes the rows i, i + num_microbatches, ...: each device keeps its own rows, however
-    the batch is divided over devices.
+    Microbatch i takes the rows i, i + num_microbatches, ...: each device keeps its own rows,
+    however the batch is divided over devices.
 
     Args:
       loss: (params, batch, rng) -> mean loss and metrics.

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from hmar_jax import autoencoders, settings
+from hmar_jax import settings
+from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
 from hmar_jax.autoencoders.vq import Tokenizer, TokenizerConfig, without_encoder
 from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
-from hmar_jax.families.base import AUTOENCODER, DataInfo, Parent, TaskKind, TaskSetup
 from hmar_jax.families.hmar.masked import MaskedTransformer
 from hmar_jax.families.hmar.masked_task import MaskedTask
 from hmar_jax.families.hmar.next_scale_task import NextScaleTask
@@ -25,6 +25,7 @@ from hmar_jax.parallel.sharding import MeshConfig
 from hmar_jax.settings import Settings, setting
 from hmar_jax.training.config import EncodedDataConfig, GenerativeTrainConfig
 from hmar_jax.training.task import Params
+from hmar_jax.training.trainable import DataInfo, Parent, TaskKind, TaskSetup
 
 __all__ = ["ConvertConfig", "EditingConfig", "NAME", "SamplingConfig", "TASKS", "convert"]
 
@@ -134,9 +135,7 @@ def make_task(config: Any, parent: Parent, data: DataInfo) -> TaskSetup:
         batch_size=config.batch_size,
         grad_accum_steps=config.grad_accum_steps,
     )
-    tokenizer_spec = autoencoders.AutoencoderSpec(
-        tokenizer, data.class_names, spec.origin, spec.licence
-    )
+    tokenizer_spec = AutoencoderSpec(tokenizer, data.class_names, spec.origin, spec.licence)
     return TaskSetup(task, spec, tokenizer_spec)
 
 
@@ -226,7 +225,7 @@ def planning_parent(config: Any, parent_config: Any = None) -> Any:
             f"config.image_side must be one of {', '.join(map(str, PUBLISHED_SIDES))}, for which a "
             f"tokenizer is published; got {side}"
         )
-    tokenizer = autoencoders.AutoencoderSpec(TokenizerConfig(scales=PUBLISHED_SIDES[side]))
+    tokenizer = AutoencoderSpec(TokenizerConfig(scales=PUBLISHED_SIDES[side]))
     if config.task != "masked":
         return tokenizer
     if parent_config is None:

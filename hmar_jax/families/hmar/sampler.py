@@ -154,14 +154,18 @@ class HmarSampler:
     def make_known(
         self, latents, mask: np.ndarray, config: EditingConfig, has_class: bool
     ) -> Known:
-        """Tokens to keep: latents (B, L) int32, mask (B, h, w) bool -> arrays of B rows."""
+        """Tokens to keep: those of latents {"tokens": (B, L) int32} outside a mask.
+
+        Args:
+          mask: (B, h, w) bool, True where new content goes.
+        """
         is_kept = editing.kept_tokens(
             self.spec.autoencoder.scale_list,
             mask,
             dilation=config.dilation,
             keep_coarse=not has_class if config.keep_coarse is None else config.keep_coarse,
         )
-        return Known(latents, is_kept)
+        return Known(latents["tokens"], is_kept)
 
 
 def sample(

@@ -5,7 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from hmar_jax import autoencoders
+from hmar_jax.autoencoders import config_from_json
+from hmar_jax.autoencoders.base import config_to_json
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.options import SamplingConfig
 from hmar_jax.families.hmar.transformer import TransformerConfig
@@ -78,7 +79,7 @@ class HmarSpec:
     def to_json(self) -> dict[str, Any]:
         """For json.dumps; from_json gives back an equal spec."""
         fields = dataclasses.asdict(self)
-        fields["autoencoder"] = autoencoders.config_to_json(self.autoencoder)
+        fields["autoencoder"] = config_to_json(self.autoencoder)
         kept = STAGE2_SAMPLING if self.masked_depth else STAGE1_SAMPLING
         fields["sampling"] = {name: fields["sampling"][name] for name in kept}
         return {"format": FORMAT, "family": NAME, **json.loads(json.dumps(fields))}
@@ -110,7 +111,7 @@ class HmarSpec:
                 if name in fields:
                     sampling[name] = fields.pop(name)
             return cls(
-                autoencoder=autoencoders.config_from_json(tokenizer),
+                autoencoder=config_from_json(tokenizer),
                 transformer=TransformerConfig(**fields.pop("transformer")),
                 class_names=tuple(fields.pop("class_names", ())),
                 sampling=SamplingConfig(**sampling),
