@@ -258,8 +258,9 @@ case $command in
         case $existing in
           "") ;;
           "$name:")
-            info "JobSet $name is already running and is left unchanged" &&
-              { [[ $detach ]] || follow_log; } && exit 0
+            info "JobSet $name is already running and is left unchanged"
+            [[ $detach ]] || follow_log
+            exit 0
             ;;
           *)
             info "JobSet $name has ended (${existing#*:}); replacing it to resume the run"

@@ -929,6 +929,14 @@ def test_jobset_rerun(sandbox):
     assert applied_jobset(sandbox)
 
 
+def test_running_jobset_is_not_applied_again(sandbox):
+    sandbox.add_program("kubectl", KUBECTL)
+    sandbox.run(
+        "gke.sh", "run", *JOBSET_ARGS, "--", *TRAIN_ARGS, status=6, JOBSET="set:", FAIL_LOGS="6"
+    )
+    assert not [call for call in sandbox.calls("kubectl") if "apply" in call["args"]]
+
+
 def test_kubectl_errors(sandbox):
     sandbox.add_program("kubectl", KUBECTL)
     sandbox.run(
