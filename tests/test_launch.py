@@ -415,14 +415,20 @@ record(pid=os.getpid())
 job = next(i for i, a in enumerate(args) if a.endswith("slurm_job.sh"))
 os.execv(args[job], args[job:])""",
     )
-    # Forwards TERM, as srun does.
+    # Forwards TERM, as srun does. The handler exists before the child, so that no signal is lost.
     sandbox.add_program(
         "srun",
         """
 record()
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append("TERM"))
 child = subprocess.Popen([a for a in args if not a.startswith(("--kill", "--gpu-bind"))])
-signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-sys.exit(child.wait())""",
+while child.poll() is None:
+    if signals:
+        signals.clear()
+        child.terminate()
+    time.sleep(0.01)
+sys.exit(child.returncode)""",
     )
     sandbox.add_program("scontrol")
     sandbox.add_program("hmar", hmar)
@@ -902,7 +908,7 @@ def test_jobset_for_gpus(sandbox):
 
 
 def test_terminated_pod_fails(sandbox):
-    """On TERM, hmar train saves and exits with 0; the pod must fail, so that the JobSet restarts."""
+    """On TERM, hmar train saves and exits with 0; the pod must fail to make the JobSet restart."""
     sandbox.add_program("kubectl", KUBECTL)
     sandbox.add_program(
         "hmar",
