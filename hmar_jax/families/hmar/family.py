@@ -128,6 +128,7 @@ def make_task(config: Any, parent: Parent, data: DataInfo) -> TaskSetup:
         origin=f"trained on {data.source}",
         licence=parent.spec.licence,
     )
+    HmarSampler(spec).check(spec.sampling)
     task = NextScaleTask(
         spec=spec,
         recipe=settings.from_group(NextScaleRecipe, config.recipe),
@@ -163,6 +164,7 @@ def _make_masked_task(config: Any, parent: Parent, data: DataInfo) -> TaskSetup:
         origin=f"trained on {data.source}",
         sampling=settings.from_group(SamplingConfig, config.sampling),
     )
+    HmarSampler(spec).check(spec.sampling)
     task = MaskedTask(
         spec=spec,
         recipe=settings.from_group(MaskedRecipe, config.recipe),
