@@ -212,12 +212,6 @@ def test_any_size_comes_out_square(kind, h, w):
         assert out.shape == (16, 16, 3) and out.dtype == np.uint8 and out.flags.c_contiguous
 
 
-def test_decode_side():
-    assert Transform(256, "resize_crop").decode_side == 288
-    assert Transform(64, "random_crop").decode_side is None
-    assert Transform(32, "affine").decode_side == 32
-
-
 @pytest.mark.parametrize(
     "fields, message",
     [

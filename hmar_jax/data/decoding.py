@@ -18,9 +18,7 @@ class ImageDecodeError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode_image(
-    file: str | BinaryIO, decode_side: int | None = None, path: str | None = None
-) -> np.ndarray:
+def decode_image(file: str | BinaryIO, path: str | None = None) -> np.ndarray:
     """Decodes any picture that PIL reads to RGB.
 
     CMYK, palette and 16-bit grey pictures are converted, transparency is laid over white, the first frame of an
@@ -28,7 +26,6 @@ def decode_image(
 
     Args:
       file: a path or an open binary file.
-      decode_side: as in `open_source`.
       path: how errors name the picture; the path itself when `file` is one.
 
     Returns:
@@ -39,8 +36,6 @@ def decode_image(
     """
     try:
         with Image.open(file) as picture:
-            if decode_side is not None and min(picture.size) > decode_side:
-                picture.draft(None, (decode_side, decode_side))  # does nothing unless it is a JPEG
             return np.array(_to_rgb(_upright(picture)))
     except MemoryError:
         raise  # the machine's fault, not the picture's

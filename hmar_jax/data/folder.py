@@ -37,7 +37,6 @@ class FolderSource:
     root: str
     files: tuple[str, ...]  # relative to root, in label order and sorted inside a class
     labels: np.ndarray  # int32 (N,)
-    decode_side: int | None = None
 
     @property
     def num_classes(self) -> int:
@@ -49,9 +48,9 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         path = os.path.join(self.root, self.files[index])
         if is_local(path):
-            image = decode_image(path, self.decode_side)
+            image = decode_image(path)
         else:
-            image = decode_image(_fetch(path), self.decode_side, path)
+            image = decode_image(_fetch(path), path)
         return {"image": image, "label": int(self.labels[index])}
 
 
@@ -65,7 +64,7 @@ def _fetch(path: str) -> BinaryIO:
         ) from error
 
 
-def open_folder(root: str, split: str, decode_side: int | None, need_classes: bool) -> FolderSource:
+def open_folder(root: str, split: str, need_classes: bool) -> FolderSource:
     spec = f"folder:{root}"
     root = epath.Path(root).expanduser()
     try:
@@ -134,9 +133,7 @@ def open_folder(root: str, split: str, decode_side: int | None, need_classes: bo
     labels = np.repeat(
         np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()]
     )
-    return FolderSource(
-        f"folder:{os.fspath(root)}", names, os.fspath(files_root), files, labels, decode_side
-    )
+    return FolderSource(f"folder:{os.fspath(root)}", names, os.fspath(files_root), files, labels)
 
 
 def _list_classes(root: epath.Path) -> dict[str, list[str]]:

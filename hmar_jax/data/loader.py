@@ -77,11 +77,6 @@ class Transform:
             raise InputError(f"transform scale {self.scale}: it must be in [0, 1)")
 
     @property
-    def decode_side(self) -> int | None:
-        """What `open_source` may take as its `decode_side`; None: this transform needs the native size."""
-        return None if self.kind == "random_crop" else self._resized_side
-
-    @property
     def _resized_side(self) -> int:
         return round(self.resize_ratio * self.side) if self.kind == "resize_crop" else self.side
 

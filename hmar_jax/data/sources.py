@@ -73,7 +73,6 @@ def open_source(
     split: str = "train",
     *,
     in_memory: bool = False,
-    decode_side: int | None = None,
     need_classes: bool = False,
 ) -> Source:
     """Opens a source of pictures.
@@ -91,8 +90,6 @@ def open_source(
           prepared with file format array_record. Its validation split is used to validate, or else its test split.
       split: "train" or "validate".
       in_memory: keep every decoded picture after its first reading (h * w * 3 bytes each).
-      decode_side: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side stays at
-        least this long, which is faster. `Transform.decode_side` is what a transform can bear. None: full size.
       need_classes: refuse a folder that holds pictures without class folders: one given by mistake would train all of its
         classes as one.
 
@@ -105,9 +102,9 @@ def open_source(
     if spec == "digits":
         source: Source = _open_digits(split)
     elif kind == "folder" and rest:
-        source = open_folder(rest, split, decode_side, need_classes)
+        source = open_folder(rest, split, need_classes)
     elif kind == "tfds" and rest:
-        source = _open_tfds(rest, split, decode_side)
+        source = _open_tfds(rest, split)
     elif kind == "tokens" and rest:
         raise InputError(f"{spec} is a set of tokens: pictures are wanted here, {KNOWN_SPECS}")
     else:
@@ -192,7 +189,6 @@ class TfdsSource:
     class_names: tuple[str, ...]
     split: str  # as the data set calls it
     records: object  # tfds.data_source: records[i] is {"image": bytes of the encoded picture, "label": int}
-    decode_side: int | None = None
 
     @property
     def num_classes(self) -> int:
@@ -205,12 +201,12 @@ class TfdsSource:
         record = self.records[index]
         path = f"{self.name}/{self.split}[{index}]"
         return {
-            "image": decode_image(io.BytesIO(record["image"]), self.decode_side, path),
+            "image": decode_image(io.BytesIO(record["image"]), path),
             "label": int(record["label"]),
         }
 
 
-def _open_tfds(rest: str, split: str, decode_side: int | None) -> TfdsSource:
+def _open_tfds(rest: str, split: str) -> TfdsSource:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -248,9 +244,7 @@ def _open_tfds(rest: str, split: str, decode_side: int | None) -> TfdsSource:
         records = builder.as_data_source(tfds_split, decoders={"image": tfds.decode.SkipDecoding()})
     except Exception as error:
         raise InputError(not_prepared) from error
-    return TfdsSource(
-        f"tfds:{name}", tuple(features["label"].names), tfds_split, records, decode_side
-    )
+    return TfdsSource(f"tfds:{name}", tuple(features["label"].names), tfds_split, records)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
