@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from hmar_jax.autoencoders.vq import to_float
+from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.loader import (
-    DecodeErrorLog,
-    Transform,
     loader_state_to_bytes,
     make_loader,
     restore_loader_state,
 )
 from hmar_jax.data.sources import ImageDecodeError, InMemory, Source, open_source
+from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 
 AS_IS = Transform(4, "random_crop")  # leaves a 4x4 picture alone
@@ -215,10 +215,11 @@ def test_any_size_comes_out_square(kind, h, w):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"kind": "crop"}, "unknown transform kind 'crop'.*resize_crop"),
-        ({"side": 0}, "side 0"),
-        ({"resize_ratio": 0.9}, "resize_ratio 0.9"),
-        ({"scale": 1.0}, "scale 1.0"),
+        ({"kind": "crop"}, "transform.kind must be one of resize_crop, .*; got 'crop'"),
+        ({"side": 0}, "transform.side must be an integer of at least 1; got 0"),
+        ({"resize_ratio": 0.9}, "resize_ratio must be a number of at least 1; got 0.9"),
+        ({"scale": 1.0}, r"scale must be a number in \[0, 1\); got 1.0"),
+        ({"rotate": -1}, "rotate must be a number of at least 0; got -1"),
     ],
 )
 def test_transform_checks_its_fields(fields, message):

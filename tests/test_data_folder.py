@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hmar_jax.data.loader import DecodeErrorLog, Transform, make_loader
+from hmar_jax.data.decode_errors import DecodeErrorLog
+from hmar_jax.data.loader import make_loader
 from hmar_jax.data.sources import ImageDecodeError, Source, decode_image, open_source
+from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 
 

@@ -10,163 +10,18 @@ Pictures stay uint8 until they are on the device; models.tokenizer.to_float is f
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import threading
 from collections.abc import Mapping
 
 import grain
 import numpy as np
-from PIL import Image
 
+from hmar_jax.data.decode_errors import MAX_UNREADABLE_FRACTION, DecodeErrorLog, is_over_limit
+from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.data.sources import ImageDecodeError, InMemory, Source
+from hmar_jax.data.transforms import Transform
 from hmar_jax.data.workers import ByProcesses
 from hmar_jax.errors import InputError
-
-KINDS = ("resize_crop", "random_crop", "affine")
-
-_MAX_ASPECT = (
-    16  # longer pictures are shortened first: a 1 x 10000 one would become gigabytes when enlarged
-)
-_BROKEN_SHARE = 0.01  # a run stops when more of its pictures are broken, ...
-_BROKEN_FILES = 10  # ... and more files than this
-_SHUFFLE, _AUGMENT = 0, 1  # which random numbers of a seed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One picture
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """How a picture of any size becomes (side, side).
-
-    Kinds, in training (in validation every crop is the centre one, and nothing else is random):
-      resize_crop: the shorter side to round(resize_ratio * side) by Lanczos, then a random crop. The published recipe.
-      random_crop: a random crop of the picture as it is; only one whose shorter side is below `side` is enlarged to it.
-      affine: for digits. The centre square at `side`, then one bicubic affine map around its centre: rotation, scale
-        and shear, then shift, each uniform in plus or minus its field; black comes in from outside.
-
-    The longer side is rounded down and the centre offset rounded half to even, as torchvision (the published code's
-    data loader) does.
-    """
-
-    side: int  # pixels
-    kind: str
-    resize_ratio: float = 1.125  # resize_crop only
-    flip: bool = (
-        False  # mirror half of the training pictures left to right; the published recipe does not
-    )
-    rotate: float = 6.0  # affine only: degrees
-    shift: float = 1.0  # affine only: pixels, in x and in y
-    scale: float = 0.03  # affine only: relative
-    shear: float = 0.05  # affine only: x per y
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise InputError(
-                f"unknown transform kind {self.kind!r}: it is one of {', '.join(KINDS)}"
-            )
-        if self.side < 1:
-            raise InputError(f"transform side {self.side}: it must be at least 1 pixel")
-        if self.resize_ratio < 1:
-            raise InputError(
-                f"transform resize_ratio {self.resize_ratio}: it must be at least 1, or no crop fits"
-            )
-        if not 0 <= self.scale < 1:
-            raise InputError(f"transform scale {self.scale}: it must be in [0, 1)")
-
-    @property
-    def _resized_side(self) -> int:
-        return round(self.resize_ratio * self.side) if self.kind == "resize_crop" else self.side
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """uint8 (h, w, 3) to uint8 (side, side, 3); rng None: as in validation."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"a transform takes uint8 (h, w, 3), not {image.dtype} {image.shape}")
-        if self.kind == "resize_crop":
-            image = _resize_shorter(image, self._resized_side, Image.Resampling.LANCZOS)
-        elif self.kind == "random_crop":
-            if min(image.shape[:2]) < self.side:
-                image = _resize_shorter(image, self.side, Image.Resampling.LANCZOS)
-        else:
-            image = _resize_shorter(image, self.side, Image.Resampling.BICUBIC)
-        image = _crop(image, self.side, None if self.kind == "affine" else rng)
-        if rng is not None and self.kind == "affine":
-            image = self._affine(image, rng)
-        if rng is not None and self.flip and rng.random() < 0.5:
-            image = image[:, ::-1]
-        return np.ascontiguousarray(image)
-
-    def _affine(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
-        shift = rng.uniform(-self.shift, self.shift, size=2)  # x, y
-        scale = 1 + rng.uniform(-self.scale, self.scale)
-        shear = rng.uniform(-self.shear, self.shear)
-        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        forward = scale * rotation @ np.array([[1, shear], [0, 1]])
-        # PIL wants the map from output to input pixels: in = inverse @ (out - centre - shift) + centre.
-        inverse = np.linalg.inv(forward)
-        centre = np.full(2, self.side / 2)
-        offset = centre - inverse @ (centre + shift)
-        coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
-        picture = Image.fromarray(image).transform(
-            (self.side, self.side),
-            Image.Transform.AFFINE,
-            coefficients,
-            Image.Resampling.BICUBIC,
-            fillcolor=0,
-        )
-        return np.asarray(picture)
-
-
-def _resize_shorter(image: np.ndarray, shorter: int, resampling: Image.Resampling) -> np.ndarray:
-    h, w = image.shape[:2]
-    if max(h, w) > _MAX_ASPECT * min(h, w):
-        limit = _MAX_ASPECT * min(h, w)
-        top, left = max(0, h - limit) // 2, max(0, w - limit) // 2
-        image = image[top : top + limit, left : left + limit]
-        h, w = image.shape[:2]
-    if min(h, w) == shorter:
-        return image
-    size = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, resampling))
-
-
-def _crop(image: np.ndarray, side: int, rng: np.random.Generator | None) -> np.ndarray:
-    spare_h, spare_w = image.shape[0] - side, image.shape[1] - side
-    if rng is None:
-        top, left = round(spare_h / 2), round(spare_w / 2)
-    else:
-        top, left = int(rng.integers(spare_h + 1)), int(rng.integers(spare_w + 1))
-    return image[top : top + side, left : left + side]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Broken pictures
-
-
-class DecodeErrorLog:
-    """The broken pictures met so far, each path once. Loaders may share one; it is safe across threads."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._reasons: dict[str, str] = {}
-
-    def add(self, path: str, reason: str) -> None:
-        with self._lock:
-            self._reasons.setdefault(path, reason)
-
-    @property
-    def count(self) -> int:
-        with self._lock:
-            return len(self._reasons)
-
-    @property
-    def items(self) -> list[tuple[str, str]]:
-        """(path, reason), in the order they were met."""
-        with self._lock:
-            return list(self._reasons.items())
 
 
 class _Reader:
@@ -248,16 +103,16 @@ class _Watch:
     def _check(self) -> None:
         # All that were ever met, of the whole source; and those of this shard's epoch, of its share: among many hosts none
         # meets many. Which pictures a shard gets is chance, so four standard deviations are allowed there.
-        allowed = _BROKEN_SHARE * self._share
+        allowed = MAX_UNREADABLE_FRACTION * self._share
         allowed += 4 * allowed**0.5 if self._share < len(self._reader) else 0
         for count, of, most in (
-            (len(self._met), len(self._reader), _BROKEN_SHARE * len(self._reader)),
+            (len(self._met), len(self._reader), MAX_UNREADABLE_FRACTION * len(self._reader)),
             (self._missed, self._share, allowed),
         ):
-            if count > max(_BROKEN_FILES, most):
+            if is_over_limit(count, most):
                 raise InputError(
                     f"{self._reader.source.name}: {count} of the {of} pictures cannot be read "
-                    f"(at most {_BROKEN_SHARE:.0%} may be broken); the first: {', '.join(list(self._met.values())[:3])}"
+                    f"(at most {MAX_UNREADABLE_FRACTION:.0%} may be broken); the first: {', '.join(list(self._met.values())[:3])}"
                 )
 
 
@@ -339,7 +194,7 @@ def make_loader(
 
     if train:
         shuffle_seed, augment_seed = (
-            derive_seed(seed, purpose) for purpose in (_SHUFFLE, _AUGMENT)
+            derive_seed(seed, purpose) for purpose in (SeedPurpose.SHUFFLE, SeedPurpose.AUGMENT)
         )
 
         def augment(example, rng):
@@ -437,11 +292,6 @@ def check_loader(
         raise InputError(
             f"{name}: batch size {batch_size} is more than {share}; make it {n // shard_count} or less"
         )
-
-
-def derive_seed(seed: int, purpose: int) -> int:
-    """A 32-bit seed. Grain's shuffle adds the epoch to its seed, so that raw seeds 0 and 1 would share their orders."""
-    return int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,13 +24,13 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from hmar_jax.data.loader import check_loader, derive_seed, iterate
+from hmar_jax.data.loader import check_loader, iterate
+from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import is_local, read_json, write_atomically
 
 FORMAT = "hmar_jax tokens 1"
 INFO_FILE, PROGRESS_FOLDER = "tokens.json", "progress"
-_ORDER = 3  # which random numbers of a seed; pipeline.py and tokenize.py have the others
 _LABEL_BYTES = 4
 _ENDLESS = 2**40  # batches
 _READ_ERRORS = (
@@ -398,7 +398,7 @@ def make_token_loader(
         pad=True,
         what="rows of tokens" if crops == 1 else "pictures",
     )
-    order_seed, whole = derive_seed(seed, _ORDER), batch_size * shard_count
+    order_seed, whole = derive_seed(seed, SeedPurpose.ORDER), batch_size * shard_count
     own = shard_index * batch_size + np.arange(
         batch_size
     )  # positions of this shard in a batch of all shards
