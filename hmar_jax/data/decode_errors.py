@@ -17,7 +17,7 @@ def is_over_limit(num_unreadable: int, allowed: float) -> bool:
 
 
 class DecodeErrorLog:
-    """The unreadable images found so far, each path once. Loaders may share one; it is thread-safe."""
+    """The unreadable images found so far, each path once. Thread-safe; loaders may share one."""
 
     def __init__(self):
         self._lock = threading.Lock()

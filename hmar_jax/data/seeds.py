@@ -6,7 +6,7 @@ import numpy as np
 
 
 class SeedPurpose(enum.IntEnum):
-    """What a derived seed is used for. The numbers are part of every random stream: never change one."""
+    """What a derived seed is used for. Every random stream depends on these numbers."""
 
     SHUFFLE = 0  # the order of images
     AUGMENT = 1  # the random transform of each image
@@ -18,6 +18,7 @@ class SeedPurpose(enum.IntEnum):
 def derive_seed(seed: int, purpose: int) -> int:
     """Returns a 32-bit seed that depends on a seed and on what it is used for.
 
-    Grain's shuffle adds the epoch to its seed. Without this step, seeds 0 and 1 would share their orders.
+    Grain's shuffle adds the epoch to its seed. Without this step, seeds 0 and 1 would share their
+    orders.
     """
     return int(np.random.SeedSequence([seed, int(purpose)]).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""Transforms: an image of any size becomes a square one, by resizing, cropping and random augmentation."""
+"""Transforms: an image of any size becomes a square one, with random crops in training."""
 
 import dataclasses
 
