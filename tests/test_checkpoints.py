@@ -19,7 +19,7 @@ import pytest
 
 from hmar_jax.errors import InputError
 from hmar_jax.io import arrays, files, models
-from hmar_jax.io.checkpoints import RunCheckpoints, load_params_of_run
+from hmar_jax.io.checkpoints import RunCheckpoints, first_version_names, load_params_of_run
 from hmar_jax.io.models import load_model, save_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -277,6 +277,27 @@ def test_restore_on_another_number_of_devices(tmp_path):
     assert finish(child(code, tmp_path, devices=2)) == ""
 
 
+# A run: checkpoints of the first version
+
+
+def test_restore_under_former_names(tmp_path):
+    """Fields, and parts of nested names, that were renamed after the checkpoint was saved."""
+    former = {new: old for old, new in first_version_names().items()}
+    last_used, count, state = jnp.arange(6).reshape(2, 3), jnp.int32(9), make_state(3)
+    present = {**state, "last_used": last_used, "nested": {"images_seen": count}}
+    saved = {**state, former["last_used"]: last_used, "nested": {former["images_seen"]: count}}
+    with RunCheckpoints(tmp_path) as run:
+        run.save(1, saved)
+        assert_same_bits(run.restore_latest(abstract(present)).state, present)
+        assert_same_bits(run.restore_latest(abstract(saved)).state, saved)
+        with input_error("it has no last_used"):
+            run.restore_latest(abstract(present), former_names={})
+        with input_error("it has no nested/more"):
+            run.restore_latest(abstract({**present, "nested": {"more": count}}))
+        run.save(2, present)
+        assert_same_bits(run.restore_latest(abstract(present)).state, present)
+
+
 # A run: damage
 
 
@@ -454,9 +475,9 @@ def test_a_device_error_is_no_damage(tmp_path, monkeypatch):
     save_steps(tmp_path, 1, 2)
     with RunCheckpoints(tmp_path) as run:
         monkeypatch.setattr(
-            run._manager,
-            "restore",
-            lambda *_, **__: (_ for _ in ()).throw(MemoryError("device full")),
+            arrays,
+            "read_on_devices",
+            lambda *_: (_ for _ in ()).throw(MemoryError("device full")),
         )
         with pytest.raises(MemoryError, match="device full"):
             run.restore_latest(make_state())

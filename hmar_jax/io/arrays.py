@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -66,18 +67,47 @@ def read_as_numpy(folder: epath.Path, metadata: Any) -> Any:
     return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
 
 
-def with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, type and sharding of a leaf, which is by default this process's first device."""
+def read_on_devices(
+    folder: epath.Path, metadata: Any, leaves: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """Reads a whole stored tree into jax arrays.
+
+    Unlike Orbax's Checkpointer, this does not wait for other processes: each process reads its own
+    shards, and an error on one of them leaves no other waiting.
+
+    Args:
+      folder: written by Orbax.
+      metadata: of `read_metadata`.
+      leaves: for each stored array, by name, an array or jax.ShapeDtypeStruct whose type and, where
+        given, sharding the result has. Without a sharding it is on this process's first device.
+
+    Returns:
+      The arrays by the same names.
+    """
+    item = jax.tree_util.tree_map_with_path(
+        lambda path, _: _with_sharding(leaves[path_name(path)]), metadata
+    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
+    return leaves_by_name(ocp.PyTreeCheckpointHandler().restore(folder, args=args))
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def path_name(path: Any) -> str:
+    """The name of a leaf from its path in a tree, such as "opt_state/0/mu/w"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def leaves_by_name(tree: Any) -> dict[str, Any]:
-    """Arrays, or their metadata, by names such as "opt_state/0/mu/w", without empty nodes."""
-    flat = ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree, keep_empty_nodes=True))
-    return {"/".join(map(str, path)): leaf for path, leaf in flat.items() if hasattr(leaf, "shape")}
+    """The leaves of a tree, arrays or their metadata, by the names of `path_name`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves if hasattr(leaf, "shape")}
 
 
 def check_leaves(tree: Any, what: str) -> None:

@@ -10,11 +10,12 @@ a file of the right length are not always found: Orbax writes no checksums of ar
 
 import base64
 import contextlib
+import importlib.resources
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -178,7 +179,9 @@ class RunCheckpoints:
         """Steps with a checkpoint, ascending, the one in flight included."""
         return sorted(self._manager.all_steps())
 
-    def restore_latest(self, abstract_state: Any) -> Restored | None:
+    def restore_latest(
+        self, abstract_state: Any, former_names: Mapping[str, str] | None = None
+    ) -> Restored | None:
         """Restores the newest checkpoint that can be read.
 
         Damaged checkpoints newer than that one are reported and renamed to
@@ -188,6 +191,9 @@ class RunCheckpoints:
           abstract_state: tree of arrays or of jax.ShapeDtypeStruct. The restored arrays have its
             types and, where given, its shardings; an array without one goes to the first device of
             this process.
+          former_names: former name -> present name of a field of the state. Where the checkpoint
+            has no array of the present name, the one of the former name is restored. None: the
+            names of the first version.
 
         Returns:
           None if there is no checkpoint at all.
@@ -196,12 +202,13 @@ class RunCheckpoints:
           InputError: every checkpoint is damaged (then none is renamed), or one does not match the
             abstract state.
         """
+        former_names = first_version_names() if former_names is None else former_names
         self.wait()
         self._manager.reload()
         damaged = []
         for step in reversed(self.steps()):
             try:
-                restored = self._restore(step, abstract_state)
+                restored = self._restore(step, abstract_state, former_names)
             except DamagedFilesError as error:
                 _log.warning(
                     "checkpoint of step %d in %s is damaged: %s", step, self.directory, error
@@ -216,7 +223,7 @@ class RunCheckpoints:
             raise InputError(_none_readable(self.directory, damaged))
         return None
 
-    def _restore(self, step: int, abstract_state: Any) -> Restored:
+    def _restore(self, step: int, abstract_state: Any, former_names: Mapping[str, str]) -> Restored:
         folder = self.directory / str(step)
         try:
             stored = arrays.read_metadata(folder / _STATE)
@@ -224,14 +231,15 @@ class RunCheckpoints:
             metadata = {**metadata, "data_state": _decode(metadata["data_state"])}
         except Exception as error:
             raise DamagedFilesError(arrays.one_line(error)) from error
-        _check_same_tree(stored, abstract_state, f"checkpoint of step {step} in {self.directory}")
-
-        abstract = jax.tree.map(arrays.with_sharding, abstract_state)
-        args = ocp.args.PyTreeRestore(
-            item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+        names = _stored_names(stored, abstract_state, former_names)
+        _check_same_tree(
+            stored, abstract_state, names, f"checkpoint of step {step} in {self.directory}"
         )
+        abstract = arrays.leaves_by_name(abstract_state)
         try:
-            state = self._manager.restore(step, args=ocp.args.Composite(state=args))[_STATE]
+            state = arrays.read_on_devices(
+                folder / _STATE, stored, {names[name]: abstract[name] for name in abstract}
+            )
         except Exception:
             # A second opinion, because a full device or a wrong sharding also fails here and is no
             # damage.
@@ -240,6 +248,9 @@ class RunCheckpoints:
             except Exception as error:
                 raise DamagedFilesError(arrays.one_line(error)) from error
             raise
+        state = jax.tree_util.tree_map_with_path(
+            lambda path, _: state[names[arrays.path_name(path)]], abstract_state
+        )
         return Restored(step, state, metadata)
 
     def _rename_damaged(self, step: int) -> None:
@@ -371,18 +382,47 @@ def _steps_from_newest(directory: epath.Path) -> Iterator[int]:
         yield max(steps)
 
 
-def _check_same_tree(stored: Any, abstract_state: Any, what: str) -> None:
+def first_version_names() -> dict[str, str]:
+    """Names of the first version's states -> their present names.
+
+    They are kept in a data file because the code no longer uses the former words.
+    """
+    path = importlib.resources.files(__package__) / "first_version_names.json"
+    return json.loads(path.read_text())
+
+
+def _stored_names(
+    stored: Any, abstract_state: Any, former_names: Mapping[str, str]
+) -> dict[str, str]:
+    """For each array of the abstract state, by name, the name that the checkpoint has for it."""
+    prefixes = set()
+    for name in arrays.leaves_by_name(stored):
+        keys = name.split("/")
+        prefixes |= {"/".join(keys[: n + 1]) for n in range(len(keys))}
+
+    def stored_name(name: str) -> str:
+        found: list[str] = []
+        for key in name.split("/"):
+            candidates = [key, *(old for old, new in former_names.items() if new == key)]
+            found.append(next((k for k in candidates if "/".join([*found, k]) in prefixes), key))
+        return "/".join(found)
+
+    return {name: stored_name(name) for name in arrays.leaves_by_name(abstract_state)}
+
+
+def _check_same_tree(stored: Any, abstract_state: Any, names: dict[str, str], what: str) -> None:
     """Raises InputError naming the first leaf that is missing, unknown, or of another shape."""
     found, expected = arrays.leaves_by_name(stored), arrays.leaves_by_name(abstract_state)
     what = f"{what} does not match this configuration"
-    for name in [*expected, *found]:
-        if name not in found:
+    for name, leaf in expected.items():
+        if names[name] not in found:
             raise InputError(f"{what}: it has no {name}")
-        if name not in expected:
-            raise InputError(f"{what}: it has {name}, which is unknown here")
-        shapes = tuple(found[name].shape), tuple(expected[name].shape)
+        shapes = tuple(found[names[name]].shape), tuple(leaf.shape)
         if shapes[0] != shapes[1]:
             raise InputError(f"{what}: {name} has shape {shapes[0]}, not {shapes[1]}")
+    unknown = sorted(found.keys() - set(names.values()))
+    if unknown:
+        raise InputError(f"{what}: it has {unknown[0]}, which is unknown here")
 
 
 def _encode(data_state: Any) -> Any:
