@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -18,11 +19,16 @@ import numpy as np
 import pytest
 
 from hmar_jax.errors import InputError
-from hmar_jax.io import arrays, files, models
+from hmar_jax.io import arrays, checkpoints, files, models
 from hmar_jax.io.checkpoints import RunCheckpoints, first_version_names, load_params_of_run
 from hmar_jax.io.models import load_model, save_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def retry_at_once(monkeypatch):
+    monkeypatch.setattr(arrays, "RETRY_DELAYS", (0.0, 0.0))
 
 
 @contextlib.contextmanager
@@ -419,6 +425,7 @@ def test_falls_back_over_wrong_contents_of_the_right_length(tmp_path):
     data = _largest(tmp_path / "checkpoints" / "20")
     data.write_bytes(bytes(data.stat().st_size))
     code = """
+        t.arrays.RETRY_DELAYS = (0.0, 0.0)
         with t.RunCheckpoints(sys.argv[1]) as run:
             print(run.restore_latest(t.make_state()).step, run.steps())
     """
@@ -471,17 +478,91 @@ def test_another_model_is_an_input_error_and_no_damage(tmp_path, caplog):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
 
 
-def test_a_device_error_is_no_damage(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [MemoryError("device full"), RuntimeError("device full")])
+def test_a_device_error_is_no_damage(tmp_path, monkeypatch, error):
     save_steps(tmp_path, 1, 2)
     with RunCheckpoints(tmp_path) as run:
-        monkeypatch.setattr(
-            arrays,
-            "read_on_devices",
-            lambda *_: (_ for _ in ()).throw(MemoryError("device full")),
-        )
-        with pytest.raises(MemoryError, match="device full"):
+        monkeypatch.setattr(arrays, "read_on_devices", failing(error, times=math.inf))
+        with pytest.raises(type(error), match="device full"):
             run.restore_latest(make_state())
         assert run.steps() == [1, 2]
+
+
+# A run: errors that pass
+
+
+def failing(error, times, otherwise=None):
+    """A function that raises the error so many times, and then calls `otherwise`."""
+
+    def function(*args, **kwargs):
+        function.calls += 1
+        if function.calls <= times:
+            raise error
+        return otherwise(*args, **kwargs)
+
+    function.calls = 0
+    return function
+
+
+READS = {
+    "index": (arrays, "read_metadata"),
+    "data": (arrays, "read_on_devices"),
+    "metadata": (checkpoints, "_decode"),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_an_error_that_passes_is_no_damage(tmp_path, monkeypatch, caplog, read):
+    save_steps(tmp_path, 1, 2)
+    with RunCheckpoints(tmp_path) as run:
+        function = failing(OSError(5, "Input/output error"), 2, getattr(*READS[read]))
+        monkeypatch.setattr(*READS[read], function)
+        restored = run.restore_latest(make_state())
+        assert restored.step == 2 and function.calls == 3
+        assert_same_bits(restored.state, make_state(2))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("file", ["data", "extra/metadata"])
+def test_a_file_that_is_missing_for_a_moment(tmp_path, monkeypatch, file):
+    save_steps(tmp_path, 1, 2)
+    folder = tmp_path / "checkpoints" / "2"
+    missing = _largest(folder) if file == "data" else folder / file
+    missing.rename(tmp_path / "away")
+    monkeypatch.setattr(arrays.time, "sleep", lambda _: (tmp_path / "away").rename(missing))
+    with RunCheckpoints(tmp_path) as run:
+        assert run.restore_latest(make_state()).step == 2
+    missing.rename(tmp_path / "away")
+    assert load_params_of_run(tmp_path)[0] == 2
+
+
+def test_an_error_that_stays_is_damage(tmp_path, monkeypatch, caplog):
+    save_steps(tmp_path, 1, 2)
+    read, attempts = arrays.read_metadata, []
+
+    def fail_at_step_2(folder, *parts):
+        if folder.parent.name == "2":
+            attempts.append(folder)
+            raise OSError(116, "Stale file handle")
+        return read(folder, *parts)
+
+    monkeypatch.setattr(arrays, "read_metadata", fail_at_step_2)
+    assert load_params_of_run(tmp_path)[0] == 1
+    with RunCheckpoints(tmp_path) as run:
+        assert run.restore_latest(make_state()).step == 1
+    assert len(attempts) == 2 * 3 and caplog.text.count("Stale file handle") == 2
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "damaged_2"]
+
+
+def test_a_model_is_read_again_after_an_error(tmp_path, monkeypatch):
+    save_model(tmp_path / "m", {}, {"w": np.ones(3)}, "")
+    error = OSError(5, "Input/output error")
+    monkeypatch.setattr(arrays, "read_metadata", failing(error, 2, arrays.read_metadata))
+    assert load_model(tmp_path / "m")[1]["w"].shape == (3,)
+    monkeypatch.setattr(arrays, "read_metadata", failing(error, 3))
+    with input_error("damaged", "Input/output error"):
+        load_model(tmp_path / "m")
 
 
 def test_a_file_in_place_of_the_checkpoint_directory(tmp_path):

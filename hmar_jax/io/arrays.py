@@ -1,9 +1,15 @@
-"""Trees of arrays stored with Orbax: checks before writing, and reading that finds damage."""
+"""Trees of arrays stored with Orbax: checks before writing, and reading that finds damage.
 
+Orbax and TensorStore raise errors of many types. Files count as damaged only if several attempts to
+read them failed: network file systems and object stores also fail for a moment.
+"""
+
+import logging
 import os
 import shutil
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,9 +20,34 @@ from etils import epath
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import is_local
 
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+RETRY_DELAYS = (1.0, 3.0)  # seconds before each further attempt to read
+
 
 class DamagedFilesError(Exception):
-    """Stored arrays cannot be read. The message is the reason, on one line."""
+    """Files are missing, too short or unreadable. The message is the reason, on one line."""
+
+
+def read_with_retries(read: Callable[[], _T]) -> _T:
+    """Calls `read`; where it fails, calls it again after a pause.
+
+    Raises:
+      DamagedFilesError: every attempt failed.
+      InputError, MemoryError: from the first attempt, since the files are not the cause.
+    """
+    for delay in (*RETRY_DELAYS, None):
+        try:
+            return read()
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:
+            if delay is None:
+                raise DamagedFilesError(one_line(error)) from error
+            _log.debug("reading failed, next attempt in %g s: %s", delay, one_line(error))
+            time.sleep(delay)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def read_metadata(folder: epath.Path, *parts: str) -> Any:

@@ -4,12 +4,14 @@ A run keeps its last few checkpoints in `workdir/checkpoints/STEP`: `state` (arr
 (JSON metadata: the position of the data loader, and what else the caller wants to restore). Orbax
 commits a checkpoint by renaming it. So a process that is killed at any moment leaves complete
 checkpoints and, at worst, a temporary folder, which the next start removes. Files that are lost or
-shortened later are found on restoring, and the previous checkpoint is used instead. Flipped bits in
-a file of the right length are not always found: Orbax writes no checksums of array data.
+shortened later are found on restoring, and the previous checkpoint is used instead; all processes
+skip a checkpoint that one of them cannot read after several attempts. Flipped bits in a file of the
+right length are not always found: Orbax writes no checksums of array data.
 """
 
 import base64
 import contextlib
+import functools
 import importlib.resources
 import json
 import logging
@@ -21,7 +23,6 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from hmar_jax.errors import InputError
@@ -33,6 +34,7 @@ from hmar_jax.io.models import (  # alias until the integrator renames uses  # n
     load_model,
     save_model,
 )
+from hmar_jax.parallel import processes
 
 _log = logging.getLogger(__name__)
 _STATE = "state"
@@ -205,8 +207,8 @@ class RunCheckpoints:
         former_names = first_version_names() if former_names is None else former_names
         self.wait()
         self._manager.reload()
-        damaged = []
-        for step in reversed(self.steps()):
+        damaged: list[int] = []
+        while (step := self._newest_step(damaged)) is not None:
             try:
                 restored = self._restore(step, abstract_state, former_names)
             except DamagedFilesError as error:
@@ -223,45 +225,72 @@ class RunCheckpoints:
             raise InputError(_none_readable(self.directory, damaged))
         return None
 
+    def _newest_step(self, excluded: list[int]) -> int | None:
+        """The newest step but those excluded, as the first process sees the directory."""
+        step = max((step for step in self.steps() if step not in excluded), default=-1)
+        step = processes.broadcast_from_primary(step)
+        return None if step < 0 else step
+
     def _restore(self, step: int, abstract_state: Any, former_names: Mapping[str, str]) -> Restored:
-        folder = self.directory / str(step)
+        """Restores a step on all processes, or raises the same kind of error on all of them.
+
+        Raises:
+          DamagedFilesError: some process finds the files damaged, and none has another error.
+          InputError: the checkpoint does not match the abstract state.
+        """
+        damage, error = "", None
         try:
-            stored = arrays.read_metadata(folder / _STATE)
+            restored = self._restore_alone(step, abstract_state, former_names)
+        except DamagedFilesError as e:
+            damage = str(e)
+        except Exception as e:
+            error = e
+        # Other errors come first: no checkpoint must be given up because of them.
+        processes.raise_on_all_processes(error)
+        damages = [text for text in processes.gather_messages(damage) if text]
+        if damages:
+            raise DamagedFilesError(damages[0])
+        return restored
+
+    def _restore_alone(
+        self, step: int, abstract_state: Any, former_names: Mapping[str, str]
+    ) -> Restored:
+        """Restores what this process holds of a step, without waiting for others."""
+        folder = self.directory / str(step)
+
+        def read_metadata():
             metadata = ocp.JsonCheckpointHandler().restore(folder / _METADATA)
             metadata = {**metadata, "data_state": _decode(metadata["data_state"])}
-        except Exception as error:
-            raise DamagedFilesError(arrays.one_line(error)) from error
+            return arrays.read_metadata(folder / _STATE), metadata
+
+        stored, metadata = arrays.read_with_retries(read_metadata)
         names = _stored_names(stored, abstract_state, former_names)
         _check_same_tree(
             stored, abstract_state, names, f"checkpoint of step {step} in {self.directory}"
         )
-        abstract = arrays.leaves_by_name(abstract_state)
+        leaves = arrays.leaves_by_name(abstract_state)
+        leaves = {names[name]: leaf for name, leaf in leaves.items()}
         try:
-            state = arrays.read_on_devices(
-                folder / _STATE, stored, {names[name]: abstract[name] for name in abstract}
+            state = arrays.read_with_retries(
+                lambda: arrays.read_on_devices(folder / _STATE, stored, leaves)
             )
-        except Exception:
-            # A second opinion, because a full device or a wrong sharding also fails here and is no
-            # damage.
-            try:
-                arrays.read_as_numpy(folder / _STATE, stored)
-            except Exception as error:
-                raise DamagedFilesError(arrays.one_line(error)) from error
-            raise
+        except DamagedFilesError as error:
+            # A full device or a wrong sharding fails here too. Then reading into host memory works.
+            arrays.read_with_retries(lambda: arrays.read_as_numpy(folder / _STATE, stored))
+            raise (error.__cause__ or error) from None
         state = jax.tree_util.tree_map_with_path(
             lambda path, _: state[names[arrays.path_name(path)]], abstract_state
         )
         return Restored(step, state, metadata)
 
     def _rename_damaged(self, step: int) -> None:
-        if jax.process_index() == 0:
+        if processes.is_primary():
             target, n = self.directory / f"damaged_{step}", 1
             while target.exists():
                 n += 1
                 target = self.directory / f"damaged_{step}_{n}"
             (self.directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"hmar_jax renamed damaged checkpoint {step}")
+        processes.wait_for_all(f"hmar_jax renamed damaged checkpoint {step}")
 
 
 def load_params_of_run(
@@ -296,30 +325,20 @@ def load_params_of_run(
     )
     for step in steps:
         folder = directory / str(step) / _STATE
+        where = f"checkpoint of step {step} in {directory}"
         try:
-            stored = arrays.read_metadata(folder, "params", *more, *([_EMA] if averaged else []))
-            stored = stored if isinstance(stored, dict) else {}
-            params = _EMA if averaged and stored.get(_EMA) else "params"
-            for key in (params, *more):
-                if key not in stored:
-                    raise InputError(f"checkpoint of step {step} in {directory} has no {key!r}")
-            found = arrays.read_as_numpy(folder, {key: stored[key] for key in (params, *more)})
-            found["params"] = found.pop(params)
-            if damaged:
-                _log.warning("using the last readable checkpoint, of step %d", step)
-            return step, found
-        except InputError:
-            raise
-        except Exception as error:
+            found = arrays.read_with_retries(
+                functools.partial(_read_parts, folder, more, averaged, where)
+            )
+        except DamagedFilesError as error:
             if not folder.exists():
                 continue  # The run has removed it meanwhile: it keeps only its last few.
-            _log.warning(
-                "checkpoint of step %d in %s is damaged: %s",
-                step,
-                directory,
-                arrays.one_line(error),
-            )
+            _log.warning("%s is damaged: %s", where, error)
             damaged.append(step)
+            continue
+        if damaged:
+            _log.warning("using the last readable checkpoint, of step %d", step)
+        return step, found
     if damaged:
         raise InputError(_none_readable(directory, damaged))
     raise InputError(
@@ -327,6 +346,21 @@ def load_params_of_run(
         if checkpoint == "latest"
         else f"checkpoint {checkpoint} of {workdir} no longer exists"
     )
+
+
+def _read_parts(
+    folder: epath.Path, more: tuple[str, ...], averaged: bool, where: str
+) -> dict[str, Any]:
+    """The parameters, or their moving average, and more parts of a stored state."""
+    stored = arrays.read_metadata(folder, "params", *more, *([_EMA] if averaged else []))
+    stored = stored if isinstance(stored, dict) else {}
+    params = _EMA if averaged and stored.get(_EMA) else "params"
+    for key in (params, *more):
+        if key not in stored:
+            raise InputError(f"{where} has no {key!r}")
+    found = arrays.read_as_numpy(folder, {key: stored[key] for key in (params, *more)})
+    found["params"] = found.pop(params)
+    return found
 
 
 def _step_of(directory: epath.Path, checkpoint: int | str) -> int:

@@ -118,12 +118,12 @@ def load_model(directory: os.PathLike | str) -> tuple[dict[str, Any], dict[str, 
     config = read_json(path / "config.json", f"the configuration of the model {directory}")
     folder = path / "params"
     try:
-        return config, arrays.read_as_numpy(folder, arrays.read_metadata(folder))
-    except Exception as error:  # Orbax and TensorStore raise many types
-        reason = arrays.one_line(error)
-        raise InputError(
-            f"the parameters of the model {directory} are damaged: {reason}"
-        ) from error
+        params = arrays.read_with_retries(
+            lambda: arrays.read_as_numpy(folder, arrays.read_metadata(folder))
+        )
+    except arrays.DamagedFilesError as error:
+        raise InputError(f"the parameters of the model {directory} are damaged: {error}") from error
+    return config, params
 
 
 # Renaming directories
