@@ -219,3 +219,82 @@ def test_flags_that_do_not_fit(tmp_path, capfd):
     with pytest.raises(InputError, match="alone"):
         processes.raise_on_all_processes(InputError("alone"))
     processes.raise_on_all_processes(None)
+
+
+# What the processes of a run agree on
+
+AGREE = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from hmar_jax.io import arrays
+from hmar_jax.io.checkpoints import RunCheckpoints
+from hmar_jax.parallel import processes, sharding
+
+workdir, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+processes.initialize(f"127.0.0.1:{port}", 2, index)
+arrays.RETRY_DELAYS = (0.0, 0.0)
+mesh = sharding.make_mesh()
+places = {"w": NamedSharding(mesh, P("data")), "step": sharding.replicated(mesh)}
+state = lambda step: sharding.place({"w": np.arange(8.0) + step, "step": np.int32(step)}, places)
+read, report = arrays.read_on_devices, {"gathered": processes.gather_messages("é" * index)}
+
+
+def failing(error, times):
+    left = [times]
+
+    def function(folder, *args):
+        if index == 1 and folder.parent.name == "20" and left[0]:
+            left[0] -= 1
+            raise error
+        return read(folder, *args)
+
+    return function
+
+
+with RunCheckpoints(workdir) as run:
+    for step in (10, 20):
+        run.save(step, state(step))
+    for name, error, times in (
+        ("passes", OSError(5, "Input/output error"), 2),
+        ("other", MemoryError("host full"), 1),
+        ("stays", OSError(5, "Input/output error"), -1),
+    ):
+        arrays.read_on_devices = failing(error, times)
+        arrays.read_as_numpy = failing(error, times)
+        try:
+            restored = run.restore_latest(state(0))
+            values = np.asarray(restored.state["w"].addressable_data(0)) - 4 * index
+            report[name] = [restored.step, int(restored.state["step"]), values.tolist()]
+        except Exception as error:
+            report[name] = f"{type(error).__name__}: {error}"
+    report["steps"] = run.steps()
+print(json.dumps(report))
+"""
+
+
+def test_all_processes_skip_a_checkpoint_that_one_cannot_read(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGREE, str(tmp_path), port, str(index)],
+            env=tiny.ENVIRONMENT,
+            cwd=pathlib.Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [child.communicate(timeout=200)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    for report in first, second:
+        assert report["gathered"] == ["", "é"]
+        assert report["passes"] == [20, 20, [20, 21, 22, 23]], "a passing error is no damage"
+        assert report["stays"] == [10, 10, [10, 11, 12, 13]], "one process cannot read step 20"
+        assert report["steps"] == [10]
+    assert first["other"] == "RuntimeError: process 1 failed with MemoryError: host full"
+    assert second["other"] == "MemoryError: host full"
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "damaged_20"]

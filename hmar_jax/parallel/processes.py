@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from hmar_jax.errors import InputError
 
-_LONGEST_MESSAGE = 1000  # bytes of an error that is told to the others
+_LONGEST_MESSAGE = 1000  # bytes, of what one process sends to the others
 
 
 def initialize(
@@ -76,18 +76,57 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def raise_on_all_processes(error: InputError | None) -> None:
-    """Where any process has an error, all raise the first of them; call it everywhere, with None where all is well."""
+def gather_messages(message: str) -> list[str]:
+    """The messages of all processes, in their order; every process must call it.
+
+    Args:
+      message: of this process, "" for none. What is longer than _LONGEST_MESSAGE bytes is cut off.
+    """
     if jax.process_count() == 1:
-        if error is not None:
-            raise error
-        return
-    text = str(error).encode()[:_LONGEST_MESSAGE] if error is not None else b""
+        return [message]
+    text = message.encode()[:_LONGEST_MESSAGE]
     mine = np.zeros(_LONGEST_MESSAGE, np.uint8)
     mine[: len(text)] = np.frombuffer(text, np.uint8)
-    for message in multihost_utils.process_allgather(mine):
-        if message.any():
-            raise InputError(bytes(message[message != 0]).decode(errors="replace"))
+    rows = multihost_utils.process_allgather(mine)
+    return [bytes(row[row != 0]).decode(errors="replace") for row in rows]
+
+
+def raise_on_all_processes(error: Exception | None) -> None:
+    """Raises on every process where one of them has an error; every process must call it.
+
+    Args:
+      error: of this process, or None.
+
+    Raises:
+      The error of the first process that has one: on that process itself, elsewhere an error with
+      its message, which is an InputError if that is one, and otherwise a RuntimeError.
+    """
+    report = ""
+    if error is not None:
+        kind = "" if isinstance(error, InputError) else type(error).__name__
+        report = f"{kind}: {error}"
+    for process, found in enumerate(gather_messages(report)):
+        if not found:
+            continue
+        if process == jax.process_index() and error is not None:
+            raise error
+        kind, _, text = found.partition(": ")
+        if not kind:
+            raise InputError(text)
+        raise RuntimeError(f"process {process} failed with {kind}: {text}")
+
+
+def broadcast_from_primary(value: int) -> int:
+    """The value that the primary process has; every process must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has called it with this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 class StopRequest:
