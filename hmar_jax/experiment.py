@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 from hmar_jax import autoencoders, families, settings
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec, make_encoder
+from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.encoding import encode_in_memory
-from hmar_jax.data.loader import DecodeErrorLog, make_loader
+from hmar_jax.data.loader import make_loader
 from hmar_jax.data.records import RecordSet, make_record_loader, open_records
 from hmar_jax.data.sources import Source, open_source
 from hmar_jax.data.transforms import Transform
@@ -172,7 +173,7 @@ def _open_images(
         shard_index=shard,
         shard_count=shards,
         threads=config.data.threads,
-        decode_errors=errors,
+        broken=errors,
     )
     shard, shards = sharding.host_share(mesh, config.batch_size)
 
@@ -189,7 +190,7 @@ def _open_images(
             shard_count=shards,
             threads=config.data.threads,
             workers=config.data.workers,
-            decode_errors=errors,
+            broken=errors,
         )
 
     kind = "image"
@@ -305,7 +306,7 @@ def _preview_images(
         seed=0,
         train=False,
         threads=0,
-        decode_errors=errors,
+        broken=errors,
     )
     return next(iter(few))["image"]
 

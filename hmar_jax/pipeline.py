@@ -24,7 +24,7 @@ from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec
 from hmar_jax.data.records import RecordSpec
 from hmar_jax.errors import InputError
 from hmar_jax.families.base import image_keys
-from hmar_jax.io import checkpoints, files, masks, runs
+from hmar_jax.io import checkpoints, files, masks, models, runs
 from hmar_jax.io.images import resize_image
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent / "bundled"
@@ -450,7 +450,7 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
         raise InputError(
             f"checkpoint {checkpoint!r} of {name!r}: only runs have checkpoints; this is a model"
         )
-    config, params = checkpoints.load_model(directory)
+    config, params = models.load_model(directory)
     return families.spec_from_json(config, where), params
 
 
@@ -463,7 +463,7 @@ def _load_run(directory: pathlib.Path | epath.Path, spec: Any, checkpoint: int |
     parent_params: dict = {}
     for kind in family.TASKS.values():
         if kind.parent_folder and (directory / kind.parent_folder / "config.json").exists():
-            _, parent_params = checkpoints.load_model(directory / kind.parent_folder)
+            _, parent_params = models.load_model(directory / kind.parent_folder)
     return spec, family.assemble_params(spec, trained, parent_params)
 
 

@@ -409,15 +409,15 @@ def info(args) -> None:
 def convert(args) -> None:
     """Published PyTorch weights become a model directory."""
     from hmar_jax import pipeline
-    from hmar_jax.io import checkpoints
+    from hmar_jax.io import models
 
-    checkpoints.check_new_model(args.out)
+    models.check_new_model(args.out)
     options = _options(args, "ConvertConfig")
     try:
         spec, params = pipeline.convert_torch_files(args.torch, args.family, **options)
     except ImportError as e:
         raise InputError(str(e)) from None
-    checkpoints.save_model(args.out, spec.to_json(), params, _readme(args.out, spec))
+    models.save_model(args.out, spec.to_json(), params, _readme(args.out, spec))
     print(f"{args.out}: {spec.kind}, {spec.origin}. {spec.licence}.")
 
 
@@ -427,16 +427,16 @@ def export(args) -> None:
     import numpy as np
 
     from hmar_jax import pipeline
-    from hmar_jax.io import checkpoints
+    from hmar_jax.io import models
 
-    checkpoints.check_new_model(args.out)
+    models.check_new_model(args.out)
     spec, params = pipeline.load_spec_and_params(args.model, args.checkpoint)
     if args.licence is not None:
         spec = dataclasses.replace(spec, licence=args.licence)
     if args.half:
         halve = lambda x: x.astype(np.float16) if x.dtype == np.float32 else x
         params = jax.tree.map(lambda x: halve(np.asarray(x)), params)
-    checkpoints.save_model(args.out, spec.to_json(), params, _readme(args.out, spec))
+    models.save_model(args.out, spec.to_json(), params, _readme(args.out, spec))
     print(f"{args.out}: {spec.kind}")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hmar_jax.config_files import ConfigSchema
-from hmar_jax.data.loader import DecodeErrorLog
+from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.training.task import Params, Task
 
 

@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hmar_jax.data.loader import DecodeErrorLog, loader_state_to_bytes, restore_loader_state
+from hmar_jax.data.decode_errors import DecodeErrorLog
+from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.flops import peak_flops
 from hmar_jax.io import files, image_grid, runs
-from hmar_jax.io.checkpoints import RunCheckpoints, save_model
+from hmar_jax.io.checkpoints import RunCheckpoints
+from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.training.compiled_steps import CompiledSteps, compile_steps
 from hmar_jax.training.experiment import Experiment
@@ -78,7 +80,7 @@ def _run(
 
     batches = iter(experiment.loader())
     if restored is not None:
-        restore_loader_state(batches, restored.extra["data_state"])
+        restore_loader_state(batches, restored.metadata["data_state"])
     primary = processes.is_primary()
     reporter = _Reporter(directory, start, task.steps, config.task) if primary else None
     meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
