@@ -199,7 +199,7 @@ def make_task(config, parent, data):
     return TaskSetup(task, spec)
 
 
-def frozen_params(config, parent_params, kind):
+def frozen_params(config, parent, parent_params, kind):
     return {}
 
 

@@ -394,10 +394,11 @@ def evaluate(args) -> None:
 
 def info(args) -> None:
     """Prints what a model is."""
-    from hmar_jax import autoencoders, pipeline
+    from hmar_jax import pipeline
+    from hmar_jax.autoencoders import models
 
     spec, params = pipeline.load_spec_and_params(args.model, args.checkpoint)
-    rows = [("model", f"{args.model}: {spec.kind}"), *autoencoders.describe(spec, params)]
+    rows = [("model", f"{args.model}: {spec.kind}"), *models.describe(spec.autoencoder, params)]
     if spec.sampling is not None:
         rows += families.get_family(spec.family).describe(spec, params)
     rows += [("origin", spec.origin), ("licence", spec.licence)]

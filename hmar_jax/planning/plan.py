@@ -30,13 +30,12 @@ from hmar_jax.planning.memory import MemoryPlan, Traffic, by_kind, divided_bytes
 from hmar_jax.planning.topology import Topology
 from hmar_jax.training import step as training_step
 from hmar_jax.training.compiled_steps import compile_steps
-from hmar_jax.training.trainable import DataInfo, Parent
+from hmar_jax.training.trainable import IMAGENET, Parent
 
 _log = logging.getLogger(__name__)
 
 # Names of the kernels in pallas_kernels/mosaic_tpu.py.
 _KERNELS = ("block_attention_forward", "block_attention_d_q", "block_attention_d_kv")
-_IMAGENET = DataInfo("", 1000, (), 1_281_167)  # assumed where the data are not there yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +197,7 @@ def _seconds(counted, found: StepAnalysis, chip: Chip, devices: int) -> dict[str
 def _shapes(config: ConfigDict, parent_config: ConfigDict | None):
     """Task, frozen parameters, batch and its kind; the parent from the config, else assumed."""
     trainable, kind_of_task = task_kind(config)
-    parent, data, key = None, _IMAGENET, kind_of_task.parent_key
+    parent, data, key = None, IMAGENET, kind_of_task.parent_key
     if key is not None:
         if config[key]:
             from hmar_jax.pipeline import load_spec_and_params  # reads parameters
