@@ -20,7 +20,7 @@ All times are medians in milliseconds, forward/backward. Columns of the table:
                 of the implementation that `block_attention` selects by default, marked *
     varlen, sdpa, flex
                 PyTorch's attention
-    required, target
+    required, goal
                 times on an H100 that the kernels must meet, and should meet
 
 FLOPs count the scores that the mask keeps: 4 D each forward, 10 D backward (2.5 times as many, as
@@ -69,21 +69,23 @@ SIDES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One line of the table; required and target are (forward, backward) milliseconds."""
+    """One line of the table; required and goal are (forward, backward) milliseconds."""
 
     length: int  # L
     batch: int
     heads: int
     pattern: str
     required: tuple[float, float] | None = None
-    target: tuple[float, float] | None = None
+    goal: tuple[float, float] | None = None
 
     @property
     def sizes(self):
+        """Block sizes."""
         return tuple(side * side for side in SIDES[self.length])
 
     @property
     def shape(self):
+        """(B, L, H, D)"""
         return (self.batch, self.length, self.heads, DIM)
 
     @property
@@ -99,6 +101,7 @@ class Case:
         return flops, (8 if backward else 4) * 2 * int(np.prod(self.shape))
 
     def roofline_seconds(self, backward):
+        """The least time that the FLOPs or the bytes of a pass take on an H100."""
         flops, num_bytes = self.work(backward)
         return max(flops / FLOPS_PER_SECOND, num_bytes / BYTES_PER_SECOND)
 
@@ -255,6 +258,7 @@ def time_in_jit(case, dtype):
 
 
 def time_chain(module, config, q, k, v, d_out):
+    """(forward, backward) of one call in a chain of dependent calls, in milliseconds."""
     out, lse = jax.jit(module.run_forward(config))(q, k, v)
 
     # The output replaces q, and d_v replaces v; neither leaves its range over the calls. Unrolled,
@@ -334,10 +338,13 @@ def selected_implementation(case, dtype):
 
 
 def format_pair(x, digits=3):
+    """Formats (forward, backward) as "forward/backward", and None as "-"."""
     return f"{x[0]:.{digits}f}/{x[1]:.{digits}f}" if x else "-"
 
 
 def print_case(case, times, compare, selected):
+    """Prints one line of the table."""
+
     def marked(name):
         return f"{format_pair(times.get(name))}{'*' * (name == selected)}"
 
@@ -354,12 +361,13 @@ def print_case(case, times, compare, selected):
         f"{format_pair([r / s for r, s in zip(roofline, seconds)], 2):11}",
         *(f"{format_pair(times.get(name)):12}" for name in compare),
         f"{format_pair(case.required, 2):10}",
-        f"{format_pair(case.target, 2)}",
+        f"{format_pair(case.goal, 2)}",
     ]
     print(" ".join(columns), flush=True)
 
 
 def print_header(compare):
+    """Prints the column names of the table."""
     columns = {
         "case": 22,
         "graph": 12,
@@ -370,7 +378,7 @@ def print_header(compare):
         "of roofline": 11,
         **{name: 12 for name in compare},
         "required": 10,
-        "target": 10,
+        "goal": 10,
     }
     print(" ".join(f"{name:{width}}" for name, width in columns.items()), flush=True)
 

@@ -1,9 +1,10 @@
 """What the Mosaic GPU kernels share: memory, barriers, and the loops of a persistent program.
 
 A program has three warpgroups (warp specialization). One copies with the tensor memory accelerator
-(TMA): the resident rows of an item, and the streamed rows step by step. Two compute, each for its
-own 64 resident rows; they take turns at the matrix units, so that the products of one overlap with
-the exponentials of the other (FlashAttention 3, arXiv 2407.08608, "pingpong" scheduling).
+(TMA): the resident rows of an item, and the streamed rows step by step (both are explained in
+mosaic_gpu_work_lists.py). Two compute, each for its own 64 resident rows; they take turns at the
+matrix units, so that the products of one overlap with the exponentials of the other
+(FlashAttention 3, arXiv 2407.08608, "pingpong" scheduling).
 """
 
 import dataclasses

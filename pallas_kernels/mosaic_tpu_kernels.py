@@ -140,6 +140,7 @@ class _TilePair:
         self.bounds = bounds
 
     def has_flag(self, flag):
+        """Whether a flag (FIRST, LAST or PARTIAL) of this grid step is set."""
         return self.flags & flag != 0
 
     def run(self, kinds, body):

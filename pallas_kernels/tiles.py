@@ -42,6 +42,7 @@ class Group:
 
     @property
     def num_keys(self) -> int:
+        """Number of keys of the group."""
         return self.stop - self.key_start
 
 
@@ -94,7 +95,15 @@ def group_blocks(
 
 
 def group_mask(group: Group, pattern: str) -> np.ndarray:
-    """Returns the part of `block_mask` that a group computes: (stop - start, num_keys) bool."""
+    """Returns the part of `block_mask` that a group computes.
+
+    Args:
+      group: one of the groups of a list of blocks.
+      pattern: "diagonal" or "causal".
+
+    Returns:
+      (stop - start, num_keys) bool.
+    """
     own_blocks = block_mask(group.block_sizes, pattern)
     earlier = group.start - group.key_start
     return np.pad(own_blocks, ((0, 0), (earlier, 0)), constant_values=True)
@@ -338,14 +347,30 @@ def _block_edges(block_sizes):
 
 
 def query_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:
-    """Returns the first key that each query sees, and one past the last: (2, L) int32."""
+    """Returns which keys each query sees.
+
+    Args:
+      block_sizes: lengths of the consecutive blocks.
+      pattern: "diagonal" or "causal".
+
+    Returns:
+      (2, L) int32: the first key that each query sees, and one past the last.
+    """
     stops = np.cumsum(block_sizes)
     starts = stops - block_sizes if pattern == "diagonal" else np.zeros_like(stops)
     return np.stack([np.repeat(edge, block_sizes) for edge in (starts, stops)]).astype(np.int32)
 
 
 def key_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:
-    """Returns the first query that sees each key, and one past the last: (2, L) int32."""
+    """Returns which queries see each key.
+
+    Args:
+      block_sizes: lengths of the consecutive blocks.
+      pattern: "diagonal" or "causal".
+
+    Returns:
+      (2, L) int32: the first query that sees each key, and one past the last.
+    """
     stops = np.cumsum(block_sizes)
     starts = stops - block_sizes
     stops = stops if pattern == "diagonal" else np.full_like(stops, stops[-1])

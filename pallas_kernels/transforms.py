@@ -57,7 +57,10 @@ def batched(function):
 
 
 def varying_like(q, x):
-    """Returns x, marked as varying over the mesh axes of `shard_map` over which q varies."""
+    """Marks x as varying over the mesh axes of `shard_map` over which q varies.
+
+    Kernels return arrays without this mark, which the outputs of a mapped function must carry.
+    """
     q_axes, x_axes = (jax.typeof(y).manual_axis_type.varying for y in (q, x))
     axes = tuple(q_axes - x_axes)
     return jax.lax.pcast(x, axes, to="varying") if axes else x
