@@ -205,8 +205,8 @@ def test_hosts_that_do_not_divide_the_batch(tmp_path, command):
     for i in range(2):
         lines = [line for line in hosts.log(i).splitlines() if "Gloo" not in line]
         assert lines == [
-            "hmar train: batch_size=7 cannot be divided over 2 devices (mesh.data=2 x mesh.fsdp=1) of 2 hosts: a "
-            "multiple of 2 is wanted"
+            "hmar train: batch_size must be a multiple of 2 to be divided over 2 devices "
+            "(mesh.data=2 x mesh.fsdp=1) of 2 hosts; got 7"
         ]
     assert not (tmp_path / "run").exists()
 
