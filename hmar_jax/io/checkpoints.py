@@ -421,7 +421,7 @@ def first_version_names() -> dict[str, str]:
 
     They are kept in a data file because the code no longer uses the former words.
     """
-    path = importlib.resources.files(__package__) / "first_version_names.json"
+    path = importlib.resources.files("hmar_jax.io") / "first_version_names.json"
     return json.loads(path.read_text())
 
 
