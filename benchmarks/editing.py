@@ -15,7 +15,7 @@ import numpy as np
 import hmar_jax
 from hmar_jax.data.sources import open_source
 from hmar_jax.evaluation.classifier import accuracy, fit_classifier, read_all
-from hmar_jax.io import image_grid
+from hmar_jax.io import images as image_files
 
 _SHOWN = (1, 3, 7, 8)  # classes of the digits in the image
 _WAYS = {
@@ -88,7 +88,7 @@ def draw(pipe, images, hole):
         )
         for image in images
     ]
-    return image_grid.draw(
+    return image_files.make_grid(
         np.concatenate(rows), columns=12, titles=["before", "mask", *(f"as {c}" for c in range(10))]
     )
 

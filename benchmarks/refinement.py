@@ -71,7 +71,9 @@ def main():
             )
             for g in args.guidances
         ]
-        readable = [i for i, f in enumerate(search) if f["class_accuracy"] >= f["held_out_accuracy"]]
+        readable = [
+            i for i, f in enumerate(search) if f["class_accuracy"] >= f["held_out_accuracy"]
+        ]
         best = (
             min(readable, key=lambda i: search[i]["frechet"])
             if readable

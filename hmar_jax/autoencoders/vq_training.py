@@ -72,9 +72,7 @@ def make_task(config: Any, parent: Parent | None, data: DataInfo) -> TaskSetup:
     return TaskSetup(task, AutoencoderSpec(model, data.class_names, origin))
 
 
-def frozen_params(
-    config: Any, parent: Parent | None, parent_params: Params, kind: str
-) -> Params:
+def frozen_params(config: Any, parent: Parent | None, parent_params: Params, kind: str) -> Params:
     """The network of the perceptual loss, where the recipe has that loss."""
     del parent, parent_params, kind
     if not config.recipe.perceptual_weight:

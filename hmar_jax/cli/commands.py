@@ -234,7 +234,7 @@ def sample(args) -> None:
         labels=names,
         titles=titles,
     )
-    images.save_png(args.out, grid)
+    images.save_image(args.out, grid)
     if args.npz:
         arrays = io.BytesIO()
         np.savez(
@@ -289,7 +289,6 @@ def edit(args) -> None:
 
     import jax
     import numpy as np
-    from PIL import Image
 
     from hmar_jax import pipeline
     from hmar_jax.io import images, masks
@@ -310,14 +309,14 @@ def edit(args) -> None:
         edited = np.asarray(pipe.edit(key, image, mask, args.class_id, **options))
     for notice in notices:
         print(f"hmar edit: {notice.message}", file=sys.stderr)
-    images.save_png(args.out, Image.fromarray((edited * 255).round().astype(np.uint8)))
+    images.save_image(args.out, edited)
     if args.show:
         side = edited.shape[0]
         before = images.resize_image(image / np.float32(255), side)
         shown = masks.resize_mask(mask[None], side)[0]
         sheet = np.stack([before, np.repeat(shown[..., None], 3, -1), edited])
         titles = ["before", "mask", "after"]
-        images.save_png(args.show, images.make_grid(sheet, columns=3, titles=titles))
+        images.save_image(args.show, images.make_grid(sheet, columns=3, titles=titles))
     print(args.out + (f"; {args.show}" if args.show else ""))
 
 

@@ -163,6 +163,3 @@ def format_report(report: dict[str, float]) -> str:
         "Distances are Euclidean, pixels in [0, 1]. The classifier has seen training images only.",
     ]
     return "\n".join(lines)
-
-
-digit_report = classifier_report  # alias until the integrator renames uses

@@ -84,3 +84,12 @@ def make_grid(
     for i, title in enumerate(titles):
         draw.text((x_of(i * group_size), top - 2 * _GAP), title, "black", font, anchor="ls")
     return canvas
+
+
+def resize_image(image: np.ndarray, side: int) -> np.ndarray:
+    """(h, w, 3) float in [0, 1] -> (side, side, 3), by Lanczos, each channel in full precision."""
+    size, method = (side, side), Image.Resampling.LANCZOS
+    channels = [
+        Image.fromarray(image[..., c].astype(np.float32)).resize(size, method) for c in range(3)
+    ]
+    return np.stack([np.asarray(c) for c in channels], -1).clip(0, 1)

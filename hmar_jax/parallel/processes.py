@@ -246,8 +246,6 @@ class StopRequest:
             self._requested = multihost_utils.reached_preemption_sync_point(step)
         return self._requested
 
-    asked = requested  # alias until the integrator renames uses
-
     def restore(self) -> None:
         """Installs the signal handler that was there before."""
         if not self._several:

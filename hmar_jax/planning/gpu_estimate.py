@@ -30,7 +30,7 @@ def estimate(
     topology: Topology,
     state: Any,
     batch: dict[str, jax.ShapeDtypeStruct],
-    counted: jaxpr.Counted,
+    counted: jaxpr.OperationCounts,
     arguments: float,
 ) -> tuple[MemoryPlan, tuple[Traffic, ...], float, float, tuple[str, ...], dict[str, str]]:
     """The fields of plan.StepAnalysis.

@@ -351,6 +351,3 @@ def _arrays(shape: str) -> list[tuple[int, bool]]:
         space = re.search(r"S\((\d+)\)", layout)
         found.append((math.ceil(items * bits / 8), not space or space[1] == "0"))
     return found
-
-
-Program = HloModule  # alias until the integrator renames uses

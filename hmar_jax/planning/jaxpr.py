@@ -110,6 +110,3 @@ def _inner(params) -> list:
         for v in (value if isinstance(value, (tuple, list)) else [value])
     ]
     return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-
-
-Counted = OperationCounts  # alias until the integrator renames uses

@@ -210,9 +210,7 @@ def num_steps(config: Any, num_images: int) -> int:
     return steps
 
 
-def frozen_params(
-    config: Any, parent: Parent, parent_params: Params, kind: str
-) -> Params:
+def frozen_params(config: Any, parent: Parent, parent_params: Params, kind: str) -> Params:
     """The tokenizer and, for stage 2, stage 1; of records, without the encoder."""
     parts = (AUTOENCODER, "transformer") if config.task == "masked" else (AUTOENCODER,)
     params = {part: parent_params[part] for part in parts}

@@ -8,7 +8,6 @@ Letters: L tokens, C width, Z channels of the code, V codebook.
 """
 
 from hmar_jax.families.hmar.transformer import TransformerConfig
-from hmar_jax.parallel.chips import peak_flops  # noqa: F401  # alias until the integrator renames uses
 
 _PRODUCT, _ATTENTION = 2, 2.5  # backward pass, of the forward pass
 
