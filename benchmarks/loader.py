@@ -22,7 +22,7 @@ import numpy as np
 
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
 from hmar_jax.data.encoding import write_token_set
-from hmar_jax.data.loader import Transform, make_loader
+from hmar_jax.data.loader import make_loader
 from hmar_jax.data.records import (
     SplitInfo,
     TokenSetInfo,
@@ -31,6 +31,7 @@ from hmar_jax.data.records import (
     record_bytes,
 )
 from hmar_jax.data.sources import ArraySource, open_source
+from hmar_jax.data.transforms import Transform
 
 VOCAB = 4096
 IMAGENET = 1_281_167  # images to train

@@ -25,7 +25,7 @@ from hmar_jax.families.hmar.masked_task import MaskedTask, tenth_name
 from hmar_jax.training.metrics import average
 from hmar_jax.training.state import TrainState
 
-_FIGURES = ("read_as_asked", "diversity", "near", "frechet")
+_FIGURES = ("class_accuracy", "diversity", "nearest_train_ratio", "frechet")
 _FIRST_SEARCH_SEED = 1000
 
 
@@ -71,11 +71,11 @@ def main():
             )
             for g in args.guidances
         ]
-        readable = [i for i, f in enumerate(search) if f["read_as_asked"] >= f["held_out_accuracy"]]
+        readable = [i for i, f in enumerate(search) if f["class_accuracy"] >= f["held_out_accuracy"]]
         best = (
             min(readable, key=lambda i: search[i]["frechet"])
             if readable
-            else max(range(len(search)), key=lambda i: search[i]["read_as_asked"])
+            else max(range(len(search)), key=lambda i: search[i]["class_accuracy"])
         )
         runs = [
             figures(pipe, real, variant, args.guidances[best], args.first_seed + i, args.samples)

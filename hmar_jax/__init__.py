@@ -6,23 +6,47 @@ pipe = hmar_jax.load("runs/mine")                                 # or a run or 
 """
 
 import functools
+import typing
 
 from hmar_jax.errors import InputError
-from hmar_jax.pipeline import Pipeline, from_torch, load
 
-__version__ = "0.1.0"
+if typing.TYPE_CHECKING:
+    from hmar_jax.pipeline import Pipeline, from_torch, load
+
+__version__ = "0.2.0.dev0"
 __all__ = ["InputError", "Pipeline", "from_torch", "load", "sample"]
-
-_loaded = functools.lru_cache(maxsize=4)(load)  # the pipes that `sample` keeps
 
 
 def sample(rng, class_id=None, model: str = "digits", **options):
-    """Images in one call: Pipeline.sample of `model`, which is loaded once and kept.
+    """Samples images in one call: Pipeline.sample of `model`, which is loaded once and kept.
 
     Args:
       rng: a key, jax.random.key(seed).
       class_id: an id for one image (h, w, 3), a list for several (B, h, w, 3).
       model: a bundled name, a run directory or a model directory.
       **options: of Pipeline.sample.
+
+    Returns:
+      float32 images in [0, 1].
+
+    Raises:
+      InputError: there is no such model or class, or an option is wrong.
     """
     return _loaded(model).sample(rng, class_id, **options)
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(model: str):
+    """The pipelines that `sample` keeps."""
+    from hmar_jax.pipeline import load
+
+    return load(model)
+
+
+def __getattr__(name: str):
+    # JAX is imported when it is needed: --help and wrong arguments cost no time.
+    if name in ("Pipeline", "from_torch", "load"):
+        from hmar_jax import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,115 +1,243 @@
-"""Config files: reading configs/NAME.py:SPEC, overriding single values, and what must not change in a run.
+"""Config files: reading configs/NAME.py:SPEC, changing single values, comparing configs of runs.
 
-A config file is a Python file with get_config(spec) -> ml_collections.ConfigDict. Where a path is not found from the current
-directory, the file of the same name that comes with the package is taken.
+A config file is a Python file with get_config(spec) -> ml_collections.ConfigDict. `ConfigSchema`
+says which keys there are; the keys are declared as settings (settings.py).
 """
 
 import ast
+import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
+from hmar_jax import settings
 from hmar_jax.errors import InputError
 
-# May differ between the runs of one directory: they change what is shown and kept, not what is computed.
-HARMLESS = (
-    "log_every",
-    "eval_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_best",
-    "data.threads",
-    "data.workers",
-    "data.in_memory",
-    # Where and in how many parts it is computed: no more than the order of sums.
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "accumulate",
-    "model.remat",
-)
+_log = logging.getLogger(__name__)
+
+# A class of settings, or a class and the names of some of its settings.
+Part = type | tuple[type, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigSchema:
+    """The keys of a kind of config: classes of settings for the top level ("") and each group."""
+
+    groups: Mapping[str, tuple[Part, ...]]  # by dotted name: "", "data", "data.transform", ...
+
+    def fields(self, group: str) -> dict[str, tuple[type, dataclasses.Field]]:
+        """The settings of a group by name, each with the class that declares it."""
+        found: dict[str, tuple[type, dataclasses.Field]] = {}
+        for part in self.groups.get(group, ()):
+            cls, names = part if isinstance(part, tuple) else (part, None)
+            for field in dataclasses.fields(cls):
+                derived = settings.declaration(field).derived
+                has_default = field.default is not dataclasses.MISSING
+                if has_default and not derived and (names is None or field.name in names):
+                    found[field.name] = (cls, field)
+        return found
+
+    def default_config(self) -> ConfigDict:
+        """All keys with their defaults."""
+        config = ConfigDict()
+        for group in sorted(self.groups, key=lambda name: name.count(".") + bool(name)):
+            node = config
+            for name in group.split(".") if group else ():
+                if name not in node:
+                    node[name] = ConfigDict()
+                node = node[name]
+            for name, (cls, field) in self.fields(group).items():
+                node[name] = field.default if field.default is not None else _empty(cls, field)
+        return config
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises InputError for the first key that is unknown, missing or out of range."""
+        for group in self.groups:
+            node: Any = config
+            for name in group.split(".") if group else ():
+                node = node.get(name) if isinstance(node, Mapping | ConfigDict) else None
+            if not isinstance(node, Mapping | ConfigDict):
+                raise InputError(f"config has no group {group!r}")
+            fields = self.fields(group)
+            inner = {name.split(".")[-1] for name in self.groups if _parent(name) == group and name}
+            for name in node:
+                if name not in fields and name not in inner:
+                    known = ", ".join(sorted([*fields, *inner]))
+                    raise InputError(f"unknown config key {_join(group, name)!r}; known: {known}")
+            for name, (cls, field) in fields.items():
+                if name not in node:
+                    raise InputError(f"config key {_join(group, name)} is missing")
+                settings.check_value(f"config.{_join(group, name)}", node[name], field, cls)
+
+    def harmless(self) -> set[str]:
+        """Dotted names of the keys that may differ between the starts of one run."""
+        return {
+            _join(group, name)
+            for group in self.groups
+            for name, (_, field) in self.fields(group).items()
+            if settings.declaration(field).harmless
+        }
+
+    def former_names(self) -> dict[str, str]:
+        """Dotted former names of keys, and the present ones."""
+        return {
+            _join(group, settings.declaration(field).former_name): _join(group, name)
+            for group in self.groups
+            for name, (_, field) in self.fields(group).items()
+            if settings.declaration(field).former_name
+        }
+
+    def upgrade(self, old: Mapping[str, Any]) -> dict[str, Any]:
+        """The config of an older version: former names replaced, missing keys at their defaults."""
+        flat, former = dict(flatten(old)), self.former_names()
+        flat = {former.get(name, name): value for name, value in flat.items()}
+        for name, value in flatten(to_dict(self.default_config())):
+            flat.setdefault(name, value)
+        return unflatten(flat)
+
+
+def _empty(cls: type, field: dataclasses.Field) -> Any:
+    """None that remembers its type, so that it can be overridden."""
+    kinds = [kind for kind in settings.kinds(cls, field) if kind is not type(None)]
+    return config_dict.placeholder(kinds[0])
+
+
+def _parent(group: str) -> str:
+    return group.rpartition(".")[0]
+
+
+def _join(group: str, name: str | None) -> str:
+    return f"{group}.{name}" if group else str(name)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested mappings."""
+    for key, value in tree.items():
+        name = _join(prefix, key)
+        if isinstance(value, Mapping):
+            yield from flatten(value, name)
+        else:
+            yield name, value
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of flatten."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+# Reading
 
 
 def load_config(argument: str) -> ConfigDict:
     """From "configs/hmar.py:digits,seed=1": the file's get_config("digits,seed=1").
 
+    A path with a folder other than `configs` must be that file. `configs/NAME.py`, or NAME alone,
+    that is not found from the current directory is the one that comes with the package.
+
     Raises:
       InputError: no such file, no such name in it, or an unknown key after the name.
     """
     path, _, spec = argument.partition(":")
-    file = pathlib.Path(path)
-    if not os.path.isfile(file):  # unlike Path.is_file, False for any nonsense
-        file = _packaged(file)
-    if not file or file.suffix != ".py":
-        raise InputError(f"config {path!r}: no such Python file (such as configs/hmar.py:digits)")
+    file = _find(path)
     loader = importlib.util.spec_from_file_location(f"hmar_config_{file.stem}", file)
+    assert loader is not None and loader.loader is not None
     module = importlib.util.module_from_spec(loader)
     loader.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise InputError(f"config {path!r}: the file has no get_config(spec)")
-    config = module.get_config(spec)
-    return config.lock()
+        raise InputError(f"config {path!r} must define get_config(spec)")
+    return module.get_config(spec).lock()
 
 
-def _packaged(file: pathlib.Path) -> pathlib.Path | None:
-    """The config of this name that was installed with the package, or lies beside it in a checkout."""
-    package = importlib.util.find_spec("hmar_jax.packaged_configs")
-    folders = [pathlib.Path(p) for p in package.submodule_search_locations] if package else []
-    folders.append(pathlib.Path(__file__).resolve().parent.parent / "configs")
-    return next(
-        (folder / file.name for folder in folders if os.path.isfile(folder / file.name)), None
+def _find(path: str) -> pathlib.Path:
+    if os.path.isfile(path) and path.endswith(".py"):  # unlike Path.is_file, False for any nonsense
+        return pathlib.Path(path)
+    folder, name = os.path.split(path)
+    name = name.removesuffix(".py")
+    packaged = _packaged_configs()
+    if folder in ("", "configs") and name in packaged:
+        _log.info("config %s: the packaged file %s", path, packaged[name])
+        return packaged[name]
+    raise InputError(
+        f"config {path!r}: no such Python file; packaged configs: {', '.join(sorted(packaged))}"
     )
 
 
+def _packaged_configs() -> dict[str, pathlib.Path]:
+    """The configs that were installed with the package, or lie beside it in a checkout, by name."""
+    package = importlib.util.find_spec("hmar_jax.packaged_configs")
+    folders = list(package.submodule_search_locations or ()) if package else []
+    folders.append(str(pathlib.Path(__file__).resolve().parent.parent / "configs"))
+    found: dict[str, pathlib.Path] = {}
+    for folder in map(pathlib.Path, folders):
+        for file in sorted(folder.glob("*.py")) if folder.is_dir() else ():
+            if not file.name.startswith("_"):
+                found.setdefault(file.stem, file)
+    return found
+
+
 def parse_spec(spec: str, names: Mapping[str, Any] | Iterable[str]) -> tuple[str, dict[str, str]]:
-    """From "NAME,key=value,…": the name and the pairs.
+    """From "NAME,key=value,...": the name and the pairs.
 
     Raises:
       InputError: the name is not among `names`, or a part has no "=".
     """
     name, *pairs = [part.strip() for part in spec.split(",")]
     if name not in names:
-        raise InputError(f"config name {name!r}: known are {', '.join(names)}")
+        raise InputError(f"config name {name!r} must be one of {', '.join(names)}")
     for pair in pairs:
         if "=" not in pair:
-            raise InputError(f"{pair!r} after the config name {name!r}: key=value is wanted")
+            raise InputError(f"{pair!r} after the config name {name!r} must be key=value")
     return name, dict(pair.split("=", 1) for pair in pairs)
 
 
-def override(config: ConfigDict, key: str, text: str) -> None:
+# Single values
+
+
+def override(
+    config: ConfigDict, key: str, text: str, former_names: Mapping[str, str] | None = None
+) -> None:
     """Sets a dotted key from text, in the type of the value that is there.
+
+    Args:
+      former_names: old keys that are still accepted, with a warning, and their present names.
 
     Raises:
       InputError: there is no such key, or the text is no value of its type.
     """
+    if former_names and key in former_names:
+        settings.warn_renamed(f"config key {key}", former_names[key])
+        key = former_names[key]
     *parents, last = key.split(".")
     node: Any = config
     for parent in parents:
         node = node.get(parent) if isinstance(node, ConfigDict) else None
     if not isinstance(node, ConfigDict) or last not in node:
         where = node if isinstance(node, ConfigDict) else config
-        raise InputError(
-            f"config key {key!r}: unknown; there are {', '.join(sorted(where.keys()))}"
-        )
+        raise InputError(f"unknown config key {key!r}; known: {', '.join(sorted(where.keys()))}")
     old = node[last]
     if isinstance(old, ConfigDict):
-        raise InputError(
-            f"config key {key!r} is a group; its keys are {', '.join(f'{key}.{k}' for k in sorted(old.keys()))}"
-        )
-    node[last] = _convert(key, text, old)
+        inner = ", ".join(f"{key}.{k}" for k in sorted(old.keys()))
+        raise InputError(f"config key {key!r} is a group; its keys: {inner}")
+    kind = node.get_type(last) if old is None else type(old)
+    node[last] = _convert(key, text, old, kind)
 
 
-def _convert(key: str, text: str, old: Any) -> Any:
-    kind = type(old)
-    wrong = InputError(
-        f"config key {key}={text!r}: a value of type {kind.__name__} is wanted, such as {old!r}"
-    )
+def _convert(key: str, text: str, old: Any, kind: type) -> Any:
+    example = f", such as {old!r}" if old is not None else ""
+    wrong = InputError(f"config key {key} must be of type {kind.__name__}{example}; got {text!r}")
     if kind is str:
         return text
     if kind is bool:
@@ -119,7 +247,7 @@ def _convert(key: str, text: str, old: Any) -> Any:
     try:
         if kind is tuple:
             items = text.strip("()[] ")
-            value = tuple(
+            value: Any = tuple(
                 ast.literal_eval(item.strip()) for item in items.split(",") if item.strip()
             )
         else:
@@ -128,51 +256,36 @@ def _convert(key: str, text: str, old: Any) -> Any:
         raise wrong from None
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (
-        kind is tuple and {type(item) for item in value} - {type(item) for item in old}
-    ):
+    if type(value) is not kind:
+        raise wrong
+    if kind is tuple and {type(item) for item in value} - {type(item) for item in old}:
         raise wrong
     return value
 
 
+# Comparing
+
+
 def to_dict(config: ConfigDict) -> dict[str, Any]:
-    """Plain JSON types, as a run directory keeps it."""
+    """Plain JSON types, as a run directory keeps them."""
     return json.loads(json.dumps(config.to_dict()))
-
-
-def build(cls, values: ConfigDict, **more):
-    """A frozen dataclass from a group of the config.
-
-    Raises:
-      InputError: the group has a key that the class does not know.
-    """
-    known = set(cls.__dataclass_fields__)
-    unknown = sorted(set(values.keys()) - known)
-    if unknown:
-        raise InputError(
-            f"config key {unknown[0]!r}: unknown; there are {', '.join(sorted(known))}"
-        )
-    return cls(**values.to_dict(), **more)
 
 
 _MISSING = object()  # unlike every value
 
 
 def first_difference(
-    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+    old: Mapping[str, Any], new: Mapping[str, Any], harmless: Iterable[str] = ()
 ) -> str | None:
-    """Names the first key, other than the harmless ones, in which two configs differ, with both values."""
-    for key in sorted(set(old) | set(new)):
-        name, a, b = f"{prefix}{key}", old.get(key, _MISSING), new.get(key, _MISSING)
-        if isinstance(b, Mapping) and key not in old:  # a run of a version without this group
-            a = {}
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found = first_difference(a, b, f"{name}.")
-            if found:
-                return found
-        elif a != b and name not in HARMLESS:
-            told = [
-                f"{c.get(key)!r}" if key in c else "missing (another version)" for c in (old, new)
-            ]
-            return f"{name} is {told[0]} there and {told[1]} here"
+    """Names the first key in which two configs differ, with both values.
+
+    Args:
+      old: of a run; upgraded to this version's keys (ConfigSchema.upgrade).
+      harmless: dotted names of keys that may differ.
+    """
+    a, b = dict(flatten(old)), dict(flatten(new))
+    for name in sorted({*a, *b} - set(harmless)):
+        if a.get(name, _MISSING) != b.get(name, _MISSING):
+            values = [repr(c[name]) if name in c else "missing (another version)" for c in (a, b)]
+            return f"{name} is {values[0]} there and {values[1]} here"
     return None

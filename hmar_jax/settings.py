@@ -1,12 +1,14 @@
-"""Settings: each is declared once, as a field of a frozen dataclass, with type, range, default and help text.
+"""Settings: each is declared once, as a field of a frozen dataclass.
+
+The declaration has type, range, default and help text:
 
     @dataclasses.dataclass(frozen=True)
     class SamplingConfig(Settings):
         top_p: float = setting(0.0, "Nucleus sampling; 0 is off.", at_least=0, at_most=1)
 
-Everything that users meet derives from such a class: the keys of config files (`defaults`), checks (`validate`, at
-construction), options of the command line (`add_arguments`) and keyword arguments with their documentation
-(`parameters`, `describe`).
+Everything that users meet derives from such a class: the keys of config files
+(config_files.ConfigSchema), checks (at construction, and `check_value`), options of the command
+line (`add_arguments`), and keyword arguments with their documentation (`parameters`, `describe`).
 """
 
 import argparse
@@ -163,7 +165,7 @@ def defaults(cls: type, exclude: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def from_group(cls: type, group: Mapping[str, Any], **more) -> Any:
-    """An instance of a class of settings from a group of a checked config, and what else it takes."""
+    """An instance of a class of settings from a group of a checked config, and more fields."""
     names = {field.name for field in dataclasses.fields(cls)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items() if k in names}
     return cls(**values, **more)
@@ -185,24 +187,37 @@ def add_arguments(parser: Any, cls: type, *, several: Iterable[str] = ()) -> Non
         if f"--{field.name}" in parser._option_string_actions:
             continue
         declared = declaration(field)
-        names = [f"--{field.name}"]
-        options: dict[str, Any] = dict(dest=field.name, default=None)
-        options["help"] = _help(field, declared, repeated=field.name in several)
-        if kinds(cls, field) == (bool,):
-            options["action"] = argparse.BooleanOptionalAction
-            names = [f"--{field.name}"]
-        else:
-            options["type"] = _argument_type(cls, field)
-            options["metavar"] = declared.metavar or field.name.upper()
-            if field.name in several:
-                options["action"] = "append"
-        parser.add_argument(*names, **options)
+        repeated = field.name in several
+        help = _help(field, declared, repeated)
+        if bool in kinds(cls, field):
+            for name, value in ((field.name, True), (f"no_{field.name}", False)):
+                shown = value is not field.default  # the default needs no option
+                parser.add_argument(
+                    f"--{name}",
+                    dest=field.name,
+                    default=None,
+                    action="store_const",
+                    const=value,
+                    help=(help if value else f"turns off: {help}") if shown else argparse.SUPPRESS,
+                )
+            continue
+        parse = _argument_type(cls, field)
+        options: dict[str, Any] = {"action": "append"} if repeated else {}
+        parser.add_argument(
+            f"--{field.name}",
+            default=None,
+            type=parse,
+            metavar=declared.metavar or field.name.upper(),
+            help=help,
+            **options,
+        )
         if declared.former_name:
+            former = _former(declared.former_name, field.name, parse)
             parser.add_argument(
                 f"--{declared.former_name}",
                 dest=field.name,
                 default=None,
-                type=_former(declared.former_name, field.name, _argument_type(cls, field)),
+                type=former,
                 help=argparse.SUPPRESS,
             )
 

@@ -1,57 +1,71 @@
 #!/usr/bin/env bash
-# Trains on a Kubernetes cluster with TPUs or GPUs (GKE), as a JobSet.
+# Trains on a Kubernetes cluster with TPUs or GPUs (GKE) by creating a JobSet.
 #
-#   launch/gke.sh run --name=NAME --image=IMAGE --accelerator=TYPE --topology=AxB[xC] [OPTION…] -- ARGUMENTS OF hmar train
-#   launch/gke.sh run --name=NAME --image=IMAGE --accelerator=TYPE --nodes=N --gpus_per_node=N [OPTION…] -- ARGUMENTS …
-#   launch/gke.sh logs|status|delete --name=NAME [--namespace= --context=]
+# Usage:
+#   launch/gke.sh run --name=NAME --image=IMAGE --accelerator=TYPE --topology=AxB[xC] \
+#     [OPTION...] -- TRAIN_ARGS
+#   launch/gke.sh run --name=NAME --image=IMAGE --accelerator=TYPE --nodes=N --gpus_per_node=N \
+#     [OPTION...] -- TRAIN_ARGS
+#   launch/gke.sh logs|status|delete --name=NAME [--namespace=NAMESPACE --context=CONTEXT]
 #
+# TRAIN_ARGS are the arguments of hmar train. Example:
 #   launch/gke.sh run --name=d30 --image=REGISTRY/hmar --accelerator=v5p --topology=4x4x4 -- \
-#     --config=configs/hmar.py:d30_256 --workdir=gs://BUCKET/d30 --config.data.source=tokens:gs://BUCKET/tokens
+#     --config=configs/hmar.py:d30_256 --workdir=gs://BUCKET/d30 \
+#     --config.data.source=tokens:gs://BUCKET/tokens
 #
-# run      applies the JobSet and follows the log of its first pod. One of this name that has ended is replaced, and the run
-#          goes on where it was; one that is going is left alone.
-# logs     follows that log      status  the JobSet and its pods      delete  ends it: the run saves, the pods go
+# Commands:
+#   run     create the JobSet and follow the log of its first pod. An ended JobSet of the same name
+#           is replaced and its run resumes; a running JobSet is left unchanged.
+#   logs    follow the log of the first pod
+#   status  print the JobSet and its pods
+#   delete  delete the JobSet; the run saves a checkpoint before its pods are removed
 #
-#   --image=IMAGE            has hmar on its PATH (launch/Dockerfile makes one)
-#   --accelerator=TYPE       v4, v5e, v5p, v6e; or a GPU as GKE names it, such as nvidia-h100-80gb
-#   --topology=AxB[xC]       of the TPU slice; hmar plan takes the same
-#   --chips_per_node=N       of a TPU (default: 4; 8 for v5e:2x4 and v6e:2x4; all of a smaller slice)
+# Options:
+#   --image=IMAGE            container image with hmar on PATH (built from launch/Dockerfile)
+#   --accelerator=TYPE       v4, v5e, v5p or v6e, or a GPU type of GKE, such as nvidia-h100-80gb
+#   --topology=AxB[xC]       TPU slice topology, as for hmar plan
+#   --chips_per_node=N       TPU chips per node (default: 4; 8 for v5e:2x4 and v6e:2x4; all chips of
+#                            a smaller slice)
 #   --nodes=N --gpus_per_node=N
-#                            of GPUs; one process for each node
-#   --namespace= --context=  as kubectl takes them
-#   --service_account=NAME   of the pods, with access to the bucket (Workload Identity)
-#   --queue=NAME             a local queue of Kueue
-#   --spot                   on spot nodes
-#   --cpu= --memory=         to ask for beside the accelerators, such as --memory=300Gi
-#   --restarts=N             how often a run that failed or lost a node is begun again (default 100); it goes on each time
-#   --grace=SECONDS          to save when a pod is told to end (default 300)
-#   --env=KEY=VALUE          for the environment of hmar train; may come several times
+#                            number of GPU nodes and of GPUs on each; one process per node
+#   --namespace= --context=  passed to kubectl
+#   --service_account=NAME   Kubernetes service account of the pods, with access to the bucket
+#                            (Workload Identity)
+#   --queue=NAME             Kueue local queue
+#   --spot                   use spot nodes
+#   --cpu= --memory=         resource limits in addition to the accelerators, such as --memory=300Gi
+#   --restarts=N             maximum number of restarts after a failure or the loss of a node; each
+#                            restart resumes the run (default: 100)
+#   --grace=SECONDS          time to save a checkpoint when a pod is terminated (default: 300)
+#   --env=KEY=VALUE          set an environment variable of hmar train; can be repeated
 #   --detach                 do not follow the log
-#   --dry-run                print the JobSet and the commands, run nothing
+#   --dry-run                print the JobSet and the commands without running them
 #
-# Needs kubectl, and JobSet installed in the cluster.
+# Requires kubectl, and JobSet installed in the cluster.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-needs_bash 4 4
+require_bash 4 4
 
 [[ ${1:-} && ${1:-} != -* ]] && command=$1 && shift || command=""
-name="" image="" accelerator="" topology="" chips_per_node="" nodes="" gpus_per_node="" namespace="" context="" service_account=""
-queue="" spot="" cpu="" memory="" restarts=100 grace=300 env=() detach=""
-WORDS=("$@")
-options_of name image accelerator topology chips_per_node nodes gpus_per_node namespace context service_account queue spot! \
-  cpu memory restarts grace env+ detach!
-[[ $command ]] || die "a command is missing: run, logs, status or delete"
-one_of command run logs status delete
-required name
-plain_name name
-[[ $command == run ]] || ((!${#TRAIN[@]})) || die "$command takes no arguments of hmar train"
-need kubectl
+name="" image="" accelerator="" topology="" chips_per_node="" nodes="" gpus_per_node=""
+namespace="" context="" service_account="" queue="" spot="" cpu="" memory="" restarts=100 grace=300
+env=() detach=""
+ARGS=("$@")
+parse_options name image accelerator topology chips_per_node nodes gpus_per_node namespace context \
+  service_account queue spot! cpu memory restarts grace env+ detach!
+[[ $command ]] || die "requires a command: run, logs, status or delete"
+require_choice command run logs status delete
+require_options name
+require_resource_name name
+[[ $command == run ]] || ((!${#TRAIN_ARGS[@]})) || die "$command takes no arguments after --"
+require_command kubectl
 kubectl=(kubectl)
 [[ ! $context ]] || kubectl+=("--context=$context")
 [[ ! $namespace ]] || kubectl+=("--namespace=$namespace")
 
-# text WORD: as a JSON string, which YAML reads too. Control characters have been refused.
-text() {
+# json_string TEXT: prints TEXT as a JSON string, which is also valid YAML. Control characters other
+# than newline and tab are rejected below.
+json_string() {
   local s=$1
   s=${s//\\/\\\\}
   s=${s//\"/\\\"}
@@ -60,48 +74,57 @@ text() {
   printf '"%s"' "$s"
 }
 
-# words WORD…: a list of them, in which Kubernetes must not look for variables: to it $$ is one $.
-words() {
+# json_list WORD...: prints a JSON list. $ becomes $$, which Kubernetes reads as a literal $ instead
+# of expanding a variable.
+json_list() {
   local word all=""
   for word in "$@"; do
-    all+=", $(text "${word//\$/\$\$}")"
+    all+=", $(json_string "${word//\$/\$\$}")"
   done
   printf '[%s]' "${all#, }"
 }
 
-# What each pod runs. hmar train ends well when told to save; then the pod must not count as done.
-# shellcheck disable=SC2016  # for the shell of the pod
-PROGRAM='told=; trap "told=1; kill -TERM \$!" TERM
+# The command of each pod. On TERM, hmar train saves a checkpoint and exits with status 0; the pod
+# must fail nevertheless, because the JobSet would otherwise count as complete.
+# shellcheck disable=SC2016  # expanded by the shell of the pod
+POD_SCRIPT='terminated=; trap "terminated=1; kill -TERM \$!" TERM
 hmar train "$@" & while :; do wait $!; status=$?; kill -0 $! 2>/dev/null || break; done
-[ -z "$told" ] || [ $status != 0 ] || status=143; exit $status'
+[ -z "$terminated" ] || [ $status != 0 ] || status=143; exit $status'
 
-jobset() {
-  local pair more="" selector limits args
-  [[ ! $queue ]] || more="
-  labels: {kueue.x-k8s.io/queue-name: $(text "$queue")}"
+# make_jobset: prints the JobSet in YAML.
+make_jobset() {
+  local pair metadata="" selector limits args
+  [[ ! $queue ]] || metadata="
+  labels: {kueue.x-k8s.io/queue-name: $(json_string "$queue")}"
   if [[ $topology ]]; then
-    more+="
-  annotations: {alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}" # a slice of several hosts is a node pool
-    selector="cloud.google.com/gke-tpu-accelerator: $(text "$gke_accelerator"), cloud.google.com/gke-tpu-topology: $(text "$topology")"
+    # A TPU slice of several hosts is a node pool of its own.
+    metadata+="
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool"
+    selector="cloud.google.com/gke-tpu-accelerator: $(json_string "$gke_accelerator")"
+    selector+=", cloud.google.com/gke-tpu-topology: $(json_string "$topology")"
     limits="google.com/tpu: $chips_per_node"
   else
-    selector="cloud.google.com/gke-accelerator: $(text "$accelerator")"
+    selector="cloud.google.com/gke-accelerator: $(json_string "$accelerator")"
     limits="nvidia.com/gpu: $gpus_per_node"
   fi
   [[ ! $spot ]] || selector+=', cloud.google.com/gke-spot: "true"'
-  [[ ! $cpu ]] || limits+=", cpu: $(text "$cpu")"
-  [[ ! $memory ]] || limits+=", memory: $(text "$memory")"
-  args=$(words "${TRAIN[@]}")
+  [[ ! $cpu ]] || limits+=", cpu: $(json_string "$cpu")"
+  [[ ! $memory ]] || limits+=", memory: $(json_string "$memory")"
+  args=$(json_list "${TRAIN_ARGS[@]}")
   if [[ ! $topology ]] && ((nodes == 1)); then
     args="${args%]}, \"--num_processes=1\"]"
-  elif [[ ! $topology ]]; then # TPUs find each other; of these, Kubernetes fills in the pod's number
-    args="${args%]}, $(text "--coordinator=$name-workers-0-0.$name:12355"), \"--num_processes=$nodes\", \"--process_id=\$(POD_NUMBER)\"]"
+  elif [[ ! $topology ]]; then
+    # TPU processes discover each other. GPU processes get the coordinator's address, and Kubernetes
+    # replaces $(POD_NUMBER).
+    args="${args%]}, $(json_string "--coordinator=$name-workers-0-0.$name:12355")"
+    args+=", \"--num_processes=$nodes\", \"--process_id=\$(POD_NUMBER)\"]"
   fi
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $name$more
+  name: $name$metadata
 spec:
   failurePolicy: {maxRestarts: $restarts}
   network: {enableDNSHostnames: true, publishNotReadyAddresses: true}
@@ -120,20 +143,28 @@ spec:
             terminationGracePeriodSeconds: $grace
             nodeSelector: {$selector}
 YAML
-  [[ ! $service_account ]] || echo "            serviceAccountName: $(text "$service_account")"
-  [[ ! $spot ]] || echo '            tolerations: [{key: cloud.google.com/gke-spot, operator: Equal, value: "true", effect: NoSchedule}]'
+  [[ ! $service_account ]] ||
+    echo "            serviceAccountName: $(json_string "$service_account")"
+  [[ ! $spot ]] || cat <<YAML
+            tolerations:
+            - {key: cloud.google.com/gke-spot, operator: Equal, value: "true", effect: NoSchedule}
+YAML
   cat <<YAML
             volumes: [{name: shared-memory, emptyDir: {medium: Memory}}]
             containers:
             - name: hmar
-              image: $(text "$image")
-              command: $(words /bin/sh -c "$PROGRAM" hmar)
+              image: $(json_string "$image")
+              command: $(json_list /bin/sh -c "$POD_SCRIPT" hmar)
               args: $args
               env:
-              - {name: POD_NUMBER, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}}
+              - name: POD_NUMBER
+                valueFrom:
+                  fieldRef:
+                    fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 YAML
   for pair in "${env[@]}"; do
-    echo "              - {name: ${pair%%=*}, value: $(pair=${pair#*=}; text "${pair//\$/\$\$}")}"
+    echo "              - name: ${pair%%=*}"
+    echo "                value: $(pair=${pair#*=}; json_string "${pair//\$/\$\$}")"
   done
   cat <<YAML
               resources: {limits: {$limits}}
@@ -141,9 +172,11 @@ YAML
 YAML
 }
 
-follow() {
-  local pods="" selector="--selector=jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
-  while [[ ! $DRY_RUN && ! $pods ]]; do # of none, kubectl shows the log and ends
+# follow_log: follows the log of the first pod.
+follow_log() {
+  local pods="" selector="jobset.sigs.k8s.io/jobset-name=$name"
+  selector="--selector=$selector,batch.kubernetes.io/job-completion-index=0"
+  while [[ ! $DRY_RUN && ! $pods ]]; do # kubectl logs exits at once if there is no pod yet
     pods=$("${kubectl[@]}" get pods "$selector" --output=name) || exit
     [[ $pods ]] || sleep "${HMAR_POLL_SECONDS:-10}"
   done
@@ -151,21 +184,23 @@ follow() {
 }
 
 case $command in
-  logs) follow ;;
+  logs) follow_log ;;
   status)
     run "${kubectl[@]}" get jobset "$name"
     run "${kubectl[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$name" --output=wide
     ;;
   delete) run "${kubectl[@]}" delete jobset "$name" ;;
   run)
-    required image accelerator
-    train_arguments
-    environment "${env[@]}"
-    for word in "${TRAIN[@]}" "${env[@]}" "$image" "$accelerator" "$service_account" "$queue" "$cpu" "$memory"; do
-      [[ ! ${word//[$'\n\t']/} =~ [[:cntrl:]] ]] || die "a control character in $(printf %q "$word")"
+    require_options image accelerator
+    require_train_args
+    require_key_value "${env[@]}"
+    for word in "${TRAIN_ARGS[@]}" "${env[@]}" "$image" "$accelerator" "$service_account" \
+      "$queue" "$cpu" "$memory"; do
+      [[ ! ${word//[$'\n\t']/} =~ [[:cntrl:]] ]] ||
+        die "arguments must not contain control characters; got $(printf %q "$word")"
     done
-    whole grace
-    [[ $restarts == 0 ]] || whole restarts
+    require_positive_int grace
+    [[ $restarts == 0 ]] || require_positive_int restarts
     gke_accelerator=""
     case $accelerator in
       v4) gke_accelerator=tpu-v4-podslice ;;
@@ -173,45 +208,62 @@ case $command in
       v5p) gke_accelerator=tpu-v5p-slice ;;
       v6e) gke_accelerator=tpu-v6e-slice ;;
       nvidia-*) ;;
-      *) die "--accelerator=$accelerator: known are v4, v5e, v5p, v6e, and GPUs as GKE names them, nvidia-…" ;;
+      *) die "--accelerator must be v4, v5e, v5p, v6e or a GPU type of GKE, nvidia-...;" \
+        "got $accelerator" ;;
     esac
     if [[ $gke_accelerator ]]; then
-      [[ ! $nodes && ! $gpus_per_node ]] || die "--nodes and --gpus_per_node are for GPUs: of TPUs the topology says them"
-      required topology
-      [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || die "--topology=$topology: AxB or AxBxC is wanted, such as 8x8 (v5e, v6e) or 4x4x4 (v4, v5p)"
+      [[ ! $nodes && ! $gpus_per_node ]] ||
+        die "--nodes and --gpus_per_node are for GPUs; for TPUs, --topology gives their number"
+      require_options topology
+      [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] ||
+        die "--topology must have the form AxB or AxBxC, such as 8x8 (v5e, v6e) or 4x4x4" \
+          "(v4, v5p); got $topology"
       dimensions=${topology//[0-9]/}
       case $accelerator in
-        v5e | v6e) ((${#dimensions} == 1)) || die "--topology=$topology: $accelerator slices are flat, AxB" ;;
-        *) ((${#dimensions} == 2)) || die "--topology=$topology: $accelerator slices are AxBxC" ;;
+        v5e | v6e) ((${#dimensions} == 1)) ||
+          die "--topology must have the form AxB for $accelerator; got $topology" ;;
+        *) ((${#dimensions} == 2)) ||
+          die "--topology must have the form AxBxC for $accelerator; got $topology" ;;
       esac
       chips=$((${topology//x/ * }))
       if [[ ! $chips_per_node ]]; then
         chips_per_node=$((chips < 4 ? chips : 4))
         [[ $topology != 2x4 ]] || chips_per_node=8
       fi
-      whole chips_per_node
-      ((chips % chips_per_node == 0)) || die "--chips_per_node=$chips_per_node does not divide the $chips chips of $topology"
+      require_positive_int chips_per_node
+      ((chips % chips_per_node == 0)) ||
+        die "--chips_per_node must divide the $chips chips of $topology; got $chips_per_node"
       nodes=$((chips / chips_per_node))
       env=("JAX_PLATFORMS=tpu,cpu" "${env[@]}")
     else
-      [[ ! $topology && ! $chips_per_node ]] || die "--topology and --chips_per_node are for TPUs: for GPUs give --nodes and --gpus_per_node"
-      required nodes gpus_per_node
-      whole nodes gpus_per_node
+      [[ ! $topology && ! $chips_per_node ]] ||
+        die "--topology and --chips_per_node are for TPUs; for GPUs, give --nodes and" \
+          "--gpus_per_node"
+      require_options nodes gpus_per_node
+      require_positive_int nodes gpus_per_node
       env=("JAX_PLATFORMS=cuda,cpu" "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" "${env[@]}")
     fi
-    workdir=$(workdir_of)
-    [[ $workdir == gs://* || $workdir == /* ]] || die "--workdir=$workdir: a pod's own folders vanish with it; gs://BUCKET/DIR or a mounted /DIR is wanted"
-    yaml=$(jobset)
+    workdir=$(get_workdir)
+    [[ $workdir == gs://* || $workdir == /* ]] ||
+      die "--workdir must be gs://BUCKET/DIR or a mounted /DIR, because a pod's own files are" \
+        "deleted with it; got $workdir"
+    yaml=$(make_jobset)
     if [[ $DRY_RUN ]]; then
       printf '%s\n' "$yaml"
       run "${kubectl[@]}" apply --filename=-
     else
-      if ended=$("${kubectl[@]}" get jobset "$name" --ignore-not-found '--output=jsonpath={.metadata.name}:{.status.terminalState}'); then
-        case $ended in
+      # NAME:STATE of the existing JobSet; STATE is empty while it runs.
+      if existing=$("${kubectl[@]}" get jobset "$name" --ignore-not-found \
+        '--output=jsonpath={.metadata.name}:{.status.terminalState}'); then
+        case $existing in
           "") ;;
-          "$name:") note "$name is going already: showing its log" && { [[ $detach ]] || follow; } && exit 0 ;;
+          "$name:")
+            info "JobSet $name is already running and is left unchanged"
+            [[ $detach ]] || follow_log
+            exit 0
+            ;;
           *)
-            note "an earlier $name has ended (${ended#*:}): replacing it, the run goes on where it was"
+            info "JobSet $name has ended (${existing#*:}); replacing it to resume the run"
             "${kubectl[@]}" delete jobset "$name" --wait=true
             ;;
         esac
@@ -220,6 +272,6 @@ case $command in
       fi
       printf '%s\n' "$yaml" | "${kubectl[@]}" apply --filename=-
     fi
-    [[ $detach ]] || follow
+    [[ $detach ]] || follow_log
     ;;
 esac

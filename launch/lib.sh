@@ -1,33 +1,34 @@
 # shellcheck shell=bash
-# What the scripts beside this file share. Sourced, never run.
+# Functions shared by the launch scripts. This file is sourced, not executed.
 
-DRY_RUN="" # --dry-run: commands are printed, none is run
+DRY_RUN="" # set by --dry-run: print the commands instead of executing them
 
-# needs_bash MAJOR MINOR: what the script at hand uses is in no older one (macOS comes with 3.2).
-needs_bash() {
+# require_bash MAJOR MINOR: the calling script uses features of this version (macOS ships 3.2).
+require_bash() {
   ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= $1 * 100 + $2)) || {
-    printf '%s: bash %s.%s or newer is wanted, this is %s\n' "${0##*/}" "$1" "$2" "$BASH_VERSION" >&2
+    printf '%s: requires bash %s.%s or newer; got %s\n' "${0##*/}" "$1" "$2" "$BASH_VERSION" >&2
     exit 2
   }
 }
 
-# The comment at the top of the calling script is its help.
+# show_help: prints the comment at the top of the calling script.
 show_help() {
   awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"
 }
 
-# What the user gave is wrong: one line, exit status 2.
+# die MESSAGE...: reports an error in the user's input in one line and exits with status 2.
 die() {
   printf '%s: %s\n' "${0##*/}" "$*" >&2
   exit 2
 }
 
-note() {
+# info MESSAGE...: prints a progress message to standard error.
+info() {
   printf '%s: %s\n' "${0##*/}" "$*" >&2
 }
 
-# quoted WORD…: as one would type it into a shell, to the same words.
-quoted() {
+# shell_quote WORD...: prints the words quoted so that a shell parses them back unchanged.
+shell_quote() {
   local word text=""
   for word in "$@"; do
     if [[ $word =~ ^[A-Za-z0-9_/.,:=@%+-]+$ ]]; then
@@ -39,61 +40,65 @@ quoted() {
   printf '%s' "${text# }"
 }
 
-# run COMMAND…: runs it, or with --dry-run prints it.
+# run COMMAND...: executes the command; with --dry-run, prints it.
 run() {
   if [[ $DRY_RUN ]]; then
-    quoted "$@"
+    shell_quote "$@"
     printf '\n'
   else
     "$@"
   fi
 }
 
-# need COMMAND: it is on PATH, or this is a dry run.
-need() {
-  [[ $DRY_RUN ]] || command -v "$1" >/dev/null || die "the command $1 is not on PATH; it is needed here (--dry-run goes without)"
+# require_command NAME: NAME must be on PATH, except with --dry-run.
+require_command() {
+  [[ $DRY_RUN ]] || command -v "$1" >/dev/null ||
+    die "requires the command $1, which is not on PATH (--dry-run does not need it)"
 }
 
-# options_of NAME…: reads the words of the array WORDS into shell variables, up to "--".
+# parse_options NAME...: parses the array ARGS up to "--" into shell variables.
 #
-# A name "zone" is an option --zone=VALUE or --zone VALUE and sets $zone; "spot!" is a switch that sets $spot to 1;
-# "env+" may come several times and makes an array. What follows "--" lands in the array TRAIN.
-# --help and --dry-run are known everywhere.
-options_of() {
-  # No plain names for what is local: it would hide the caller's variables of the options.
-  local _word _name _value _known
-  TRAIN=()
-  while ((${#WORDS[@]})); do
-    _word=${WORDS[0]}
-    WORDS=("${WORDS[@]:1}")
-    case $_word in
-      --) TRAIN=("${WORDS[@]}"); return ;;
+# The name "zone" declares the option --zone=VALUE or --zone VALUE, which sets $zone. "spot!"
+# declares a flag that sets $spot to 1. "env+" declares an option that can be repeated and appends
+# to an array. The arguments after "--" are stored in the array TRAIN_ARGS. --help and --dry-run
+# always exist.
+parse_options() {
+  # The underscores keep these local variables from shadowing the caller's option variables.
+  local _arg _name _value _spec
+  TRAIN_ARGS=()
+  while ((${#ARGS[@]})); do
+    _arg=${ARGS[0]}
+    ARGS=("${ARGS[@]:1}")
+    case $_arg in
+      --) TRAIN_ARGS=("${ARGS[@]}"); return ;;
       --help | -h) show_help; exit 0 ;;
       --dry-run | --dry_run) DRY_RUN=1; continue ;;
       --?*) ;;
-      *) die "unexpected argument '$_word': options look like --name=value, and what hmar train gets comes after --" ;;
+      *) die "unexpected argument '$_arg'; options have the form --NAME=VALUE," \
+        "and the arguments of hmar train follow --" ;;
     esac
-    _name=${_word#--}
+    _name=${_arg#--}
     _name=${_name%%=*}
     _name=${_name//-/_}
-    for _known in "$@" ""; do
-      [[ ${_known%[+!]} == "$_name" ]] && break
+    for _spec in "$@" ""; do
+      [[ ${_spec%[+!]} == "$_name" ]] && break
     done
-    [[ $_known ]] || die "unknown option --$_name: known are $(printf -- '--%s ' "${@%[+!]}")--dry-run --help; what hmar train gets comes after --"
-    if [[ $_known == *! ]]; then
-      [[ $_word != *=* ]] || die "--$_name is a switch and takes no value"
+    [[ $_spec ]] || die "unknown option --$_name; valid options:" \
+      "$(printf -- '--%s ' "${@%[+!]}")--dry-run --help; the arguments of hmar train follow --"
+    if [[ $_spec == *! ]]; then
+      [[ $_arg != *=* ]] || die "--$_name is a flag and takes no value; got $_arg"
       printf -v "$_name" 1
       continue
     fi
-    if [[ $_word == *=* ]]; then
-      _value=${_word#*=}
+    if [[ $_arg == *=* ]]; then
+      _value=${_arg#*=}
     else
-      ((${#WORDS[@]})) && [[ ${WORDS[0]} != --* ]] || die "--$_name wants a value: --$_name=VALUE"
-      _value=${WORDS[0]}
-      WORDS=("${WORDS[@]:1}")
+      ((${#ARGS[@]})) && [[ ${ARGS[0]} != --* ]] || die "--$_name requires a value: --$_name=VALUE"
+      _value=${ARGS[0]}
+      ARGS=("${ARGS[@]:1}")
     fi
-    [[ $_value ]] || die "--$_name is empty: --$_name=VALUE"
-    if [[ $_known == *+ ]]; then
+    [[ $_value ]] || die "--$_name must not be empty: --$_name=VALUE"
+    if [[ $_spec == *+ ]]; then
       local -n _list=$_name
       _list+=("$_value")
       unset -n _list
@@ -103,64 +108,68 @@ options_of() {
   done
 }
 
-# required NAME…: each has been given.
-required() {
+# require_options NAME...: each option must have been given.
+require_options() {
   local _name
   for _name in "$@"; do
-    [[ ${!_name} ]] || die "--$_name is missing (see --help)"
+    [[ ${!_name} ]] || die "--$_name is required (see --help)"
   done
 }
 
-# whole NAME…: each is a whole number of 1 or more.
-whole() {
+# require_positive_int NAME...: the value of each option must be an integer of 1 or more.
+require_positive_int() {
   local _name
   for _name in "$@"; do
-    [[ ${!_name} =~ ^[1-9][0-9]*$ ]] || die "--$_name=${!_name}: a whole number of 1 or more is wanted"
+    [[ ${!_name} =~ ^[1-9][0-9]*$ ]] || die "--$_name must be a positive integer; got ${!_name}"
   done
 }
 
-# one_of NAME VALUE…
-one_of() {
+# require_choice NAME VALUE...: the variable NAME must hold one of the values.
+require_choice() {
   local _name=$1 _value
   shift
   for _value in "$@"; do
     [[ ${!_name} != "$_value" ]] || return 0
   done
-  die "$_name ${!_name}: known are $*"
+  die "$_name must be one of: $*; got ${!_name}"
 }
 
-# plain_name NAME: as Google Cloud and Kubernetes want names of things.
-plain_name() {
-  [[ ${!1} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || die "--$1=${!1}: lower-case letters, digits and -, from a letter on, 40 at most are wanted"
+# require_resource_name NAME: the value must be a valid name in Google Cloud and Kubernetes.
+require_resource_name() {
+  [[ ${!1} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    die "--$1 must start with a letter, contain only lower-case letters, digits and -," \
+      "not end with -, and have at most 40 characters; got ${!1}"
 }
 
-# environment KEY=VALUE…: all are such.
-environment() {
+# require_key_value KEY=VALUE...: each argument must assign an environment variable.
+require_key_value() {
   local pair
   for pair in "$@"; do
-    [[ $pair =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "--env=$pair: KEY=VALUE is wanted"
+    [[ $pair =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "--env must have the form KEY=VALUE; got $pair"
   done
 }
 
-# train_arguments: TRAIN has what every run needs, and nothing that would be caught too late.
-train_arguments() {
-  ((${#TRAIN[@]})) || die "nothing to train: give the arguments of hmar train after --, such as -- --config=configs/hmar.py:d16_256 --workdir=DIR"
+# require_train_args: TRAIN_ARGS must hold --config and --workdir, which every run needs.
+# Without this check the error would appear only after the job has started.
+require_train_args() {
+  ((${#TRAIN_ARGS[@]})) || die "requires the arguments of hmar train after --," \
+    "for example: -- --config=configs/hmar.py:d16_256 --workdir=DIR"
   local word missing="--config --workdir"
-  for word in "${TRAIN[@]}"; do
+  for word in "${TRAIN_ARGS[@]}"; do
     missing=" $missing "
     missing=${missing/ ${word%%=*} / }
   done
   missing=${missing// /}
-  [[ ! $missing ]] || die "hmar train needs --config and --workdir: give both after --"
+  [[ ! $missing ]] || die "hmar train requires --config and --workdir; give both after --"
 }
 
-# The value of --workdir among the arguments of hmar train.
-workdir_of() {
+# get_workdir: prints the value of --workdir in TRAIN_ARGS.
+get_workdir() {
   local i
-  for ((i = 0; i < ${#TRAIN[@]}; i++)); do
-    case ${TRAIN[i]} in
-      --workdir=*) printf '%s' "${TRAIN[i]#*=}" ;;
-      --workdir) printf '%s' "${TRAIN[i + 1]:-}" ;;
+  for ((i = 0; i < ${#TRAIN_ARGS[@]}; i++)); do
+    case ${TRAIN_ARGS[i]} in
+      --workdir=*) printf '%s' "${TRAIN_ARGS[i]#*=}" ;;
+      --workdir) printf '%s' "${TRAIN_ARGS[i + 1]:-}" ;;
     esac
   done
 }

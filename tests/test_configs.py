@@ -1,6 +1,5 @@
 """The shipped configs, overriding single values, and what the package's modules import."""
 
-import ast
 import math
 import pathlib
 
@@ -305,57 +304,3 @@ def test_first_difference(config):
     assert difference() == "group.steps is 7 there and 9 here"
     del other["flag"]
     assert difference() == "flag is False there and missing (another version) here"
-
-
-# Who imports whom
-
-
-def imports(path: pathlib.Path) -> tuple[set[str], set[str]]:
-    """Modules that a file imports: at its top level, and anywhere."""
-
-    def found(nodes):
-        names = set()
-        for node in nodes:
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}: relative import"
-                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        return names
-
-    tree = ast.parse(path.read_text())
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
-    return found(n for n in ast.walk(tree) if id(n) not in inside), found(ast.walk(tree))
-
-
-def modules(folder: str) -> list[pathlib.Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
-
-
-def offenders(paths, forbidden, allowed=()) -> list[str]:
-    begins = lambda name, prefixes: any(name == p or name.startswith(f"{p}.") for p in prefixes)
-    return [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in paths
-        for name in imports(path)[1]
-        if begins(name, forbidden) and not begins(name, allowed) and name != "hmar_jax"
-    ]
-
-
-def test_no_import_runs_upward():
-    ground = [*modules("hmar_jax/io"), *modules("hmar_jax/parallel")]
-    assert not offenders(ground, ["hmar_jax"], ["hmar_jax.errors", "hmar_jax.io"])
-    above_data = ["training", "families", "pipeline", "experiment", "evaluation", "cli"]
-    assert not offenders(modules("hmar_jax/data"), [f"hmar_jax.{name}" for name in above_data])
-    assert not offenders(modules("hmar_jax/families"), ["hmar_jax.cli", "hmar_jax.experiment"])
-    assert not offenders(modules("pallas_kernels"), ["hmar_jax"])
-
-
-def test_large_libraries_are_imported_where_they_are_needed():
-    package = [*modules("hmar_jax"), *modules("pallas_kernels")]
-    assert {p.name for p in package if any(n.split(".")[0] == "torch" for n in imports(p)[1])} == {
-        "convert.py"
-    }
-    for path in package:
-        at_the_top = {name.split(".")[0] for name in imports(path)[0]}
-        assert not at_the_top & {"torch", "sklearn", "tensorflow", "tensorflow_datasets"}, path

@@ -1,4 +1,4 @@
-"""The transforms, the loader and its state, on sources small enough to check by hand."""
+"""Transforms, the loader and its state, on sources that are small enough to check by hand."""
 
 import dataclasses
 import json
@@ -9,22 +9,22 @@ import pytest
 from PIL import Image
 
 from hmar_jax.autoencoders.vq import to_float
+from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.loader import (
-    DecodeErrorLog,
-    Transform,
     loader_state_to_bytes,
     make_loader,
     restore_loader_state,
 )
 from hmar_jax.data.sources import ImageDecodeError, InMemory, Source, open_source
+from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 
-AS_IS = Transform(4, "random_crop")  # leaves a 4x4 picture alone
+AS_IS = Transform(4, "random_crop")  # does not change a 4x4 image
 
 
 @dataclasses.dataclass
 class Numbered:
-    """n one-coloured pictures; picture i shows its number in red and green. Those in `broken` cannot be read."""
+    """n images; the red and green of image i are its number. Those in `broken` cannot be read."""
 
     n: int
     side: int = 4
@@ -98,7 +98,7 @@ def test_random_crop_enlarges_only_what_is_too_small():
 
 
 def assert_crops(transform, image, resized):
-    """In training every crop of `resized` and nothing else; in validation the centre one."""
+    """Training returns every crop of `resized` and nothing else; validation the center crop."""
     side = transform.side
     rows, columns = resized.shape[0] - side + 1, resized.shape[1] - side + 1
     crops = {
@@ -115,7 +115,7 @@ def assert_crops(transform, image, resized):
     assert abs((rows - 1) / 2 - top) <= 0.5 and abs((columns - 1) / 2 - left) <= 0.5
 
 
-def test_centre_crop_rounds_half_to_even_as_torchvision():
+def test_center_crop_rounds_half_to_even_as_torchvision():
     image = noise(11, 9)  # 3 and 1 spare: offsets 1.5 and 0.5
     np.testing.assert_array_equal(Transform(8, "random_crop")(image, None), image[2:10, 0:8])
 
@@ -130,9 +130,9 @@ def test_flip_mirrors_about_half_and_never_in_validation():
 
 
 def test_affine_without_range_changes_nothing():
-    still = Transform(32, "affine", rotate=0, shift=0, scale=0, shear=0)
+    identity = Transform(32, "affine", rotate=0, shift=0, scale=0, shear=0)
     image = noise(32, 32)
-    np.testing.assert_array_equal(still(image, np.random.default_rng(0)), image)
+    np.testing.assert_array_equal(identity(image, np.random.default_rng(0)), image)
     np.testing.assert_array_equal(Transform(32, "affine")(image, None), image)
 
 
@@ -142,25 +142,25 @@ def centroid(image):
     return np.array([(weight * x).sum(), (weight * y).sum()]) / weight.sum()
 
 
-def test_affine_keeps_the_centre_and_shifts_within_its_range():
+def test_affine_keeps_the_center_and_shifts_within_its_range():
     image = np.zeros((32, 32, 3), np.uint8)
     image[12:20, 12:20] = 255
     rng = np.random.default_rng(0)
     for _ in range(20):
-        turned = Transform(32, "affine", rotate=45, shift=0, scale=0.1, shear=0.1)(image, rng)
-        np.testing.assert_allclose(centroid(turned), [16, 16], atol=0.15)
+        mapped = Transform(32, "affine", rotate=45, shift=0, scale=0.1, shear=0.1)(image, rng)
+        np.testing.assert_allclose(centroid(mapped), [16, 16], atol=0.15)
     shift = Transform(32, "affine", rotate=0, shift=3, scale=0, shear=0)
     moved = np.array([centroid(shift(image, rng)) - 16 for _ in range(200)])
     assert np.abs(moved).max() < 3.1 and (moved.max(0) > 2).all() and (moved.min(0) < -2).all()
 
 
-def test_affine_turns_scales_and_shears_within_its_ranges():
+def test_affine_rotates_scales_and_shears_within_its_ranges():
     image = np.zeros((64, 64, 3), np.uint8)
     image[24:40, 16:48] = 255
     rng = np.random.default_rng(0)
 
     def moments(**ranges):
-        """Area relative to the original, and the tilt of the rectangle: covariance of x and y over variances."""
+        """Relative area, rotation in degrees and shear of the rectangle, by second moments."""
         transform = Transform(
             64, "affine", **{"rotate": 0, "shift": 0, "scale": 0, "shear": 0, **ranges}
         )
@@ -198,10 +198,10 @@ def test_affine_turns_scales_and_shears_within_its_ranges():
 
 def test_affine_fills_with_black():
     white = np.full((32, 32, 3), 255, np.uint8)
-    turned = Transform(32, "affine", rotate=45, shift=0, scale=0, shear=0)(
+    rotated = Transform(32, "affine", rotate=45, shift=0, scale=0, shear=0)(
         white, np.random.default_rng(3)
     )
-    assert turned[0, 0].max() == 0 and turned[16, 16].min() == 255
+    assert rotated[0, 0].max() == 0 and rotated[16, 16].min() == 255
 
 
 @pytest.mark.parametrize("kind", ["resize_crop", "random_crop", "affine"])
@@ -212,19 +212,14 @@ def test_any_size_comes_out_square(kind, h, w):
         assert out.shape == (16, 16, 3) and out.dtype == np.uint8 and out.flags.c_contiguous
 
 
-def test_decode_side():
-    assert Transform(256, "resize_crop").decode_side == 288
-    assert Transform(64, "random_crop").decode_side is None
-    assert Transform(32, "affine").decode_side == 32
-
-
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"kind": "crop"}, "unknown transform kind 'crop'.*resize_crop"),
-        ({"side": 0}, "side 0"),
-        ({"resize_ratio": 0.9}, "resize_ratio 0.9"),
-        ({"scale": 1.0}, "scale 1.0"),
+        ({"kind": "crop"}, "transform.kind must be one of resize_crop, .*; got 'crop'"),
+        ({"side": 0}, "transform.side must be an integer of at least 1; got 0"),
+        ({"resize_ratio": 0.9}, "resize_ratio must be a number of at least 1; got 0.9"),
+        ({"scale": 1.0}, r"scale must be a number in \[0, 1\); got 1.0"),
+        ({"rotate": -1}, "rotate must be a number of at least 0; got -1"),
     ],
 )
 def test_transform_checks_its_fields(fields, message):
@@ -276,7 +271,7 @@ def test_neighbouring_seeds_share_no_epoch():
 
 def test_num_epochs_ends_and_drops_the_remainder():
     batches = list(loader(Numbered(10), num_epochs=3))
-    assert len(batches) == 7  # 30 pictures, 2 dropped
+    assert len(batches) == 7  # 30 images, 2 dropped
     assert sorted(number for batch in batches[:5] for number in numbers(batch)) == sorted(
         2 * list(range(10))
     )
@@ -432,11 +427,11 @@ def test_state_survives_another_number_of_shards():
     "data", [b"", b"\xff", b"[1]", b"{}", b'{"next_index": "a"}', b'{"next_index": 99}']
 )
 def test_bad_state(data):
-    with pytest.raises(InputError, match="saved data position"):
+    with pytest.raises(InputError, match="the saved loader state"):
         restore_loader_state(iter(loader(Numbered(10), train=False)), data)
 
 
-# Broken pictures
+# Unreadable images
 
 
 def test_broken_images_are_replaced_and_noted_once():
@@ -474,22 +469,22 @@ def test_too_many_broken_images_stop_the_run(threads):
     many = Numbered(1000, broken=tuple(range(11)))
     with pytest.raises(
         InputError,
-        match="numbered: 11 of the 1000 pictures cannot be read .*first: 0.jpg, 1.jpg, 2",
+        match="numbered: 11 of the 1000 images cannot be read; .*first: 0.jpg, 1.jpg, 2",
     ):
         list(loader(many, train=False, threads=threads))
 
 
-def test_a_shard_among_many_stops_too():
+def test_one_shard_of_many_stops_too():
     broken = tuple(
         range(0, 8000, 50)
-    )  # 2 %; one of 8 shards meets 20 of 1000, which is not 1 % of the whole
-    with pytest.raises(InputError, match="numbered: 2. of the 1000 pictures cannot be read"):
+    )  # 2 %; one of 8 shards reads 20 of 1000, which is not 1 % of the whole
+    with pytest.raises(InputError, match="numbered: 2. of the 1000 images cannot be read"):
         take(loader(Numbered(8000, broken=broken), 100, shard_index=3, shard_count=8), 80)
     few = tuple(range(0, 8000, 200))  # 0.5 %
     take(loader(Numbered(8000, broken=few), 100, shard_index=3, shard_count=8), 80)
 
 
-def test_worker_processes_change_nothing_and_tell_of_broken_images():
+def test_worker_processes_change_nothing_and_report_broken_images():
     source, log = Numbered(60, side=9, broken=(3, 4, 39)), DecodeErrorLog()
     options = dict(transform=Transform(4, "random_crop"), threads=1)
     alone = iter(loader(source, **options))
@@ -516,16 +511,16 @@ def test_worker_processes_stop_at_too_many_broken_images():
     many = Numbered(1000, broken=tuple(range(11)))
     with pytest.raises(
         InputError,
-        match="numbered: 11 of the 1000 pictures cannot be read .*first: 0.jpg, 1.jpg, 2",
+        match="numbered: 11 of the 1000 images cannot be read; .*first: 0.jpg, 1.jpg, 2",
     ):
         list(loader(many, train=False, workers=2))
     assert len(list(loader(Numbered(40), train=False, workers=3))) == 10
-    with pytest.raises(InputError, match="none of its 4 pictures can be read"):
+    with pytest.raises(InputError, match="none of its 4 images can be read"):
         list(loader(Numbered(4, broken=(0, 1, 2, 3)), train=False, workers=1))
 
 
 def test_nothing_readable():
-    with pytest.raises(InputError, match="none of its 4 pictures can be read; the first: "):
+    with pytest.raises(InputError, match="none of its 4 images can be read; the first: "):
         list(loader(Numbered(4, broken=(0, 1, 2, 3)), train=False))
 
 
@@ -535,20 +530,20 @@ def test_nothing_readable():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 0}, "batch size 0"),
-        ({"batch_size": 11}, "batch size 11 is more than its 10 pictures; make it 10 or less"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": 11}, "batch_size must be at most 10, the number of images; got 11"),
         (
             {"batch_size": 4, "shard_count": 3},
-            "batch size 4 is more than the 3 in each of 3 shards; make it 3",
+            "batch_size must be at most 3, the number of images in each of 3 shards; got 4",
         ),
-        ({"batch_size": 11, "train": False, "pad": False}, "batch size 11"),
-        ({"shard_index": 2, "shard_count": 2}, "shard 2 of 2"),
-        ({"shard_count": 0}, "shard 0 of 0"),
-        ({"num_epochs": 0}, "num_epochs 0"),
-        ({"num_epochs": 1, "train": False}, "num_epochs 1 with validation"),
-        ({"threads": -1}, "threads -1"),
-        ({"workers": -1}, "workers -1"),
-        ({"seed": -1}, "seed -1"),
+        ({"batch_size": 11, "train": False, "pad": False}, "batch_size must be at most 10"),
+        ({"shard_index": 2, "shard_count": 2}, r"shard_index must be in \[0, 2\); got 2"),
+        ({"shard_count": 0}, "shard_count must be at least 1; got 0"),
+        ({"num_epochs": 0}, "num_epochs must be at least 1, or None; got 0"),
+        ({"num_epochs": 1, "train": False}, "num_epochs must be None for validation; got 1"),
+        ({"threads": -1}, "threads must be at least 0; got -1"),
+        ({"workers": -1}, "workers must be at least 0; got -1"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
     ],
 )
 def test_loader_checks_its_arguments(options, message):
@@ -592,7 +587,7 @@ def test_digits_split_is_fixed_and_disjoint(digits):
     )
     labels = np.concatenate([train.labels, validate.labels])
     np.testing.assert_array_equal(np.bincount(labels), np.bincount(load_digits().target))
-    # Written out, so that a change in numpy or here cannot move the split unnoticed.
+    # Literal values, so that a change in numpy or here cannot change the split unnoticed.
     assert [validate[i]["label"] for i in range(12)] == [3, 7, 3, 9, 0, 8, 7, 0, 8, 0, 3, 3]
 
 
@@ -621,5 +616,5 @@ def test_unknown_spec(spec):
 
 
 def test_unknown_split():
-    with pytest.raises(InputError, match="unknown split 'test': it is one of train, validate"):
+    with pytest.raises(InputError, match="unknown split 'test'; must be one of train, validate"):
         open_source("digits", "test")

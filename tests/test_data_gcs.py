@@ -43,7 +43,7 @@ def bucket():
 
 
 def test_a_folder_of_images(bucket):
-    root = epath.Path(bucket) / "pictures"
+    root = epath.Path(bucket) / "images"
     rng = np.random.default_rng(0)
     images = {}
     for split, names in (
@@ -68,7 +68,7 @@ def test_a_folder_of_images(bucket):
         for i, name in enumerate(source.files):
             np.testing.assert_array_equal(source[i]["image"], images[name])
     (root / "train" / "b" / "3.png").unlink()
-    with pytest.raises(ImageDecodeError, match="gs://bucket/pictures/train/b/3.png"):
+    with pytest.raises(ImageDecodeError, match="gs://bucket/images/train/b/3.png"):
         train[2]
     with pytest.raises(InputError, match="gs://bucket/nothing does not exist"):
         open_source("folder:gs://bucket/nothing")

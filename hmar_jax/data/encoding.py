@@ -28,7 +28,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from hmar_jax.autoencoders.vq import Tokenizer, TokenizerConfig, fingerprint, to_float
-from hmar_jax.data.loader import Transform, derive_seed, make_loader, shard_and_batch
+from hmar_jax.data.decode_errors import MAX_UNREADABLE_FRACTION, is_over_limit
+from hmar_jax.data.loader import make_loader, shard_and_batch
 from hmar_jax.data.records import (
     INFO_FILE,
     PROGRESS_FOLDER,
@@ -38,15 +39,15 @@ from hmar_jax.data.records import (
     pack,
     read_info,
 )
+from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.data.sources import ImageDecodeError, Source
+from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
 
 _log = logging.getLogger(__name__)
 
-_ENCODE, _CROPS = 2, 4  # which random numbers of a seed; pipeline.py and tokens.py have the others
 _RECORDS = "group_size:1,uncompressed"  # one by one, for reading at random; tokens do not compress
-_BROKEN_SHARE, _BROKEN_FILES = 0.01, 10  # as in pipeline.py
 _LOG_SECONDS = 60
 
 
@@ -79,7 +80,7 @@ def tokenize(
         source,
         transform,
         batch_size=batch_size,
-        seed=derive_seed(seed, _ENCODE),
+        seed=derive_seed(seed, SeedPurpose.ENCODE),
         train=True,
         num_epochs=copies,
     )
@@ -382,9 +383,9 @@ def _sha256(path: os.PathLike | str) -> str:
 
 
 def _check_broken(folder, source: str, broken: list, pictures: int) -> None:
-    if len(broken) > max(_BROKEN_FILES, _BROKEN_SHARE * pictures):
+    if is_over_limit(len(broken), MAX_UNREADABLE_FRACTION * pictures):
         raise InputError(
-            f"{source}: {len(broken)} of the {pictures} pictures cannot be read (at most {_BROKEN_SHARE:.0%} may be broken); the "
+            f"{source}: {len(broken)} of the {pictures} pictures cannot be read (at most {MAX_UNREADABLE_FRACTION:.0%} may be broken); the "
             f"first: {', '.join(path for _, path, _ in broken[:3])}. What is done of {folder} is kept: mend them, and the same command goes on"
         )
 
@@ -473,7 +474,7 @@ def _records(
     """The record of every picture of the shards, in order; None of those that cannot be read."""
     crops = np.concatenate([np.full(shard.stop - shard.start, shard.crop) for shard in todo])
     pictures = np.concatenate([np.arange(shard.start, shard.stop) for shard in todo])
-    crop_seed, random = derive_seed(info.seed, _CROPS), todo[0].split != "validate"
+    crop_seed, random = derive_seed(info.seed, SeedPurpose.CROPS), todo[0].split != "validate"
 
     def example_at(position):
         image, label, readable = np.zeros((transform.side, transform.side, 3), np.uint8), 0, False

@@ -1,272 +1,129 @@
-"""From a source to batches, with Grain: shuffle, shard, decode, crop, stack.
+"""Batches of images from a source, with Grain: shuffle, shard, decode, transform, batch.
 
-Training reads one endless stream of positions 0, 1, 2, ...: position p lies in epoch e = p // N and holds the picture
-shuffle_e(p mod N), cropped with random numbers that depend on (seed, p) only. The next B positions are a batch, of which
-shard s of S takes the s-th part. So the batches are the same for any number of hosts that share them, row by row, and the
-state of a loader is one number: how many batches it has given.
+Training reads one endless stream of positions 0, 1, 2, ... Position p belongs to epoch e = p // N
+and holds image shuffle_e(p mod N), transformed with random numbers that depend on (seed, p) only.
+Every B * S consecutive positions are a global batch, of which shard s of S takes the s-th part. So
+batches are the same, row by row, for any number of hosts, and the state of a loader is one number:
+how many batches it has returned.
 
-Pictures stay uint8 until they are on the device; models.tokenizer.to_float is for there.
+Images stay uint8 until they are on the device.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import threading
 from collections.abc import Mapping
 
 import grain
 import numpy as np
-from PIL import Image
 
+from hmar_jax.data.decode_errors import MAX_UNREADABLE_FRACTION, DecodeErrorLog, is_over_limit
+from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.data.sources import ImageDecodeError, InMemory, Source
-from hmar_jax.data.workers import ByProcesses
+from hmar_jax.data.transforms import Transform
+from hmar_jax.data.workers import MultiprocessDataset
 from hmar_jax.errors import InputError
 
-KINDS = ("resize_crop", "random_crop", "affine")
 
-_MAX_ASPECT = (
-    16  # longer pictures are shortened first: a 1 x 10000 one would become gigabytes when enlarged
-)
-_BROKEN_SHARE = 0.01  # a run stops when more of its pictures are broken, ...
-_BROKEN_FILES = 10  # ... and more files than this
-_SHUFFLE, _AUGMENT = 0, 1  # which random numbers of a seed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One picture
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """How a picture of any size becomes (side, side).
-
-    Kinds, in training (in validation every crop is the centre one, and nothing else is random):
-      resize_crop: the shorter side to round(resize_ratio * side) by Lanczos, then a random crop. The published recipe.
-      random_crop: a random crop of the picture as it is; only one whose shorter side is below `side` is enlarged to it.
-      affine: for digits. The centre square at `side`, then one bicubic affine map around its centre: rotation, scale
-        and shear, then shift, each uniform in plus or minus its field; black comes in from outside.
-
-    The longer side is rounded down and the centre offset rounded half to even, as torchvision (the published code's
-    data loader) does.
-    """
-
-    side: int  # pixels
-    kind: str
-    resize_ratio: float = 1.125  # resize_crop only
-    flip: bool = (
-        False  # mirror half of the training pictures left to right; the published recipe does not
-    )
-    rotate: float = 6.0  # affine only: degrees
-    shift: float = 1.0  # affine only: pixels, in x and in y
-    scale: float = 0.03  # affine only: relative
-    shear: float = 0.05  # affine only: x per y
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise InputError(
-                f"unknown transform kind {self.kind!r}: it is one of {', '.join(KINDS)}"
-            )
-        if self.side < 1:
-            raise InputError(f"transform side {self.side}: it must be at least 1 pixel")
-        if self.resize_ratio < 1:
-            raise InputError(
-                f"transform resize_ratio {self.resize_ratio}: it must be at least 1, or no crop fits"
-            )
-        if not 0 <= self.scale < 1:
-            raise InputError(f"transform scale {self.scale}: it must be in [0, 1)")
-
-    @property
-    def decode_side(self) -> int | None:
-        """What `open_source` may take as its `decode_side`; None: this transform needs the native size."""
-        return None if self.kind == "random_crop" else self._resized_side
-
-    @property
-    def _resized_side(self) -> int:
-        return round(self.resize_ratio * self.side) if self.kind == "resize_crop" else self.side
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """uint8 (h, w, 3) to uint8 (side, side, 3); rng None: as in validation."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"a transform takes uint8 (h, w, 3), not {image.dtype} {image.shape}")
-        if self.kind == "resize_crop":
-            image = _resize_shorter(image, self._resized_side, Image.Resampling.LANCZOS)
-        elif self.kind == "random_crop":
-            if min(image.shape[:2]) < self.side:
-                image = _resize_shorter(image, self.side, Image.Resampling.LANCZOS)
-        else:
-            image = _resize_shorter(image, self.side, Image.Resampling.BICUBIC)
-        image = _crop(image, self.side, None if self.kind == "affine" else rng)
-        if rng is not None and self.kind == "affine":
-            image = self._affine(image, rng)
-        if rng is not None and self.flip and rng.random() < 0.5:
-            image = image[:, ::-1]
-        return np.ascontiguousarray(image)
-
-    def _affine(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
-        shift = rng.uniform(-self.shift, self.shift, size=2)  # x, y
-        scale = 1 + rng.uniform(-self.scale, self.scale)
-        shear = rng.uniform(-self.shear, self.shear)
-        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        forward = scale * rotation @ np.array([[1, shear], [0, 1]])
-        # PIL wants the map from output to input pixels: in = inverse @ (out - centre - shift) + centre.
-        inverse = np.linalg.inv(forward)
-        centre = np.full(2, self.side / 2)
-        offset = centre - inverse @ (centre + shift)
-        coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
-        picture = Image.fromarray(image).transform(
-            (self.side, self.side),
-            Image.Transform.AFFINE,
-            coefficients,
-            Image.Resampling.BICUBIC,
-            fillcolor=0,
-        )
-        return np.asarray(picture)
-
-
-def _resize_shorter(image: np.ndarray, shorter: int, resampling: Image.Resampling) -> np.ndarray:
-    h, w = image.shape[:2]
-    if max(h, w) > _MAX_ASPECT * min(h, w):
-        limit = _MAX_ASPECT * min(h, w)
-        top, left = max(0, h - limit) // 2, max(0, w - limit) // 2
-        image = image[top : top + limit, left : left + limit]
-        h, w = image.shape[:2]
-    if min(h, w) == shorter:
-        return image
-    size = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, resampling))
-
-
-def _crop(image: np.ndarray, side: int, rng: np.random.Generator | None) -> np.ndarray:
-    spare_h, spare_w = image.shape[0] - side, image.shape[1] - side
-    if rng is None:
-        top, left = round(spare_h / 2), round(spare_w / 2)
-    else:
-        top, left = int(rng.integers(spare_h + 1)), int(rng.integers(spare_w + 1))
-    return image[top : top + side, left : left + side]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Broken pictures
-
-
-class DecodeErrorLog:
-    """The broken pictures met so far, each path once. Loaders may share one; it is safe across threads."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._reasons: dict[str, str] = {}
-
-    def add(self, path: str, reason: str) -> None:
-        with self._lock:
-            self._reasons.setdefault(path, reason)
-
-    @property
-    def count(self) -> int:
-        with self._lock:
-            return len(self._reasons)
-
-    @property
-    def items(self) -> list[tuple[str, str]]:
-        """(path, reason), in the order they were met."""
-        with self._lock:
-            return list(self._reasons.items())
-
-
-class _Reader:
-    """Reads a source, taking the next readable picture of the source in place of a broken one."""
+class _ReadableImages:
+    """Reads a source; the next readable image of the source replaces an unreadable one."""
 
     def __init__(self, source: Source):
         self.source = source
-        self._broken: dict[int, ImageDecodeError] = {}  # by index; not to be decoded again
+        self._errors: dict[int, ImageDecodeError] = {}  # by index; these are not decoded again
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
-        """{"image", "label", "picture": the index, "skipped": how many broken pictures, from that one on, were left out}."""
+        """Reads the first readable image at or after an index.
+
+        Returns:
+          {"image", "label", "index": the given index, "num_skipped": unreadable images skipped}.
+        """
         index = int(index)
         for step in range(len(self)):
             candidate = (index + step) % len(self)
-            if candidate in self._broken:
+            if candidate in self._errors:
                 continue
             try:
                 example = self.source[candidate]
             except ImageDecodeError as error:
-                self._broken[candidate] = error
+                self._errors[candidate] = error
                 continue
             return {
                 "image": example["image"],
                 "label": example["label"],
-                "picture": index,
-                "skipped": step,
+                "index": index,
+                "num_skipped": step,
             }
-        first = ", ".join(error.path for error in list(self._broken.values())[:3])
+        first = ", ".join(error.path for error in list(self._errors.values())[:3])
         raise InputError(
-            f"{self.source.name}: none of its {len(self)} pictures can be read; the first: {first}"
+            f"{self.source.name}: none of its {len(self)} images can be read; the first: {first}"
         )
 
-    def why(self, index: int) -> ImageDecodeError:
-        """What is wrong with a broken picture; read again where another process met it."""
-        if index not in self._broken:
+    def error(self, index: int) -> ImageDecodeError:
+        """The error of an unreadable image; reads it again if another process found it."""
+        if index not in self._errors:
             try:
                 self.source[index]
             except ImageDecodeError as error:
-                self._broken[index] = error
+                self._errors[index] = error
             else:
-                self._broken[index] = ImageDecodeError(
+                self._errors[index] = ImageDecodeError(
                     f"{self.source.name}[{index}]", "was unreadable once, and is readable now"
                 )
-        return self._broken[index]
+        return self._errors[index]
 
 
-class _Watch:
-    """Sees every batch in the process that trains: notes the broken pictures, and stops where they are too many.
+class _DecodeErrorMonitor:
+    """Logs the unreadable images of each batch, and raises when there are too many.
 
-    Pictures may be read in other processes, so a batch says which were broken, and it is told apart here.
+    Other processes may read the images. So each batch carries the indices of its unreadable images,
+    and this monitor runs in the main process and removes them from the batch.
     """
 
-    def __init__(self, reader: _Reader, log: DecodeErrorLog | None, share: int):
+    def __init__(self, reader: _ReadableImages, log: DecodeErrorLog | None, epoch_size: int):
         self._reader, self._log = reader, log
-        self._met: dict[int, str] = {}  # path by index
-        self._share = share  # pictures that this shard reads in an epoch
-        self._seen = self._missed = 0  # of this share
+        self._paths: dict[int, str] = {}  # of unreadable images, by index
+        self._epoch_size = epoch_size  # images that this shard reads in an epoch
+        self._num_read = self._num_replaced = 0  # in this epoch
 
     def __call__(self, batch: dict) -> dict:
         batch = dict(batch)
-        pictures, skipped = batch.pop("picture"), batch.pop("skipped")
-        for picture, count in zip(pictures[skipped > 0].tolist(), skipped[skipped > 0].tolist()):
-            for index in ((picture + step) % len(self._reader) for step in range(count)):
-                if index not in self._met:
-                    error = self._reader.why(index)
-                    self._met[index] = error.path
+        indices, skipped = batch.pop("index"), batch.pop("num_skipped")
+        for first, count in zip(indices[skipped > 0].tolist(), skipped[skipped > 0].tolist()):
+            for index in ((first + step) % len(self._reader) for step in range(count)):
+                if index not in self._paths:
+                    error = self._reader.error(index)
+                    self._paths[index] = error.path
                     if self._log is not None:
                         self._log.add(error.path, error.reason)
-        self._missed += int((skipped > 0).sum())
+        self._num_replaced += int((skipped > 0).sum())
         self._check()
-        self._seen += len(pictures)
-        if self._seen >= self._share:
-            self._seen = self._missed = 0
+        self._num_read += len(indices)
+        if self._num_read >= self._epoch_size:
+            self._num_read = self._num_replaced = 0
         return batch
 
     def _check(self) -> None:
-        # All that were ever met, of the whole source; and those of this shard's epoch, of its share: among many hosts none
-        # meets many. Which pictures a shard gets is chance, so four standard deviations are allowed there.
-        allowed = _BROKEN_SHARE * self._share
-        allowed += 4 * allowed**0.5 if self._share < len(self._reader) else 0
-        for count, of, most in (
-            (len(self._met), len(self._reader), _BROKEN_SHARE * len(self._reader)),
-            (self._missed, self._share, allowed),
+        # Two checks: all that were found, out of the whole source; and those of this epoch, out of
+        # this shard's part, because one of many hosts finds few of them. Which images a shard reads
+        # is random, so its limit has a margin of four standard deviations.
+        allowed = MAX_UNREADABLE_FRACTION * self._epoch_size
+        allowed += 4 * allowed**0.5 if self._epoch_size < len(self._reader) else 0
+        for count, total, limit in (
+            (len(self._paths), len(self._reader), MAX_UNREADABLE_FRACTION * len(self._reader)),
+            (self._num_replaced, self._epoch_size, allowed),
         ):
-            if count > max(_BROKEN_FILES, most):
+            if is_over_limit(count, limit):
                 raise InputError(
-                    f"{self._reader.source.name}: {count} of the {of} pictures cannot be read "
-                    f"(at most {_BROKEN_SHARE:.0%} may be broken); the first: {', '.join(list(self._met.values())[:3])}"
+                    f"{self._reader.source.name}: {count} of the {total} images cannot be read; at "
+                    f"most {MAX_UNREADABLE_FRACTION:.0%} may be unreadable; the first: "
+                    f"{', '.join(list(self._paths.values())[:3])}"
                 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -285,40 +142,45 @@ def make_loader(
     pad: bool = True,
     broken: DecodeErrorLog | None = None,
 ) -> grain.IterDataset:
-    """Batches of one shard (usually one host) of a source.
+    """Makes the batches of one shard (usually one host) of a source.
 
-    Training: the source in a new order each epoch, every picture once an epoch over all shards together. Batches run
-    across epoch ends; with `num_epochs`, what does not fill the last batch of every shard is dropped.
+    Training: the source in a new order each epoch; over all shards together, every image once an
+    epoch. Batches run across the ends of epochs. With `num_epochs`, images that do not fill the
+    last batch of every shard are dropped.
 
-    Validation: one pass in order. All shards give the same number of batches. Batches also have "valid": False for
-    the zeros that pad the last batch and for pictures that stand in for broken ones; count only the others.
+    Validation: one pass in order. All shards give the same number of batches. Batches also have
+    "valid", which is False for the zeros that pad the last batch and for images that replace
+    unreadable ones; count only the others.
 
-    The iterator, `iter(loader)`, has Grain's `get_state` and `set_state`; see `loader_state_to_bytes` and `restore_loader_state`.
+    The iterator, `iter(loader)`, has Grain's `get_state` and `set_state`; see
+    `loader_state_to_bytes` and `restore_loader_state`.
 
     Args:
-      source: what to read. A broken picture is replaced by the next readable one of the source.
-      transform: from a picture to (side, side).
-      batch_size: B, pictures in a batch of this shard.
-      seed: of the order and of the crops, 0 or more; validation uses none.
-      train: whether to shuffle, repeat and randomise.
-      num_epochs: training only; None: without end.
-      shard_index, shard_count: which part of the data.
-      threads: that read ahead, each a whole batch, holding up to threads + 1 batches; 0: read when asked.
-      workers: processes that read ahead, each with so many threads; 0: this process alone. Batches are the same for any
-        number of either.
-      pad: validation only; False: drop what does not fill the last batch of every shard.
-      broken: where broken pictures are noted.
+      source: the images. The next readable image of the source replaces an unreadable one.
+      transform: turns an image into one of (side, side).
+      batch_size: B, images in a batch of this shard.
+      seed: seed of the order and of the crops, at least 0; validation uses none.
+      train: whether to shuffle, repeat and augment.
+      num_epochs: training only; None repeats without end.
+      shard_index: the shard to read, in [0, shard_count).
+      shard_count: number of shards.
+      threads: threads that read ahead, each a whole batch; up to threads + 1 batches are held. 0
+        reads on demand.
+      workers: processes that read ahead, each with `threads` threads; 0 uses this process alone.
+        Batches do not depend on the number of threads or workers.
+      pad: validation only; False drops images that do not fill the last batch of every shard.
+      broken: log of unreadable images.
 
     Returns:
-      A `grain.IterDataset` of {"image": uint8 (B, side, side, 3), "label": int32 (B,)} with "valid": bool (B,) in
-      validation.
+      A `grain.IterDataset` of {"image": (B, side, side, 3) uint8, "label": (B,) int32} and, in
+      validation, "valid": (B,) bool.
 
     Raises:
-      InputError: an argument is out of range, or no batch could be filled. While iterating: more than 1 % of the
-        source's pictures, and more than 10, cannot be read, or none can.
+      InputError: an argument is out of range, or no batch could be filled. While iterating: more
+        than 1 % of the source's images, and more than 10, cannot be read, or none can.
     """
     n = len(source)
-    check_loader(
+    validate_loader_args(
         n,
         source.name,
         batch_size=batch_size,
@@ -333,44 +195,43 @@ def make_loader(
     )
     if workers and isinstance(source, InMemory):
         raise InputError(
-            f"data workers {workers} with pictures kept in memory: each process would keep all of them; 0 is wanted"
+            f"workers must be 0 for images in memory, or each process holds them all; got {workers}"
         )
-    whole = batch_size * shard_count  # pictures in one batch of all shards
-    reader = _Reader(source)
+    global_batch = batch_size * shard_count
+    reader = _ReadableImages(source)
 
-    def as_arrays(example, image):
-        numbers = {key: np.int64(example[key]) for key in ("picture", "skipped")}
+    def to_arrays(example, image):
+        numbers = {key: np.int64(example[key]) for key in ("index", "num_skipped")}
         return {"image": image, "label": np.int32(example["label"]), **numbers}
 
     if train:
         shuffle_seed, augment_seed = (
-            derive_seed(seed, purpose) for purpose in (_SHUFFLE, _AUGMENT)
+            derive_seed(seed, purpose) for purpose in (SeedPurpose.SHUFFLE, SeedPurpose.AUGMENT)
         )
 
         def augment(example, rng):
-            return as_arrays(example, transform(example["image"], rng))
+            return to_arrays(example, transform(example["image"], rng))
 
-        # Repeating before anything is cut keeps the index that `shuffle` and `random_map` see equal to the position.
+        # Repeat before slicing: so `shuffle` and `random_map` see the position as their index.
         dataset = grain.MapDataset.source(reader).shuffle(seed=shuffle_seed).repeat(num_epochs)
         dataset = dataset.random_map(augment, seed=augment_seed)
         if num_epochs is not None:
-            dataset = dataset[: len(dataset) // whole * whole]
+            dataset = dataset[: len(dataset) // global_batch * global_batch]
     else:
 
         def example_at(position):
             if position >= n:
                 image = np.zeros((transform.side, transform.side, 3), np.uint8)
-                return as_arrays({"label": 0, "picture": 0, "skipped": 0}, image) | {
-                    "valid": np.bool_(False)
-                }
+                padding = to_arrays({"label": 0, "index": 0, "num_skipped": 0}, image)
+                return padding | {"valid": np.bool_(False)}
             example = reader[position]
-            valid = np.bool_(example["skipped"] == 0)
-            return as_arrays(example, transform(example["image"], None)) | {"valid": valid}
+            valid = np.bool_(example["num_skipped"] == 0)
+            return to_arrays(example, transform(example["image"], None)) | {"valid": valid}
 
-        batches = -(-n // whole) if pad else n // whole
-        dataset = grain.MapDataset.range(batches * whole).map(example_at)
+        num_batches = -(-n // global_batch) if pad else n // global_batch
+        dataset = grain.MapDataset.range(num_batches * global_batch).map(example_at)
     batches = shard_and_batch(dataset, batch_size, shard_index, shard_count, threads, workers)
-    return batches.map(_Watch(reader, broken, max(1, n // shard_count)))
+    return batches.map(_DecodeErrorMonitor(reader, broken, max(1, n // shard_count)))
 
 
 def shard_and_batch(
@@ -381,25 +242,26 @@ def shard_and_batch(
     threads: int,
     workers: int = 0,
 ) -> grain.IterDataset:
-    """The batches of one shard of a stream with one element a position."""
+    """Returns the batches of one shard of a stream that has one example per position."""
     batches = dataset.batch(batch_size, drop_remainder=True)[shard_index::shard_count]
-    return iterate(batches, threads, workers)
+    return read_ahead(batches, threads, workers)
 
 
-def iterate(batches: grain.MapDataset, threads: int, workers: int = 0) -> grain.IterDataset:
-    """Batches one after the other, read ahead as `make_loader` says; the state is {"next_index": batches given}."""
-    # One element for Grain is a whole batch, so its buffer is counted in batches.
-    read_ahead = grain.ReadOptions(
+def read_ahead(batches: grain.MapDataset, threads: int, workers: int = 0) -> grain.IterDataset:
+    """Iterates over batches, reading ahead as in `make_loader`.
+
+    The state of the iterator is {"next_index": number of batches returned}.
+    """
+    # One element is a whole batch, so Grain's buffer size counts batches.
+    options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0
     )
-    return (
-        ByProcesses(batches, read_ahead, workers)
-        if workers
-        else batches.to_iter_dataset(read_ahead)
-    )
+    if workers:
+        return MultiprocessDataset(batches, options, workers)
+    return batches.to_iter_dataset(options)
 
 
-def check_loader(
+def validate_loader_args(
     n: int,
     name: str,
     *,
@@ -412,72 +274,76 @@ def check_loader(
     threads: int,
     workers: int = 0,
     pad: bool,
-    what: str = "pictures",
+    noun: str = "images",
 ) -> None:
-    """Raises InputError where a loader of n examples, called `what`, cannot be made so."""
-    if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: it must be at least 1")
-    if seed < 0:
-        raise InputError(f"seed {seed}: it must be 0 or more")
-    if threads < 0:
-        raise InputError(f"data threads {threads}: it must be 0 or more")
-    if workers < 0:
-        raise InputError(f"data workers {workers}: it must be 0 or more")
-    if shard_count < 1 or not 0 <= shard_index < shard_count:
-        raise InputError(
-            f"shard {shard_index} of {shard_count}: the index must be from 0 to the count - 1"
-        )
+    """Checks the arguments of a loader.
+
+    Args:
+      n: number of examples.
+      name: the source's name, for errors.
+      noun: what the examples are, for errors.
+      others: as in `make_loader`.
+
+    Raises:
+      InputError: an argument is out of range, or no batch could be filled.
+    """
+    for argument, value, minimum in (
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("threads", threads, 0),
+        ("workers", workers, 0),
+        ("shard_count", shard_count, 1),
+    ):
+        if value < minimum:
+            raise InputError(f"{argument} must be at least {minimum}; got {value}")
+    if not 0 <= shard_index < shard_count:
+        raise InputError(f"shard_index must be in [0, {shard_count}); got {shard_index}")
     if num_epochs is not None and not train:
-        raise InputError(f"num_epochs {num_epochs} with validation: validation is always one pass")
+        raise InputError(f"num_epochs must be None for validation; got {num_epochs}")
     if num_epochs is not None and num_epochs < 1:
-        raise InputError(f"num_epochs {num_epochs}: it must be at least 1, or None for no end")
+        raise InputError(f"num_epochs must be at least 1, or None; got {num_epochs}")
     if n == 0:
-        raise InputError(f"{name} has no {what}")
-    if (train or not pad) and batch_size > n // shard_count:
-        share = (
-            f"the {n // shard_count} in each of {shard_count} shards"
-            if shard_count > 1
-            else f"its {n} {what}"
-        )
+        raise InputError(f"{name} has no {noun}")
+    largest = n // shard_count
+    if (train or not pad) and batch_size > largest:
+        share = f" in each of {shard_count} shards" if shard_count > 1 else ""
         raise InputError(
-            f"{name}: batch size {batch_size} is more than {share}; make it {n // shard_count} or less"
+            f"{name}: batch_size must be at most {largest}, the number of {noun}{share}; "
+            f"got {batch_size}"
         )
 
 
-def derive_seed(seed: int, purpose: int) -> int:
-    """A 32-bit seed. Grain's shuffle adds the epoch to its seed, so that raw seeds 0 and 1 would share their orders."""
-    return int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # State
 
 
 def loader_state_to_bytes(iterator: grain.DatasetIterator) -> bytes:
-    """Where a loader's iterator is, as JSON: the next batch it will give, whatever has been read ahead."""
+    """Returns an iterator's state as JSON: the next batch it returns, whatever was read ahead."""
     return json.dumps(iterator.get_state()).encode()
 
 
 def restore_loader_state(iterator: grain.DatasetIterator, data: bytes) -> None:
-    """Puts a fresh iterator where `loader_state_to_bytes` was taken; the following batches are bit-identical.
+    """Restores a state of `loader_state_to_bytes`; the batches that follow are bit-identical.
 
-    The loader must be made with the same source, transform, seed and global batch (batch_size * shard_count); the
-    number of shards may differ.
+    The loader must have the same source, transform, seed and global batch size (batch_size *
+    shard_count). The number of shards may differ.
+
+    Args:
+      iterator: an iterator of the loader; its own state is replaced.
+      data: the saved state.
 
     Raises:
-      InputError: the bytes are no such state, or lie beyond the loader's end.
+      InputError: the bytes are not such a state, or the position is beyond the loader's end.
     """
     try:
         state = json.loads(data)
     except ValueError as error:
-        raise InputError(
-            "the saved data position is damaged (not JSON): start the data from the beginning"
-        ) from error
-    if not isinstance(state, Mapping) or state.keys() != iterator.get_state().keys():
-        raise InputError(f"the saved data position {state!r} is not one of this loader")
+        raise InputError(f"the saved loader state must be JSON; got {data[:40]!r}") from error
+    keys = iterator.get_state().keys()
+    if not isinstance(state, Mapping) or state.keys() != keys:
+        raise InputError(f"the saved loader state must have keys {', '.join(keys)}; got {state!r}")
     try:
         iterator.set_state(state)
     except (IndexError, TypeError, ValueError) as error:
         raise InputError(
-            f"the saved data position {state!r} does not fit this loader: {error}"
-        ) from error
+            f"the saved loader state {state!r} does not fit this loader: {error}"
+        ) from (error)

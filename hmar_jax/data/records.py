@@ -24,13 +24,13 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from hmar_jax.data.loader import check_loader, derive_seed, iterate
+from hmar_jax.data.loader import read_ahead, validate_loader_args
+from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import is_local, read_json, write_atomically
 
 FORMAT = "hmar_jax tokens 1"
 INFO_FILE, PROGRESS_FOLDER = "tokens.json", "progress"
-_ORDER = 3  # which random numbers of a seed; pipeline.py and tokenize.py have the others
 _LABEL_BYTES = 4
 _ENDLESS = 2**40  # batches
 _READ_ERRORS = (
@@ -385,7 +385,7 @@ def make_token_loader(
       InputError: an argument is out of range, or no batch could be filled.
     """
     n, crops = len(source), source.crops
-    check_loader(
+    validate_loader_args(
         n,
         source.name,
         batch_size=batch_size,
@@ -396,9 +396,9 @@ def make_token_loader(
         shard_count=shard_count,
         threads=threads,
         pad=True,
-        what="rows of tokens" if crops == 1 else "pictures",
+        noun="rows of tokens" if crops == 1 else "pictures",
     )
-    order_seed, whole = derive_seed(seed, _ORDER), batch_size * shard_count
+    order_seed, whole = derive_seed(seed, SeedPurpose.ORDER), batch_size * shard_count
     own = shard_index * batch_size + np.arange(
         batch_size
     )  # positions of this shard in a batch of all shards
@@ -422,4 +422,4 @@ def make_token_loader(
         return {**source.read(np.where(valid, places, 0), np.zeros_like(places)), "valid": valid}
 
     batches = grain.MapDataset.range(_ENDLESS if train else -(-n // whole))
-    return iterate(batches.map(training_batch if train else validation_batch), threads)
+    return read_ahead(batches.map(training_batch if train else validation_batch), threads)

@@ -1,13 +1,13 @@
-"""Sources of pictures: read by index, decoded to RGB bytes at their native size.
+"""Sources of images: read by index and decoded to RGB bytes at their native size.
 
-A source is what the pipeline shuffles, shards and batches. Three exist, chosen by a string:
+A source is what a loader shuffles, shards and batches. A string names one:
 
-    digits              scikit-learn's 1,797 handwritten digits at 32x32: no download, for demos and tests
-    folder:DIR          a folder of pictures, in the ImageNet layout or without classes
-    tfds:NAME[@DIR]     a TensorFlow Datasets data set prepared on disk as array_record
+    digits              scikit-learn's 1,797 handwritten digits at 32x32; requires no download
+    folder:DIR          a folder of images, with class folders as ImageNet has them, or without
+    tfds:NAME[@DIR]     a TensorFlow Datasets data set, prepared on disk as array_record
 
-Opening lists file names and nothing else. A file that cannot be read raises `ImageDecodeError` when it is asked for; the
-pipeline replaces it.
+Opening a source lists file names and reads no image. Reading an unreadable image raises
+`ImageDecodeError`; loaders replace such images.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ import numpy as np
 from PIL import Image
 
 from hmar_jax.data.decoding import ImageDecodeError, decode_image
-from hmar_jax.data.folder import EXTENSIONS, open_folder
+from hmar_jax.data.folder import open_folder
 from hmar_jax.errors import InputError
 
 __all__ = [
-    "EXTENSIONS",
     "SPLITS",
     "ArraySource",
     "ImageDecodeError",
@@ -35,30 +34,28 @@ __all__ = [
     "TfdsSource",
     "decode_image",
     "open_source",
+    "records_directory",
 ]
 
 SPLITS = ("train", "validate")
-KNOWN_SPECS = "digits, folder:DIR, tfds:NAME, tfds:NAME@DATA_DIR"
+RECORD_PREFIXES = ("records", "tokens")  # of encoded data sets; see data/records.py
+_KNOWN_SPECS = "digits, folder:DIR, tfds:NAME, tfds:NAME@DATA_DIR"
 
 _TFDS_VALIDATE_SPLITS = ("validation", "validate", "val", "test")
-_DIGITS_VALIDATE = 360  # 1,437 are left to train
-_DIGITS_SPLIT_SEED = (
-    0  # fixed: two runs with different seeds must still be compared on the same digits
-)
+_NUM_VALIDATE_DIGITS = 360  # leaves 1,437 for training
+_DIGITS_SPLIT_SEED = 0  # fixed, so that runs with different seeds validate on the same digits
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Labelled pictures read by index; reading may happen from several threads at once.
+    """Labeled images, read by index; several threads may read at once.
 
-    `source[i]` is {"image": uint8 (h, w, 3), RGB at the picture's native size, "label": int in [0, num_classes)} and
-    raises `ImageDecodeError` if picture i cannot be decoded.
+    `source[i]` is {"image": (h, w, 3) uint8, RGB at the image's native size, "label": int in
+    [0, num_classes)}. It raises `ImageDecodeError` if image i cannot be decoded.
     """
 
     name: str
-    class_names: tuple[
-        str, ...
-    ]  # by label; two classes may share a name (ImageNet has two called "crane")
+    class_names: tuple[str, ...]  # by label; names may repeat (ImageNet has two classes "crane")
 
     @property
     def num_classes(self) -> int: ...
@@ -73,62 +70,70 @@ def open_source(
     split: str = "train",
     *,
     in_memory: bool = False,
-    decode_side: int | None = None,
     need_classes: bool = False,
 ) -> Source:
-    """Opens a source of pictures.
+    """Opens a source of images.
 
     Args:
       spec: one of
-        `digits`: scikit-learn's handwritten digits, grey, enlarged from 8x8 to 32x32; 1,437 train and 360 validate.
-        `folder:DIR`: pictures under DIR/train/CLASS with DIR/validate/CLASS (or val, validation); or under DIR/CLASS;
-          or directly in DIR (then there is one class, "all"). Folders below a class folder are searched too, hidden
-          files are skipped. A class's label is its place among the sorted folder names; its name is the folder's, or
-          the readable part of its file names where they have one (n01440764/n01440764_tench.jpg is "tench"), or what
-          DIR/class_names.txt or ImageNet's DIR/LOC_synset_mapping.txt calls it (lines of folder and name). Without a
-          validation folder, a fixed 2 % of the files (at least one) validate and are left out of training.
-        `tfds:NAME` or `tfds:NAME@DATA_DIR`: a TensorFlow Datasets data set with features `image` and `label`, already
-          prepared with file format array_record. Its validation split is used to validate, or else its test split.
+        `digits`: scikit-learn's handwritten digits, gray, enlarged from 8x8 to 32x32; 1,437 for
+          training and 360 for validation.
+        `folder:DIR`: images in DIR/train/CLASS with DIR/validate/CLASS (or val, validation); or in
+          DIR/CLASS; or directly in DIR (one class, "all"). Folders below a class folder are
+          searched too; hidden files are ignored. The label of a class is the index of its folder
+          among the sorted folder names. Its name is, in this order: what DIR/class_names.txt or
+          ImageNet's DIR/LOC_synset_mapping.txt calls it (lines of folder and name); the readable
+          part of its file names (n01440764/n01440764_tench.jpg is "tench"); the folder's name.
+          Without a validation folder, a fixed 2 % of the files (at least one) are held out.
+        `tfds:NAME` or `tfds:NAME@DATA_DIR`: a TensorFlow Datasets data set with features `image`
+          and `label`, prepared with file format array_record. Validation uses its validation split,
+          or else its test split.
       split: "train" or "validate".
-      in_memory: keep every decoded picture after its first reading (h * w * 3 bytes each).
-      decode_side: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side stays at
-        least this long, which is faster. `Transform.decode_side` is what a transform can bear. None: full size.
-      need_classes: refuse a folder that holds pictures without class folders: one given by mistake would train all of its
-        classes as one.
+      in_memory: keep every decoded image after it was first read (h * w * 3 bytes each).
+      need_classes: reject a folder with images outside class folders. Such a folder, given by
+        mistake, would train all of its classes as one.
 
     Raises:
       InputError: the spec or the split is unknown, or there is no such data.
     """
     if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: it is one of {', '.join(SPLITS)}")
+        raise InputError(f"unknown split {split!r}; must be one of {', '.join(SPLITS)}")
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         source: Source = _open_digits(split)
     elif kind == "folder" and rest:
-        source = open_folder(rest, split, decode_side, need_classes)
+        source = open_folder(rest, split, need_classes)
     elif kind == "tfds" and rest:
-        source = _open_tfds(rest, split, decode_side)
-    elif kind == "tokens" and rest:
-        raise InputError(f"{spec} is a set of tokens: pictures are wanted here, {KNOWN_SPECS}")
+        source = _open_tfds(rest, split)
+    elif records_directory(spec):
+        raise InputError(
+            f"{spec} is an encoded data set, but images are required here: {_KNOWN_SPECS}"
+        )
     else:
         raise InputError(
-            f"unknown data {spec!r}: it is one of {KNOWN_SPECS}, and to train a transformer tokens:DIR"
+            f"unknown data {spec!r}; must be one of {_KNOWN_SPECS}, or, where a model trains on "
+            "encoded images, records:DIR (also written tokens:DIR)"
         )
     return InMemory(source) if in_memory else source
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def records_directory(spec: str) -> str | None:
+    """Returns DIR of `records:DIR` or `tokens:DIR`, which mean the same; None for other sources."""
+    kind, _, directory = spec.partition(":")
+    return directory if kind in RECORD_PREFIXES else None
+
+
 # Digits
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """Pictures that are already an array."""
+    """Images that are already in an array."""
 
     name: str
     class_names: tuple[str, ...]
-    images: np.ndarray  # uint8 (N, h, w, 3)
-    labels: np.ndarray  # int (N,)
+    images: np.ndarray  # (N, h, w, 3) uint8
+    labels: np.ndarray  # (N,) int
 
     @property
     def num_classes(self) -> int:
@@ -145,42 +150,47 @@ def _open_digits(split: str) -> ArraySource:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InputError('digits need scikit-learn: pip install "hmar_jax[demo]"') from error
+        raise InputError('digits requires scikit-learn: pip install "hmar_jax[demo]"') from error
     digits = load_digits()
-    validate = _stratified(digits.target, _DIGITS_VALIDATE, _DIGITS_SPLIT_SEED)
-    chosen = validate if split == "validate" else ~validate
-    images = np.stack([_enlarge_digit(digit) for digit in digits.images[chosen]])
+    validate = _stratified_mask(digits.target, _NUM_VALIDATE_DIGITS, _DIGITS_SPLIT_SEED)
+    selected = validate if split == "validate" else ~validate
+    images = np.stack([_enlarge_digit(digit) for digit in digits.images[selected]])
     images.setflags(write=False)
-    return ArraySource("digits", tuple("0123456789"), images, digits.target[chosen])
+    return ArraySource("digits", tuple("0123456789"), images, digits.target[selected])
 
 
 def _enlarge_digit(digit: np.ndarray) -> np.ndarray:
-    """(8, 8) with values 0..16 to uint8 (32, 32, 3)."""
-    picture = Image.fromarray((digit * (255 / 16)).astype(np.float32))
-    grey = np.array(
-        picture.resize((32, 32), Image.Resampling.BICUBIC)
-    )  # bicubic overshoots, hence the clip
-    grey = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
+    """Resizes (8, 8) values in [0, 16] to (32, 32, 3) uint8."""
+    image = Image.fromarray((digit * (255 / 16)).astype(np.float32))
+    gray = np.array(image.resize((32, 32), Image.Resampling.BICUBIC))
+    gray = np.clip(np.rint(gray), 0, 255).astype(np.uint8)  # bicubic resampling overshoots
+    return np.repeat(gray[:, :, None], 3, axis=2)
 
 
-def _stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """bool (N,) with `count` True, shared over the classes in proportion (largest remainders round up)."""
+def _stratified_mask(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Selects examples at random, from each class in proportion (largest remainders round up).
+
+    Args:
+      labels: (N,) int.
+      count: how many examples to select.
+      seed: seed of the selection.
+
+    Returns:
+      (N,) bool.
+    """
     sizes = np.bincount(labels)
     quota = sizes * count / len(labels)
-    share = np.floor(quota).astype(int)
-    by_remainder = np.argsort(share - quota, kind="stable")
-    share[by_remainder[: count - share.sum()]] += 1
-    rng = np.random.RandomState(
-        seed
-    )  # numpy promises this old generator's stream for good, unlike default_rng's
-    chosen = np.zeros(len(labels), bool)
-    for label, n in enumerate(share):
-        chosen[rng.permutation(np.flatnonzero(labels == label))[:n]] = True
-    return chosen
+    per_class = np.floor(quota).astype(int)
+    by_remainder = np.argsort(per_class - quota, kind="stable")
+    per_class[by_remainder[: count - per_class.sum()]] += 1
+    # NumPy guarantees the stream of this legacy generator for good, unlike default_rng's.
+    rng = np.random.RandomState(seed)
+    selected = np.zeros(len(labels), bool)
+    for label, n in enumerate(per_class):
+        selected[rng.permutation(np.flatnonzero(labels == label))[:n]] = True
+    return selected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # TensorFlow Datasets
 
 
@@ -190,9 +200,8 @@ class TfdsSource:
 
     name: str
     class_names: tuple[str, ...]
-    split: str  # as the data set calls it
-    records: object  # tfds.data_source: records[i] is {"image": bytes of the encoded picture, "label": int}
-    decode_side: int | None = None
+    split: str  # the data set's name of the split
+    records: object  # tfds.data_source: records[i] is {"image": encoded bytes, "label": int}
 
     @property
     def num_classes(self) -> int:
@@ -205,60 +214,56 @@ class TfdsSource:
         record = self.records[index]
         path = f"{self.name}/{self.split}[{index}]"
         return {
-            "image": decode_image(io.BytesIO(record["image"]), self.decode_side, path),
+            "image": decode_image(io.BytesIO(record["image"]), path),
             "label": int(record["label"]),
         }
 
 
-def _open_tfds(rest: str, split: str, decode_side: int | None) -> TfdsSource:
+def _open_tfds(rest: str, split: str) -> TfdsSource:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise InputError(
-            f"tfds:{rest} needs tensorflow-datasets: pip install tensorflow-datasets"
+            f"tfds:{rest} requires tensorflow-datasets: pip install tensorflow-datasets"
         ) from error
     name, _, data_dir = rest.partition("@")
     where = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    not_prepared = (
-        f"tfds:{name} is not prepared as array_record in {where}: run "
-        f"tfds build {name} --file_format=array_record --data_dir={where} (this needs TensorFlow, once)"
+    not_prepared = InputError(
+        f"tfds:{name} is not prepared as array_record in {where}; to prepare it (this requires "
+        f"TensorFlow, once): tfds build {name} --file_format=array_record --data_dir={where}"
     )
     try:
         builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
-    except (
-        Exception
-    ) as error:  # unknown name, no such version, another file format: all are answered the same way
-        raise InputError(not_prepared) from error
+    except Exception as error:  # an unknown name or version, or another file format
+        raise not_prepared from error
     splits = builder.info.splits
     if not splits:
-        raise InputError(not_prepared)
+        raise not_prepared
 
     features = builder.info.features
     if "image" not in features or "label" not in features:
         raise InputError(
-            f"tfds:{name} has features {', '.join(features)}: it needs `image` and `label`"
+            f"tfds:{name} must have features `image` and `label`; it has {', '.join(features)}"
         )
-    wanted = ("train",) if split == "train" else _TFDS_VALIDATE_SPLITS
-    tfds_split = next((candidate for candidate in wanted if candidate in splits), None)
+    candidates = ("train",) if split == "train" else _TFDS_VALIDATE_SPLITS
+    tfds_split = next((candidate for candidate in candidates if candidate in splits), None)
     if tfds_split is None:
         raise InputError(
-            f"tfds:{name} has splits {', '.join(splits)}: to {split}, it needs one of {', '.join(wanted)}"
+            f"tfds:{name} must have one of the splits {', '.join(candidates)} to {split}; it has "
+            f"{', '.join(splits)}"
         )
     try:
         records = builder.as_data_source(tfds_split, decoders={"image": tfds.decode.SkipDecoding()})
     except Exception as error:
-        raise InputError(not_prepared) from error
-    return TfdsSource(
-        f"tfds:{name}", tuple(features["label"].names), tfds_split, records, decode_side
-    )
+        raise not_prepared from error
+    return TfdsSource(f"tfds:{name}", tuple(features["label"].names), tfds_split, records)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # In memory
 
 
 class InMemory:
-    """Keeps the examples of another source after their first reading; the kept pictures are read-only."""
+    """Keeps the examples of another source once they were read; their images are read-only."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -277,9 +282,7 @@ class InMemory:
     def __getitem__(self, index: int) -> dict:
         example = self._examples[index]
         if example is None:
-            example = self.source[
-                index
-            ]  # outside of the lock: two threads may read the same picture, harmlessly
+            example = self.source[index]  # without the lock: reading an image twice does no harm
             example["image"].setflags(write=False)
             with self._lock:
                 self._examples[index] = example

@@ -1,47 +1,44 @@
-"""Batches read by several processes, for machines whose many cores one Python process cannot keep busy."""
+"""Worker processes that read batches, for machines with more cores than one process can use."""
 
 import grain
 from absl import flags
 
 
-class ByProcesses(grain.IterDataset):
-    """Grain's worker processes, with the state that a loader without them has.
+class MultiprocessDataset(grain.IterDataset):
+    """Grain's worker processes, with the iterator state of a loader without them.
 
-    Grain's own state of worker processes fits their number alone; a run may go on with another, or without.
+    Grain's own state of worker processes depends on how many there are. With this one, a run can
+    resume with another number of workers, or with none.
     """
 
-    def __init__(self, dataset: grain.MapDataset, read_ahead: grain.ReadOptions, workers: int):
+    def __init__(self, dataset: grain.MapDataset, read_options: grain.ReadOptions, workers: int):
         super().__init__()
-        self._dataset, self._read_ahead, self._workers = dataset, read_ahead, workers
+        self._dataset, self._read_options, self._workers = dataset, read_options, workers
 
     def __iter__(self) -> grain.DatasetIterator:
         return _Iterator(self)
 
     def start(self, index: int) -> grain.DatasetIterator:
-        """The batches from that one on."""
-        if (
-            not flags.FLAGS.is_parsed()
-        ):  # Grain's workers read some of its flags; in a program that parses none, their defaults
+        """Starts the processes; returns an iterator over the batches from an index on."""
+        if not flags.FLAGS.is_parsed():
+            # Grain's workers read absl flags. A program that parses none gets their defaults.
             flags.FLAGS.mark_as_parsed()
-        rest = self._dataset[index:].to_iter_dataset(self._read_ahead)
+        remaining = self._dataset[index:].to_iter_dataset(self._read_options)
         options = grain.MultiprocessingOptions(
             num_workers=min(self._workers, len(self._dataset) - index), per_worker_buffer_size=1
         )
-        return iter(rest.mp_prefetch(options))
+        return iter(remaining.mp_prefetch(options))
 
-    def check(self, index: int) -> None:
+    def check_index(self, index: int) -> None:
         if not 0 <= index <= len(self._dataset):
             raise IndexError(f"index {index} is beyond the {len(self._dataset)} batches")
 
 
 class _Iterator(grain.DatasetIterator):
-    def __init__(self, dataset: ByProcesses):
+    def __init__(self, dataset: MultiprocessDataset):
         super().__init__()
-        self._dataset, self._index, self._inner = (
-            dataset,
-            0,
-            None,
-        )  # the processes start at the first batch
+        self._dataset, self._index = dataset, 0
+        self._inner = None  # made at the first batch, since it starts the processes
 
     def __next__(self):
         if self._inner is None:
@@ -54,7 +51,7 @@ class _Iterator(grain.DatasetIterator):
         return {"next_index": self._index}
 
     def set_state(self, state: dict) -> None:
-        self._dataset.check(int(state["next_index"]))
+        self._dataset.check_index(int(state["next_index"]))
         self.close()
         self._index = int(state["next_index"])
 

@@ -1,166 +1,90 @@
-"""Model directories and the checkpoints of a run, both stored with Orbax.
+"""The checkpoints of a run, stored with Orbax.
 
-A model directory holds `config.json`, `params/` and `README.md`, and appears whole or not at all. A run keeps its last
-few checkpoints in `workdir/checkpoints/STEP`: `state` (arrays) and `extra` (JSON: where the data loader stands, and
-what else the caller wants back). Orbax commits a checkpoint by renaming it, so a process killed at any moment leaves
-whole checkpoints and, at worst, a temporary folder that the next start removes. What a disk loses later (missing or
-shortened files) is found on restoring, and the checkpoint before takes its place. Bits that flip inside a file of the
-right length are not all found: Orbax writes no checksums of the array data.
+A run keeps its last few checkpoints in `workdir/checkpoints/STEP`: `state` (arrays) and `extra`
+(JSON metadata: the position of the data loader, and what else the caller wants to restore). Orbax
+commits a checkpoint by renaming it. So a process that is killed at any moment leaves complete
+checkpoints and, at worst, a temporary folder, which the next start removes. Files that are lost or
+shortened later are found on restoring, and the previous checkpoint is used instead; all processes
+skip a checkpoint that one of them cannot read after several attempts. Flipped bits in a file of the
+right length are not always found: Orbax writes no checksums of array data.
 """
 
 import base64
 import contextlib
+import functools
+import importlib.resources
 import json
 import logging
 import math
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
+from hmar_jax.io import arrays
+from hmar_jax.io.arrays import DamagedFilesError
+from hmar_jax.io.files import absolute, read_json
+from hmar_jax.io.models import (  # alias until the integrator renames uses  # noqa: F401
+    check_new_model,
+    load_model,
+    save_model,
+)
+from hmar_jax.parallel import processes
 
 _log = logging.getLogger(__name__)
-_STATE, _EXTRA = "state", "extra"
-_AVERAGE = "ema_params"  # in a state
+_STATE = "state"
+_METADATA = "extra"  # the folder keeps the name it has in checkpoints of the first version
+_EMA = "ema_params"  # in a state
 _LOSS = "validation_loss"
-
-
-# Model directories
-
-
-def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> None:
-    """Raises InputError now if `save_model(directory, ...)` would refuse later. Creates the parent folders."""
-    if not is_local(directory):
-        if (absolute(directory) / "config.json").exists() and not overwrite:
-            raise InputError(
-                f"{directory} holds a model or a run: name another directory, or allow overwriting"
-            )
-        return
-    target = os.path.realpath(directory)
-    if os.path.lexists(target) and not os.path.isdir(target):
-        raise InputError(f"cannot write a model to {directory}: it is a file")
-    if os.path.isdir(target) and os.listdir(target) and not overwrite:
-        raise InputError(
-            f"{directory} exists and is not empty: name another directory, or allow overwriting"
-        )
-    try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.rmdir(_temporary_beside(target))
-    except OSError as error:
-        raise InputError(f"cannot write a model to {directory}: {error.strerror}") from error
-
-
-def save_model(
-    directory: os.PathLike | str,
-    config: dict[str, Any],
-    params: Any,
-    readme: str,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Writes a model directory; it appears, or replaces an old one, only when complete.
-
-    In an object store (gs://) nothing can be renamed: there config.json, without which it is no model, is written last.
-
-    Call it in one process, with parameters that this process holds whole. They may have any floating-point type;
-    float16 halves the files and comes back as float32.
-    """
-    check_new_model(directory, overwrite)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    params = jax.tree.map(np.asarray, params)
-    _check_leaves(params, "params")
-    _check_room(directory, params, "the model")
-    if not is_local(directory):
-        _write_model(absolute(directory), text, params, readme)
-        return
-    target = os.path.realpath(directory)
-    temporary = _temporary_beside(target)
-    try:
-        _write_model(absolute(temporary), text, params, readme)
-        _replace_directory(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _write_model(directory: epath.Path, config: str, params: Any, readme: str) -> None:
-    # This process alone: by default Orbax waits for all the processes of a multi-host program to save together.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix=f"model_{jax.process_index()}",
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        # force: over what a process left that was killed here; in a local directory there is nothing yet
-        checkpointer.save(directory / "params", args=ocp.args.PyTreeSave(params), force=True)
-    write_atomically(directory / "README.md", readme)
-    write_atomically(directory / "config.json", config)
-
-
-def load_model(directory: os.PathLike | str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration and the parameters (nested dicts of numpy arrays on the host) of a model directory.
-
-    Nothing needs to be known beforehand, and the devices need not be those that saved it. Leaves stored as float16
-    come back as float32; all others as they were saved.
-    """
-    path = absolute(directory)
-    if not path.is_dir():
-        raise InputError(f"there is no model directory {directory}")
-    missing = [name for name in ("config.json", "params") if not (path / name).exists()]
-    if missing:
-        hint = ": it is a run directory" if (path / "checkpoints").exists() else ""
-        raise InputError(
-            f"{directory} is not a model directory, it has no {' and no '.join(missing)}{hint}"
-        )
-    config = read_json(path / "config.json", f"the configuration of the model {directory}")
-    try:
-        return config, _read_as_numpy(path / "params", _metadata(path / "params"))
-    except Exception as error:  # Orbax and tensorstore raise many kinds.
-        raise InputError(
-            f"the parameters of the model {directory} are damaged: {_one_line(error)}"
-        ) from error
-
-
-# The checkpoints of a run
+_RESUME_HINT = (
+    "; earlier checkpoints are kept. Free some space and rerun the same command to resume"
+)
 
 
 class Restored(NamedTuple):
-    """What `RunCheckpoints.restore_latest` found."""
+    """A checkpoint that `RunCheckpoints.restore_latest` has read."""
 
     step: int
-    state: Any  # A tree like the abstract state, of jax arrays.
-    extra: dict[str, Any]  # What `save` was given by name, and `data_state`: bytes, JSON or None.
+    state: Any  # a tree like the abstract state, of jax arrays
+    metadata: dict[str, Any]  # what `save` got by name, and `data_state`: bytes, JSON or None
+
+    @property
+    def extra(self) -> dict[str, Any]:  # alias until the integrator renames uses
+        return self.metadata
 
 
 class RunCheckpoints:
-    """Saves the state of a run in the background and finds the last good checkpoint again.
+    """Saves the state of a run in the background and restores the newest readable checkpoint.
 
-    Use it in a `with` block: Python does not wait for a save in flight when it exits, so without `close` the last
-    checkpoint is lost. All processes of a multi-host program must make the same calls and see the same files: of
-    damage that only some of them find, the others know nothing and wait for them.
+    Use it in a `with` block: Python does not wait for a save in flight when it exits, so without
+    `close` the last checkpoint is lost. All processes of a multi-host program must make the same
+    calls and see the same files.
     """
 
     def __init__(self, workdir: os.PathLike | str, max_to_keep: int = 3, keep_best: int = 0):
-        """Keeps the newest `max_to_keep`, and the `keep_best` of least validation loss among those saved with one."""
+        """Opens, or creates, the checkpoint directory of a run.
+
+        Args:
+          workdir: the run directory, local or gs://.
+          max_to_keep: how many of the newest checkpoints are kept.
+          keep_best: how many more are kept, those of lowest validation loss among the ones saved
+            with a loss.
+
+        Raises:
+          InputError: the directory cannot be created.
+        """
         self.directory = absolute(workdir) / "checkpoints"
-        keep, better = [policies.LatestN(max_to_keep)], None
+        keep, best_fn = [policies.LatestN(max_to_keep)], None
         if keep_best:
-            better = _validation_loss
+            best_fn = _validation_loss
             keep.append(
                 policies.BestN(
-                    get_metric_fn=better,
+                    get_metric_fn=best_fn,
                     reverse=True,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -168,16 +92,15 @@ class RunCheckpoints:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=better,
+            best_fn=best_fn,
             best_mode="min",
             cleanup_tmp_directories=True,
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
-            raise InputError(
-                f"cannot keep checkpoints in {self.directory}: {error.strerror or error}"
-            ) from error
+            reason = error.strerror or error
+            raise InputError(f"cannot store checkpoints in {self.directory}: {reason}") from error
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -192,190 +115,264 @@ class RunCheckpoints:
         data_state: bytes | dict | None = None,
         *,
         validation_loss: float | None = None,
-        **extra: Any,
+        **metadata: Any,
     ) -> bool:
-        """Starts saving and returns once the arrays are copied to the host, so they may be donated or changed then.
+        """Starts saving; returns once the arrays are copied to the host.
 
-        A save still in flight is waited for first, and raises here if it failed. Random keys must be raw
-        (`jax.random.key_data`). `extra` is anything that JSON takes. `validation_loss`, where the state has been
-        evaluated, decides whether the checkpoint is among the best. Returns False, and does nothing, if the step is saved
-        already.
+        The arrays may then be donated or changed. It first waits for a save still in flight, and
+        raises here if that one failed.
+
+        Args:
+          step: number of the checkpoint.
+          state: tree of arrays. Random keys must be raw (`jax.random.key_data`).
+          data_state: position of the data loader.
+          validation_loss: of the state, where it has been evaluated; it decides whether the
+            checkpoint is among the best.
+          **metadata: anything that JSON can store.
+
+        Returns:
+          False, with nothing done, if the step has been saved before.
+
+        Raises:
+          InputError: the disk is full.
         """
         if step in self._manager.all_steps():
             return False
-        _check_leaves(state, _STATE)
-        # As text and back: what is not JSON is found here and not in a thread, and the caller may change its dicts.
-        extra = json.loads(json.dumps({**extra, "data_state": _encode(data_state)}))
-        _check_room(
-            self.directory,
-            state,
-            f"the checkpoint of step {step}",
-            "; those before it are kept, and the same command goes on",
+        arrays.check_leaves(state, _STATE)
+        # As text and back: what is not JSON raises here and not in a thread, and the caller may
+        # change its dicts.
+        metadata = json.loads(json.dumps({**metadata, "data_state": _encode(data_state)}))
+        arrays.check_free_space(
+            self.directory, state, f"the checkpoint of step {step}", _RESUME_HINT
         )
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra))
-        # force: Orbax would skip, without a word, a step below the newest on disk.
+        items = {_STATE: ocp.args.PyTreeSave(state), _METADATA: ocp.args.JsonSave(metadata)}
         metrics = {} if validation_loss is None else {_LOSS: float(validation_loss)}
-        with self._no_room_is_an_input_error():
-            return self._manager.save(step, args=args, metrics=metrics, force=True)
+        with self._full_disk_is_an_input_error():
+            # force: without it, Orbax silently skips a step below the newest on disk.
+            return self._manager.save(
+                step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+            )
 
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises if it failed."""
-        with self._no_room_is_an_input_error():
+        with self._full_disk_is_an_input_error():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save in flight and ends the threads."""
-        with self._no_room_is_an_input_error():
+        with self._full_disk_is_an_input_error():
             self._manager.close()
 
     @contextlib.contextmanager
-    def _no_room_is_an_input_error(self):
-        """Of a full disk Orbax tells in many lines, and TensorStore as a ValueError."""
+    def _full_disk_is_an_input_error(self):
+        """Orbax reports a full disk in many lines, and TensorStore as a ValueError."""
         try:
             yield
         except (OSError, ValueError) as error:
-            text = _one_line(error)
-            if not any(
-                sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")
-            ):
+            text = arrays.one_line(error)
+            signs = ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")
+            if not any(sign in text for sign in signs):
                 raise
             raise InputError(
-                f"a checkpoint cannot be written to {self.directory}: {text}; the ones before it are kept, and where there is "
-                "room the same command goes on"
+                f"cannot write a checkpoint to {self.directory}: {text}{_RESUME_HINT}"
             ) from error
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending, the one in flight included."""
         return sorted(self._manager.all_steps())
 
-    def restore_latest(self, abstract_state: Any) -> Restored | None:
-        """The newest checkpoint that can be read, or None if there is none at all.
+    def restore_latest(
+        self, abstract_state: Any, former_names: Mapping[str, str] | None = None
+    ) -> Restored | None:
+        """Restores the newest checkpoint that can be read.
 
-        `abstract_state` is a tree of arrays or of jax.ShapeDtypeStruct; the restored arrays take its types and, where
-        given, its shardings (without: this process's first device). Damaged checkpoints newer than the one returned
-        are reported and renamed to `checkpoints/damaged_STEP`, so that their steps can be saved again. InputError if
-        every checkpoint is damaged (nothing is renamed then), or if one is of a model of another shape.
+        Damaged checkpoints newer than that one are reported and renamed to
+        `checkpoints/damaged_STEP`, so that their steps can be saved again.
+
+        Args:
+          abstract_state: tree of arrays or of jax.ShapeDtypeStruct. The restored arrays have its
+            types and, where given, its shardings; an array without one goes to the first device of
+            this process.
+          former_names: former name -> present name of a field of the state. Where the checkpoint
+            has no array of the present name, the one of the former name is restored. None: the
+            names of the first version.
+
+        Returns:
+          None if there is no checkpoint at all.
+
+        Raises:
+          InputError: every checkpoint is damaged (then none is renamed), or one does not match the
+            abstract state.
         """
+        former_names = first_version_names() if former_names is None else former_names
         self.wait()
         self._manager.reload()
-        damaged = []
-        for step in reversed(self.steps()):
+        damaged: list[int] = []
+        while (step := self._newest_step(damaged)) is not None:
             try:
-                restored = self._restore(step, abstract_state)
-            except _Damaged as error:
+                restored = self._restore(step, abstract_state, former_names)
+            except DamagedFilesError as error:
                 _log.warning(
                     "checkpoint of step %d in %s is damaged: %s", step, self.directory, error
                 )
                 damaged.append(step)
                 continue
             for bad in damaged:
-                self._move_aside(bad)
+                self._rename_damaged(bad)
             self._manager.reload()
             return restored
         if damaged:
             raise InputError(_none_readable(self.directory, damaged))
         return None
 
-    def _restore(self, step: int, abstract_state: Any) -> Restored:
+    def _newest_step(self, excluded: list[int]) -> int | None:
+        """The newest step but those excluded, as the first process sees the directory."""
+        step = max((step for step in self.steps() if step not in excluded), default=-1)
+        step = processes.broadcast_from_primary(step)
+        return None if step < 0 else step
+
+    def _restore(self, step: int, abstract_state: Any, former_names: Mapping[str, str]) -> Restored:
+        """Restores a step on all processes, or raises the same kind of error on all of them.
+
+        Raises:
+          DamagedFilesError: some process finds the files damaged, and none has another error.
+          InputError: the checkpoint does not match the abstract state.
+        """
+        damage, error = "", None
+        try:
+            restored = self._restore_alone(step, abstract_state, former_names)
+        except DamagedFilesError as e:
+            damage = str(e)
+        except Exception as e:
+            error = e
+        # Other errors come first: no checkpoint must be given up because of them.
+        processes.raise_on_all_processes(error)
+        damages = [text for text in processes.gather_messages(damage) if text]
+        if damages:
+            raise DamagedFilesError(damages[0])
+        return restored
+
+    def _restore_alone(
+        self, step: int, abstract_state: Any, former_names: Mapping[str, str]
+    ) -> Restored:
+        """Restores what this process holds of a step, without waiting for others."""
         folder = self.directory / str(step)
-        try:
-            metadata = _metadata(folder / _STATE)
-            extra = ocp.JsonCheckpointHandler().restore(folder / _EXTRA)
-            extra = {**extra, "data_state": _decode(extra["data_state"])}
-        except Exception as error:
-            raise _Damaged(_one_line(error)) from error
-        _check_same_tree(metadata, abstract_state, f"checkpoint of step {step} in {self.directory}")
 
-        abstract = jax.tree.map(_with_sharding, abstract_state)
-        args = ocp.args.PyTreeRestore(
-            item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+        def read_metadata():
+            metadata = ocp.JsonCheckpointHandler().restore(folder / _METADATA)
+            metadata = {**metadata, "data_state": _decode(metadata["data_state"])}
+            return arrays.read_metadata(folder / _STATE), metadata
+
+        stored, metadata = arrays.read_with_retries(read_metadata)
+        names = _stored_names(stored, abstract_state, former_names)
+        _check_same_tree(
+            stored, abstract_state, names, f"checkpoint of step {step} in {self.directory}"
         )
+        leaves = arrays.leaves_by_name(abstract_state)
+        leaves = {names[name]: leaf for name, leaf in leaves.items()}
         try:
-            state = self._manager.restore(step, args=ocp.args.Composite(state=args))[_STATE]
-        except Exception:
-            # A second opinion, because a full device or a wrong sharding fails here too and is no damage.
-            try:
-                _read_as_numpy(folder / _STATE, metadata)
-            except Exception as error:
-                raise _Damaged(_one_line(error)) from error
-            raise
-        return Restored(step, state, extra)
+            state = arrays.read_with_retries(
+                lambda: arrays.read_on_devices(folder / _STATE, stored, leaves)
+            )
+        except DamagedFilesError as error:
+            # A full device or a wrong sharding fails here too. Then reading into host memory works.
+            arrays.read_with_retries(lambda: arrays.read_as_numpy(folder / _STATE, stored))
+            raise (error.__cause__ or error) from None
+        state = jax.tree_util.tree_map_with_path(
+            lambda path, _: state[names[arrays.path_name(path)]], abstract_state
+        )
+        return Restored(step, state, metadata)
 
-    def _move_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
+    def _rename_damaged(self, step: int) -> None:
+        if processes.is_primary():
             target, n = self.directory / f"damaged_{step}", 1
             while target.exists():
                 n += 1
                 target = self.directory / f"damaged_{step}_{n}"
             (self.directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"hmar_jax checkpoint {step} moved aside")
+        processes.wait_for_all(f"hmar_jax renamed damaged checkpoint {step}")
 
 
 def load_params_of_run(
     workdir: os.PathLike | str, *more: str, averaged: bool = False, checkpoint: int | str = "latest"
 ) -> tuple[int, dict[str, Any]]:
-    """The step and {"params": ..., and each key named} of a checkpoint, as numpy arrays on the host.
+    """Reads the parameters of a run, without its optimizer state, as numpy arrays on the host.
 
-    `checkpoint` is "latest" (the latest good one), "best" (of least validation loss among those kept) or a step. With
-    `averaged`, "params" is the moving average of the parameters, where the run keeps one.
+    The abstract state need not be known. Nothing in the run directory is changed, so the run may be
+    training.
 
-    Only these parts of the state are read: no optimizer state in memory, and no need to know the optimizer. Nothing
-    in the run directory is changed, so the run may be training meanwhile.
+    Args:
+      workdir: the run directory.
+      *more: other top-level parts of the state to read, such as "opt_state".
+      averaged: read the moving average of the parameters in their place, where the run keeps one.
+      checkpoint: "latest" (the newest readable one), "best" (of lowest validation loss among those
+        kept) or a step.
+
+    Returns:
+      The step, and {"params": …, and each part in `more`}.
+
+    Raises:
+      InputError: there is no such run or checkpoint, it has no such part, or none can be read.
     """
     directory = absolute(workdir) / "checkpoints"
     if not absolute(workdir).is_dir():
-        raise InputError(f"there is no run directory {workdir}")
+        raise InputError(f"run directory {workdir} does not exist")
     damaged = []
-    for step in (
+    steps = (
         _steps_from_newest(directory)
         if checkpoint == "latest"
         else [_step_of(directory, checkpoint)]
-    ):
+    )
+    for step in steps:
         folder = directory / str(step) / _STATE
+        where = f"checkpoint of step {step} in {directory}"
         try:
-            metadata = _metadata(folder, "params", *more, *([_AVERAGE] if averaged else []))
-            params = (
-                _AVERAGE
-                if averaged and isinstance(metadata, dict) and metadata.get(_AVERAGE)
-                else "params"
+            found = arrays.read_with_retries(
+                functools.partial(_read_parts, folder, more, averaged, where)
             )
-            for key in (params, *more):
-                if not isinstance(metadata, dict) or key not in metadata:
-                    raise InputError(f"checkpoint of step {step} in {directory} has no {key!r}")
-            found = _read_as_numpy(folder, {key: metadata[key] for key in (params, *more)})
-            found["params"] = found.pop(params)
-            if damaged:
-                _log.warning("using the last good checkpoint, of step %d", step)
-            return step, found
-        except InputError:
-            raise
-        except Exception as error:
+        except DamagedFilesError as error:
             if not folder.exists():
-                continue  # The run has removed it since: it keeps its last few only.
-            _log.warning(
-                "checkpoint of step %d in %s is damaged: %s", step, directory, _one_line(error)
-            )
+                continue  # The run has removed it meanwhile: it keeps only its last few.
+            _log.warning("%s is damaged: %s", where, error)
             damaged.append(step)
+            continue
+        if damaged:
+            _log.warning("using the last readable checkpoint, of step %d", step)
+        return step, found
     if damaged:
         raise InputError(_none_readable(directory, damaged))
     raise InputError(
         f"{workdir} has no checkpoints"
         if checkpoint == "latest"
-        else f"checkpoint {checkpoint} of {workdir} is gone"
+        else f"checkpoint {checkpoint} of {workdir} no longer exists"
     )
+
+
+def _read_parts(
+    folder: epath.Path, more: tuple[str, ...], averaged: bool, where: str
+) -> dict[str, Any]:
+    """The parameters, or their moving average, and more parts of a stored state."""
+    stored = arrays.read_metadata(folder, "params", *more, *([_EMA] if averaged else []))
+    stored = stored if isinstance(stored, dict) else {}
+    params = _EMA if averaged and stored.get(_EMA) else "params"
+    for key in (params, *more):
+        if key not in stored:
+            raise InputError(f"{where} has no {key!r}")
+    found = arrays.read_as_numpy(folder, {key: stored[key] for key in (params, *more)})
+    found["params"] = found.pop(params)
+    return found
 
 
 def _step_of(directory: epath.Path, checkpoint: int | str) -> int:
     """The step of the checkpoint "best", or of that number."""
     steps = sorted(_steps_from_newest(directory))
-    there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there are none"
+    known = f"known steps: {', '.join(map(str, steps)) or 'none'}"
     if checkpoint == "best":
         losses = {step: _saved_loss(directory / str(step)) for step in steps}
         best = min(losses, key=losses.get, default=None)
         if best is None or losses[best] == math.inf:
             raise InputError(
-                f"no checkpoint in {directory} was saved with a validation loss; {there}"
+                f"no checkpoint in {directory} was saved with a validation loss; {known}"
             )
         _log.info(
             "the best checkpoint in %s is of step %d, validation loss %.4g",
@@ -385,14 +382,12 @@ def _step_of(directory: epath.Path, checkpoint: int | str) -> int:
         )
         return best
     if checkpoint not in steps:
-        raise InputError(
-            f"no checkpoint {checkpoint!r} in {directory}; {there}, and latest and best"
-        )
+        raise InputError(f"no checkpoint {checkpoint!r} in {directory}; {known}, or latest or best")
     return checkpoint
 
 
 def _saved_loss(folder: epath.Path) -> float:
-    """The validation loss that a checkpoint was saved with, inf for none."""
+    """The validation loss that a checkpoint was saved with, inf without one."""
     file = folder / "metrics" / "metrics"  # as CheckpointManager writes it
     return (
         _validation_loss(read_json(file, "the validation loss of a checkpoint"))
@@ -402,61 +397,13 @@ def _saved_loss(folder: epath.Path) -> float:
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:
-    """Of a checkpoint; without one it is worse than every other."""
+    """The loss in a checkpoint's metrics; a missing one or NaN is worse than all others."""
     value = metrics.get(_LOSS, math.inf)
     return math.inf if math.isnan(value) else value
 
 
-# Reading with Orbax
-
-
-class _Damaged(Exception):
-    """A checkpoint that cannot be read; the message is the reason, on one line."""
-
-
-def _metadata(folder: epath.Path, *parts: str) -> Any:
-    """Shapes and types of the arrays stored in a folder, in nested dicts and lists; raises if files are damaged.
-
-    Only the arrays under the top-level names `parts` are looked at, or all of them.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    # Orbax opens and reads all arrays at once, and when files are damaged leaves a traceback of each on stderr. So look
-    # first at what Orbax will read: listing the keys reads the whole index in one call, and reading a value shows
-    # whether its file is there and long enough. That takes a third of the time of restoring; elsewhere than on a local
-    # disk, or on many hosts, the index must do.
-    name = f"{os.fspath(folder)}/"
-    base = {"driver": "file", "path": name} if is_local(folder) else name
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-    keys = store.list().result()
-    if not keys:
-        raise FileNotFoundError(f"{folder} contains no arrays")
-    if is_local(folder) and jax.process_count() == 1:
-        for key in keys:
-            # Names of arrays are joined with dots: "params.block.w/.zarray".
-            if (not parts or key.decode().split("/")[0].split(".")[0] in parts) and not store.read(
-                key
-            ).result().value:
-                raise FileNotFoundError(f"{key.decode()} in {folder} is missing")
-    return ocp.PyTreeCheckpointHandler().metadata(folder).tree
-
-
-def _read_as_numpy(folder: epath.Path, metadata: Any) -> Any:
-    """The arrays that `metadata`, all of the stored tree or a part of it, names; float16 widened to float32."""
-
-    def wanted(leaf):
-        return ocp.RestoreArgs(
-            restore_type=np.ndarray, dtype=np.float32 if leaf.dtype == np.float16 else None
-        )
-
-    args = ocp.args.PyTreeRestore(
-        item=metadata, restore_args=jax.tree.map(wanted, metadata), partial_restore=True
-    )
-    return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
-
-
 def _steps_from_newest(directory: epath.Path) -> Iterator[int]:
-    """Steps on disk, newest first, listed anew each time because a running training adds and removes some."""
+    """Steps on disk, newest first, listed again each time: a run in training changes them."""
     tried = set()
     while True:
         found = (
@@ -469,74 +416,47 @@ def _steps_from_newest(directory: epath.Path) -> Iterator[int]:
         yield max(steps)
 
 
-def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
-        jax.local_devices()[0]
-    )
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def first_version_names() -> dict[str, str]:
+    """Names of the first version's states -> their present names.
 
-
-def _leaves_by_name(tree: Any) -> dict[str, Any]:
-    """Arrays, or what stands for them, by names such as "opt_state/0/mu/w"; empty nodes and None are left out."""
-    flat = ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree, keep_empty_nodes=True))
-    return {"/".join(map(str, path)): leaf for path, leaf in flat.items() if hasattr(leaf, "shape")}
-
-
-def _check_same_tree(metadata: Any, abstract_state: Any, what: str) -> None:
-    """Raises InputError naming the first leaf that the checkpoint lacks, has too many, or has in another shape."""
-    stored, wanted = _leaves_by_name(metadata), _leaves_by_name(abstract_state)
-    for name in [*wanted, *stored]:
-        if name not in stored:
-            raise InputError(
-                f"{what} is of another model: it has no {name}, which this configuration needs"
-            )
-        if name not in wanted:
-            raise InputError(
-                f"{what} is of another model: it has {name}, which this configuration does not"
-            )
-        if tuple(stored[name].shape) != tuple(wanted[name].shape):
-            shapes = f"{tuple(stored[name].shape)} there and {tuple(wanted[name].shape)} in this configuration"
-            raise InputError(f"{what} is of another model: {name} has shape {shapes}")
-
-
-def _check_leaves(tree: Any, what: str) -> None:
-    """Raises for leaves that Orbax would refuse midway, or that would not come back as they were."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = what + jax.tree_util.keystr(path)
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
-            raise TypeError(f"{name} is {leaf!r}: wanted an array")
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"{name} is a typed random key: save its jax.random.key_data")
-        if leaf.size == 0:
-            raise ValueError(
-                f"{name} has shape {leaf.shape}: Orbax does not store arrays without elements"
-            )
-
-
-def _check_room(directory: os.PathLike | str, tree: Any, what: str, more: str = "") -> None:
-    """Raises InputError where this process's arrays of the tree are larger than what is free on the local disk.
-
-    Orbax finds out midway, and tells it in hundreds of lines.
+    They are kept in a data file because the code no longer uses the former words.
     """
-    if not is_local(directory):
-        return
-    folder = os.path.realpath(directory)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    arrays = [
-        part
-        for leaf in jax.tree.leaves(tree)
-        for part in (
-            [s.data for s in leaf.addressable_shards if s.replica_id == 0]
-            if isinstance(leaf, jax.Array)
-            else [leaf]
-        )
-    ]
-    wanted, free = sum(x.nbytes for x in arrays), shutil.disk_usage(folder).free
-    if wanted > free:
-        raise InputError(
-            f"there is no room for {what} in {directory}: it has {wanted / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free{more}"
-        )
+    path = importlib.resources.files("hmar_jax.io") / "first_version_names.json"
+    return json.loads(path.read_text())
+
+
+def _stored_names(
+    stored: Any, abstract_state: Any, former_names: Mapping[str, str]
+) -> dict[str, str]:
+    """For each array of the abstract state, by name, the name that the checkpoint has for it."""
+    prefixes = set()
+    for name in arrays.leaves_by_name(stored):
+        keys = name.split("/")
+        prefixes |= {"/".join(keys[: n + 1]) for n in range(len(keys))}
+
+    def stored_name(name: str) -> str:
+        found: list[str] = []
+        for key in name.split("/"):
+            candidates = [key, *(old for old, new in former_names.items() if new == key)]
+            found.append(next((k for k in candidates if "/".join([*found, k]) in prefixes), key))
+        return "/".join(found)
+
+    return {name: stored_name(name) for name in arrays.leaves_by_name(abstract_state)}
+
+
+def _check_same_tree(stored: Any, abstract_state: Any, names: dict[str, str], what: str) -> None:
+    """Raises InputError naming the first leaf that is missing, unknown, or of another shape."""
+    found, expected = arrays.leaves_by_name(stored), arrays.leaves_by_name(abstract_state)
+    what = f"{what} does not match this configuration"
+    for name, leaf in expected.items():
+        if names[name] not in found:
+            raise InputError(f"{what}: it has no {name}")
+        shapes = tuple(found[names[name]].shape), tuple(leaf.shape)
+        if shapes[0] != shapes[1]:
+            raise InputError(f"{what}: {name} has shape {shapes[0]}, not {shapes[1]}")
+    unknown = sorted(found.keys() - set(names.values()))
+    if unknown:
+        raise InputError(f"{what}: it has {unknown[0]}, which is unknown here")
 
 
 def _encode(data_state: Any) -> Any:
@@ -552,40 +472,9 @@ def _decode(encoded: dict[str, Any]) -> Any:
     return base64.b64decode(encoded["base64"]) if "base64" in encoded else encoded["json"]
 
 
-def _one_line(error: BaseException) -> str:
-    """The reason without line breaks and without tensorstore's page of settings."""
-    text = " ".join(str(error).split(" [tensorstore_spec")[0].split())
-    text = text or type(error).__name__
-    return text if len(text) <= 240 else text[:240] + "..."
-
-
 def _none_readable(directory: epath.Path, damaged: list[int]) -> str:
     steps = ", ".join(map(str, sorted(damaged)))
-    return f"no checkpoint in {directory} can be read (steps {steps}): bring back the files or use another workdir"
-
-
-# Renaming directories
-
-
-def _temporary_beside(target: str) -> str:
-    """A new directory next to the target, on the same file system: only there is renaming one step."""
-    temporary = os.path.join(
-        os.path.dirname(target), f".{os.path.basename(target)[:64]}.{secrets.token_hex(4)}.tmp"
+    return (
+        f"no checkpoint in {directory} can be read (steps {steps}): "
+        "restore the files from a backup, or use another workdir"
     )
-    os.mkdir(temporary)
-    return temporary
-
-
-def _replace_directory(new: str, target: str) -> None:
-    if not os.path.isdir(target) or not os.listdir(target):
-        os.replace(new, target)  # Also over an empty directory.
-        return
-    # A directory with contents cannot be renamed over, so for a moment there is neither; the old one is then beside.
-    old = _temporary_beside(target)
-    os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,7 @@
-"""A task's steps as programs for a mesh, and the shapes and places of what they take: for running, and for planning without devices."""
+"""A task's steps, compiled for a mesh, with shapes and shardings of what they take.
+
+For running, and for planning without devices: any mesh will do, also one of a topology.
+"""
 
 import dataclasses
 import functools
@@ -6,30 +9,34 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from hmar_jax.parallel import sharding
-from hmar_jax.training import state as run_state
+from hmar_jax.training import step
+from hmar_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Jitted functions that call for arrays laid out as `state`, `extra`, `sharding.batch_sharding(mesh)` and, keys, copied.
+class CompiledSteps:
+    """Jitted functions. Their arguments are laid out as `state`, `frozen` and `batch` say.
 
-    What the compiler makes of a step, without any device of the mesh (a topology's will do):
-    program.train_step.trace(program.state, program.batch(shapes), program.rng, *program.extra).lower().compile()
+    To see what the compiler makes of a step without any device of the mesh:
+        traced = steps.train_step.trace(steps.state, steps.frozen, steps.batch(shapes), steps.rng)
+        traced.lower().compile()
     """
 
     mesh: Mesh
     state: Any  # TrainState of jax.ShapeDtypeStruct with shardings
-    extra: tuple  # so are these: what is frozen
+    frozen: Any  # the same of the frozen parameters
     rng: jax.ShapeDtypeStruct
-    init: Callable  # (rng, *extra) -> state
-    train_step: Callable  # (state, batch, rng, *extra) -> (state, metrics); the state is donated
-    eval_step: Callable  # (state, batch, *extra) -> {name: Mean}
+    init: Callable  # (rng, frozen) -> state
+    train_step: Callable  # (state, frozen, batch, rng) -> (state, metrics); the state is donated
+    eval_step: Callable  # (state, frozen, batch) -> {name: Mean}
+    preview: Callable  # (state, frozen, images, rng) -> images, on every device
 
     def batch(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch of all hosts, (B, …) each, divided by image."""
+        """A batch of all hosts, arrays (B, ...), with the images divided over the mesh."""
         place = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
@@ -37,57 +44,46 @@ class Program:
         }
 
 
-def build(task, mesh: Mesh, extra: tuple = (), ema_decay: float = 0.0) -> Program:
-    """Nothing is computed or put anywhere yet.
+def compile_steps(
+    task: Task, mesh: Mesh, frozen: Any = None, ema_decay: float = 0.0
+) -> CompiledSteps:
+    """The steps of a task for a mesh. Nothing is computed or placed yet.
 
     Args:
-      task: init(rng, *extra), train_step(state, batch, rng, *extra), eval_step(state, batch, *extra) and partition_rules.
       mesh: of sharding.make_mesh.
-      extra: arrays, or jax.ShapeDtypeStruct.
+      frozen: parameters that the task does not change, arrays or jax.ShapeDtypeStruct.
       ema_decay: of the moving average of the parameters; 0: none.
     """
 
     def shapes(tree):
-        return sharding.with_shardings(
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree),
-            task.partition_rules,
-            mesh,
-        )
+        leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
+        return sharding.with_shardings(leaves, task.partition_rules, mesh)
 
     def places(tree):
         return jax.tree.map(lambda x: x.sharding, tree)
 
-    begin = functools.partial(run_state.init, task, ema_decay=ema_decay)
-    step = functools.partial(run_state.train_step, task, ema_decay=ema_decay)
-    copied, constrain_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    def compiled(function, *arguments, out, **options):
+        function = sharding.traced_on_mesh(mesh, function)
+        return jax.jit(function, in_shardings=arguments, out_shardings=out, **options)
+
+    init = functools.partial(step.init_state, task, ema_decay=ema_decay)
+    train = functools.partial(step.train_step, task, ema_decay=ema_decay)
+    evaluate, preview = (functools.partial(f, task) for f in (step.eval_step, step.preview))
+    copied, by_image = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=copied)
-    extra = tuple(shapes(x) for x in extra)
-    state = shapes(jax.eval_shape(begin, rng, *extra))
-
-    def compiled(function, *arguments, out, **options):
-        return jax.jit(
-            sharding.traced_on_mesh(mesh, function),
-            in_shardings=arguments,
-            out_shardings=out,
-            **options,
-        )
-
-    frozen = tuple(places(x) for x in extra)
-    return Program(
+    frozen = shapes({} if frozen is None else frozen)
+    state = shapes(jax.eval_shape(init, rng, frozen))
+    states, fixed = places(state), places(frozen)
+    return CompiledSteps(
         mesh,
         state,
-        extra,
+        frozen,
         rng,
-        init=compiled(begin, copied, *frozen, out=places(state)),
+        init=compiled(init, copied, fixed, out=states),
         train_step=compiled(
-            step,
-            places(state),
-            constrain_batch,
-            copied,
-            *frozen,
-            out=(places(state), copied),
-            donate_argnums=0,
+            train, states, fixed, by_image, copied, out=(states, copied), donate_argnums=0
         ),
-        eval_step=compiled(task.eval_step, places(state), constrain_batch, *frozen, out=copied),
+        eval_step=compiled(evaluate, states, fixed, by_image, out=copied),
+        preview=compiled(preview, states, fixed, copied, copied, out=copied),
     )

@@ -1,54 +1,55 @@
-"""A training run, top to bottom: directory, start, loop, checkpoints, what is shown.
+"""A training run, top to bottom: directory, starting point, loop, checkpoints, previews.
 
-How a run chooses its starting point: the latest good checkpoint of its directory, otherwise scratch.
+A run starts from the latest good checkpoint of its directory, or from scratch where there is none.
 """
 
 import contextlib
-import io
-import json
+import dataclasses
 import time
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from hmar_jax import config_files
-from hmar_jax.data.loader import DecodeErrorLog, loader_state_to_bytes, restore_loader_state
+from hmar_jax.data.decode_errors import DecodeErrorLog
+from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
 from hmar_jax.errors import InputError
-from hmar_jax.experiment import Experiment
 from hmar_jax.families.hmar.flops import peak_flops
-from hmar_jax.io import files
-from hmar_jax.io.checkpoints import RunCheckpoints, save_model
+from hmar_jax.io import files, image_grid, runs
+from hmar_jax.io.checkpoints import RunCheckpoints
+from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
-from hmar_jax.pipeline import run_config
-from hmar_jax.training import compiled_steps
+from hmar_jax.training.compiled_steps import CompiledSteps, compile_steps
+from hmar_jax.training.experiment import Experiment
 from hmar_jax.training.metrics import LOGGER, MetricsWriter, average, log_to_file
-from hmar_jax.training.state import MAX_SKIPPED_IN_ROW
+from hmar_jax.training.step import MAX_SKIPPED_IN_ROW
 
-_IN_FLIGHT = 2  # steps that the device may be behind: enough to keep it busy, and what is wrong is known soon
+_IN_FLIGHT = 2  # steps the device may lag behind: it stays busy, and errors are known soon
 
 
 def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
-    """Trains until the config's last step, from the latest good checkpoint on where there is one.
+    """Trains until the task's last step, from the latest good checkpoint where there is one.
 
     Every process of a run calls it; the first one writes what is written once.
 
     Args:
       config: the whole config; config.json keeps it.
       experiment: as built from the config.
-      workdir: the run's directory, local (and seen by all hosts) or gs://. A second call goes on where the first ended or
-        was killed, on any mesh and any number of hosts.
+      workdir: the run's directory, local (and seen by all hosts) or gs://. A second call resumes
+        where the first ended or was killed, on any mesh and any number of hosts.
 
     Returns:
       The last state.
 
     Raises:
-      InputError: the directory cannot be written, is no run directory, or belongs to a run with another config.
-      FloatingPointError: the loss or the gradient was not finite for MAX_SKIPPED_IN_ROW steps.
+      InputError: the directory cannot be written, is no run directory, or belongs to a run with
+        another config.
+      FloatingPointError: loss or gradient was not finite for MAX_SKIPPED_IN_ROW steps in a row.
     """
     directory = _prepare_together(workdir, config, experiment)
     with log_to_file(directory) if processes.is_primary() else contextlib.nullcontext():
@@ -61,191 +62,85 @@ def _run(
 ) -> Any:
     task, mesh = experiment.task, experiment.mesh
     keys = jax.random.split(jax.random.key(config.seed), 3)
-    init_key, run_key, sample_key = (sharding.place_key(key, mesh) for key in keys)
-    made = compiled_steps.build(task, mesh, experiment.extra, config.ema_decay)
-    restored = checkpoints.restore_latest(made.state)
+    init_key, run_key, preview_key = (sharding.place_key(key, mesh) for key in keys)
+    steps = compile_steps(task, mesh, experiment.frozen, config.ema_decay)
+    restored = checkpoints.restore_latest(steps.state)
     if restored is not None and restored.step >= task.steps:
-        LOGGER.info("this run is done: step %d of %d", restored.step, task.steps)
+        LOGGER.info("this run is complete: step %d of %d", restored.step, task.steps)
         return restored.state
-    extra = sharding.place(experiment.extra, jax.tree.map(lambda x: x.sharding, made.extra))
+    frozen = sharding.place(experiment.frozen, jax.tree.map(lambda x: x.sharding, steps.frozen))
     if restored is None:
-        state, start = made.init(init_key, *extra), 0
+        state, start = steps.init(init_key, frozen), 0
     else:
         state, start = restored.state, restored.step
         LOGGER.info("resuming from step %d", start)
-    LOGGER.debug(
-        "parameters\n%s",
-        parameter_overview.get_parameter_overview(state.params, include_stats=False),
-    )
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    LOGGER.debug("parameters\n%s", overview)
     LOGGER.debug("mesh %s of %s", dict(mesh.shape), mesh.devices.flat[0].device_kind)
 
     batches = iter(experiment.loader())
     if restored is not None:
-        restore_loader_state(batches, restored.extra["data_state"])
-    writer = MetricsWriter(directory, start) if processes.is_primary() else None
-    meter, stop = (
-        _Meter(config.batch_size, _peak_images_per_second(task, mesh)),
-        processes.StopRequest(),
-    )
-    bar = tqdm(
-        total=task.steps,
-        initial=start,
-        desc=config.task,
-        unit="step",
-        disable=None if processes.is_primary() else True,
-        dynamic_ncols=True,
-    )
-    told = 0  # broken images already named
+        restore_loader_state(batches, restored.metadata["data_state"])
+    primary = processes.is_primary()
+    reporter = _Reporter(directory, start, task.steps, config.task) if primary else None
+    meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
+    stop = processes.StopRequest()
+    num_reported = 0  # images that could not be decoded and have been named
     try:
         for step in range(start + 1, task.steps + 1):
-            with meter.time("waited"):
+            with meter.time("data"):
                 batch = sharding.global_batch(mesh, next(batches), config.batch_size)
-            state, metrics = made.train_step(state, batch, run_key, *extra)
+            state, metrics = steps.train_step(state, frozen, batch, run_key)
             meter.add(step, metrics)
-            bar.update()
             last = step == task.steps
 
+            if reporter is not None:
+                reporter.advance()
             if step % config.log_every == 0 or last:
-                _report(writer, bar, step, task.steps, meter.read())
-                told = _report_broken(experiment.broken, told)
-            with meter.time("aside"):
+                means = meter.read()
+                if reporter is not None:
+                    reporter.report(step, means)
+                num_reported = _report_decode_errors(experiment.decode_errors, num_reported)
+            with meter.time("excluded"):
                 loss = None
                 if step % config.eval_every == 0 or last:
-                    figures = evaluate(made.eval_step, state, experiment, extra)
-                    loss = figures.get("validation/loss")
-                    _report(writer, bar, step, task.steps, figures)
+                    means = evaluate(steps, state, frozen, experiment)
+                    loss = means.get("validation/loss")
+                    if reporter is not None:
+                        reporter.report(step, means)
                 if step % config.sample_every == 0 or last:
-                    image = experiment.image(state, sample_key, extra)
-                    if processes.is_primary():
-                        _save_image(image, directory / "samples" / f"step_{step:06d}.png")
+                    images = steps.preview(state, frozen, experiment.preview_images, preview_key)
+                    if primary:
+                        _save_preview(np.asarray(images), task.preview_labels(), directory, step)
                 stopped = stop.asked(step)
-                if (
-                    step % config.checkpoint_every == 0
-                    or last
-                    or stopped
-                    or (loss is not None and config.keep_best)
-                ):
+                due = step % config.checkpoint_every == 0 or (loss is not None and config.keep_best)
+                if due or last or stopped:
                     meter.check()
-                    if writer is not None:
-                        writer.sync()  # what is before the checkpoint will not be written again
-                    checkpoints.save(
-                        step, state, loader_state_to_bytes(batches), validation_loss=loss
-                    )
+                    if reporter is not None:
+                        reporter.sync()  # lines before the checkpoint are not written again
+                    position = loader_state_to_bytes(batches)
+                    checkpoints.save(step, state, position, validation_loss=loss)
             if stopped and not last:
-                LOGGER.info(
-                    "stopped by a signal after step %d; the same command goes on from there", step
-                )
+                LOGGER.info("stopped by a signal after step %d; rerun the command to resume", step)
                 break
     finally:
-        bar.close()
         batches.close()
-        if writer is not None:
-            writer.close()
+        if reporter is not None:
+            reporter.close()
         stop.restore()
     return state
 
 
 def _peak_images_per_second(task, mesh: Mesh) -> float | None:
-    """Images a second at which the devices would do nothing but the step's counted work; None where it is not known."""
+    """The rate at which the devices would do nothing but the counted work; None if not known."""
     peaks = [peak_flops(device) for device in mesh.devices.flat]
-    return (
-        None if task.flops_per_image is None or None in peaks else sum(peaks) / task.flops_per_image
-    )
+    known = task.flops_per_image is not None and None not in peaks
+    return sum(peaks) / task.flops_per_image if known else None
 
 
-def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) -> epath.Path:
-    """The first process prepares the directory; where it cannot, or another does not see it, all say so."""
-    directory, error = files.absolute(workdir), None
-    if processes.is_primary():
-        try:
-            _prepare(workdir, config, experiment)
-        except InputError as e:
-            error = e
-    processes.raise_on_all_processes(error)
-    if not (directory / "config.json").exists():
-        error = InputError(
-            f"workdir {workdir} is not seen by host {jax.process_index()}: a directory that all hosts share is wanted, or gs://"
-        )
-    processes.raise_on_all_processes(error)
-    return directory
-
-
-def _prepare(workdir: str, config: ConfigDict, experiment: Experiment) -> None:
-    """Makes the run directory, or checks that it is this run's."""
-    directory = files.absolute(workdir)
-    ours = run_config(experiment.spec, config_files.to_dict(config))
-    saved = directory / "config.json"
-    if saved.exists():
-        theirs = files.read_json(saved, "the config of a run")
-        if not isinstance(theirs, dict) or theirs.get("format") != ours["format"]:
-            raise InputError(
-                f"{workdir} has a config.json that is not a run's: take another --workdir"
-            )
-        difference = config_files.first_difference(theirs.get("config", {}), ours["config"])
-        if difference:
-            raise InputError(
-                f"{workdir} holds a run with another config: {difference}; take another --workdir, or that config"
-            )
-    elif directory.is_dir() and any(
-        not p.name.endswith(".tmp") for p in directory.iterdir()
-    ):  # files of a kill midway
-        raise InputError(
-            f"{workdir} is neither empty nor a run directory (no config.json): take another --workdir"
-        )
-    elif directory.exists() and not directory.is_dir():
-        raise InputError(f"workdir {workdir} is a file: name a directory")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(
-            saved, json.dumps(ours, indent=1, sort_keys=True)
-        )  # first: it makes this a run directory
-        (directory / "samples").mkdir(exist_ok=True)
-        frozen = experiment.frozen
-        if frozen is not None and not (directory / frozen.folder / "config.json").exists():
-            save_model(
-                directory / frozen.folder,
-                frozen.spec.to_json(),
-                frozen.params,
-                "The frozen model that this run was trained on top of.\n",
-                overwrite=True,
-            )
-    except OSError as e:
-        raise InputError(f"workdir {workdir} cannot be written: {e.strerror or e}") from None
-
-
-def _report(
-    writer: MetricsWriter | None, bar: tqdm, step: int, steps: int, figures: dict[str, float]
-) -> None:
-    """To the files and, in short, to the terminal: on the bar, or as a line where there is no terminal."""
-    if not figures or writer is None:
-        return
-    writer.write(step, figures)
-    short = ("loss", "accuracy", "psnr", "usage/any", "images_per_second")
-    words = [
-        f"{name} {value:.4g}"
-        for name, value in figures.items()
-        if name.removeprefix("validation/") in short
-    ]
-    LOGGER.info("step %d of %d: %s", step, steps, ", ".join(words))
-    if not bar.disable:
-        bar.set_postfix_str(", ".join(words))
-
-
-def _report_broken(broken: DecodeErrorLog, told: int) -> int:
-    """Names the images that could not be read since the last call; returns how many have been named."""
-    items = broken.items
-    for path, reason in items[told:]:
-        LOGGER.warning("skipped %s: %s", path, reason)
-    return len(items)
-
-
-def _save_image(image, path: epath.Path) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    files.write_atomically(path, buffer.getvalue())
-
-
-def evaluate(eval_step, state, experiment: Experiment, extra: tuple) -> dict[str, float]:
+def evaluate(
+    steps: CompiledSteps, state: Any, frozen: Any, experiment: Experiment
+) -> dict[str, float]:
     """Means over the validation images, names prefixed with "validation/"."""
     held_out = experiment.validation
     if held_out is None:
@@ -254,12 +149,114 @@ def evaluate(eval_step, state, experiment: Experiment, extra: tuple) -> dict[str
         sharding.global_batch(experiment.mesh, batch, held_out.batch_size)
         for batch in held_out.loader
     )
-    figures = average(jax.device_get(eval_step(state, batch, *extra)) for batch in batches)
-    return {f"validation/{name}": value for name, value in figures.items()}
+    means = average(jax.device_get(steps.eval_step(state, frozen, batch)) for batch in batches)
+    return {f"validation/{name}": value for name, value in means.items()}
+
+
+# The run directory
+
+
+def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) -> epath.Path:
+    """The first process prepares the directory; if it cannot, or one does not see it, all raise."""
+    directory, error = files.absolute(workdir), None
+    if processes.is_primary():
+        try:
+            runs.prepare(workdir, config, experiment.spec.to_json(), experiment.schema)
+            _keep_parent(directory, experiment)
+        except InputError as e:
+            error = e
+    processes.raise_on_all_processes(error)
+    if not (directory / "config.json").exists():
+        error = InputError(
+            f"workdir {workdir} is not seen by host {jax.process_index()}; "
+            "it must be a directory that all hosts share, or gs://"
+        )
+    processes.raise_on_all_processes(error)
+    return directory
+
+
+def _keep_parent(directory: epath.Path, experiment: Experiment) -> None:
+    parent = experiment.parent
+    if parent is None or (directory / parent.folder / "config.json").exists():
+        return
+    try:
+        save_model(
+            directory / parent.folder,
+            parent.spec.to_json(),
+            parent.params,
+            "The frozen model that this run is trained on top of.\n",
+            overwrite=True,
+        )
+    except OSError as e:
+        raise InputError(f"cannot write workdir {directory}: {e.strerror or e}") from None
+
+
+# What the run reports
+
+
+@dataclasses.dataclass
+class _Reporter:
+    """Writes metrics to files and, in short, to the terminal."""
+
+    directory: epath.Path
+    start: int
+    steps: int
+    name: str
+
+    def __post_init__(self):
+        self._writer = MetricsWriter(self.directory, self.start)
+        self._bar = tqdm(
+            total=self.steps,
+            initial=self.start,
+            desc=self.name,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+        )
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def report(self, step: int, means: dict[str, float]) -> None:
+        if not means:
+            return
+        self._writer.write(step, means)
+        short = ("loss", "accuracy", "psnr", "usage/any", "images_per_second")
+        words = [
+            f"{name} {value:.4g}"
+            for name, value in means.items()
+            if name.removeprefix("validation/") in short
+        ]
+        LOGGER.info("step %d of %d: %s", step, self.steps, ", ".join(words))
+        if not self._bar.disable:
+            self._bar.set_postfix_str(", ".join(words))
+
+    def sync(self) -> None:
+        self._writer.sync()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._writer.close()
+
+
+def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:
+    """Names the images that could not be decoded since the last call; returns how many by now."""
+    items = errors.items
+    for path, reason in items[num_reported:]:
+        LOGGER.warning("skipped %s: %s", path, reason)
+    return len(items)
+
+
+def _save_preview(images: np.ndarray, labels: list[str], directory: epath.Path, step: int) -> None:
+    """images: (rows, columns, h, w, 3) in [0, 1]."""
+    grid = image_grid.draw(
+        images.reshape(-1, *images.shape[2:]), columns=images.shape[1], labels=labels
+    )
+    image_grid.save_png(directory / "samples" / f"step_{step:06d}.png", grid)
 
 
 class _Meter:
-    """The steps since the last line of metrics.jsonl: means of their metrics, and where the time went."""
+    """Means of the metrics since the last report, and where the time was spent."""
 
     def __init__(self, batch_size: int, peak_images_per_second: float | None = None):
         self._batch_size, self._peak = batch_size, peak_images_per_second
@@ -267,10 +264,10 @@ class _Meter:
 
     def _restart(self):
         self._metrics, self._steps = [], []
-        self._started, self._seconds = time.perf_counter(), {"waited": 0.0, "aside": 0.0}
+        self._started, self._seconds = time.perf_counter(), {"data": 0.0, "excluded": 0.0}
 
     def add(self, step: int, metrics) -> None:
-        """Takes a step's metrics, which the device may still be computing, and waits for the step two before."""
+        """Takes a step's metrics, which may still be in computation; waits for an earlier step."""
         self._steps.append(step)
         self._metrics.append(metrics)
         if len(self._steps) > _IN_FLIGHT:
@@ -278,7 +275,7 @@ class _Meter:
 
     @contextlib.contextmanager
     def time(self, purpose: str):
-        """Counts the time inside as "waited" for data, or as spent "aside" of training."""
+        """Counts the time inside as waiting for "data", or as "excluded" from training."""
         start = time.perf_counter()
         yield
         self._seconds[purpose] += time.perf_counter() - start
@@ -287,40 +284,40 @@ class _Meter:
         in_row = int(self._metrics[row]["skipped_in_row"])
         if in_row >= MAX_SKIPPED_IN_ROW:
             raise FloatingPointError(
-                f"loss or gradient was not finite in the last {in_row} steps, up to step {self._steps[row]}: the run stops. Those steps "
-                "changed nothing, and its last checkpoint is good; a lower learning rate or stronger clipping may get past here"
+                f"loss or gradient was not finite in the last {in_row} steps, up to step "
+                f"{self._steps[row]}: the run stops. Those steps changed nothing and the last "
+                "checkpoint is good; try a lower learning rate or stronger clipping"
             )
 
     def check(self) -> None:
-        """Waits for the device. Raises FloatingPointError where too many steps in a row were not finite."""
+        """Waits for the device. Raises FloatingPointError after too many skipped steps in a row."""
         for row in range(len(self._steps)):
             self._check_row(row)
 
     def read(self) -> dict[str, float]:
-        """The means over the steps that were finite, the number of the others, and the times; begins anew."""
+        """Means over the finite steps, the number of the others, and times; then it restarts."""
         self.check()
         self._metrics = jax.device_get(self._metrics)
-        seconds = time.perf_counter() - self._started - self._seconds["aside"]
+        seconds = time.perf_counter() - self._started - self._seconds["excluded"]
         finite = [row for row in self._metrics if not row["skipped"]]
-        skipped = [step for step, row in zip(self._steps, self._metrics) if row["skipped"]]
+        pairs = zip(self._steps, self._metrics, strict=True)
+        skipped = [step for step, row in pairs if row["skipped"]]
         if skipped:
             LOGGER.warning(
                 "loss or gradient was not finite, nothing changed: step %s",
                 ", ".join(map(str, skipped)),
             )
-        figures = average(
-            {n: v for n, v in row.items() if n not in ("skipped", "skipped_in_row")}
-            for row in finite
-        )
+        counters = ("skipped", "skipped_in_row")
+        means = average({n: v for n, v in row.items() if n not in counters} for row in finite)
         rate = len(self._metrics) * self._batch_size / seconds
-        figures |= {
+        means |= {
             "skipped": len(skipped),
             "time": time.time(),
             "images_per_second": rate,
-            "device_seconds": seconds - self._seconds["waited"],
-            "host_wait_seconds": self._seconds["waited"],
+            "device_seconds": seconds - self._seconds["data"],
+            "host_wait_seconds": self._seconds["data"],
         }
         if self._peak is not None:
-            figures["mfu"] = rate / self._peak
+            means["mfu"] = rate / self._peak
         self._restart()
-        return figures
+        return means

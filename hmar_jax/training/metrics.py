@@ -1,4 +1,4 @@
-"""Where the figures of a run go: metrics.jsonl, TensorBoard, log.txt and a line on the terminal."""
+"""Metrics of a run: means over steps, and where they are written: files, TensorBoard, the log."""
 
 import contextlib
 import json
@@ -16,20 +16,23 @@ LOGGER = logging.getLogger("hmar_jax")
 
 
 class Mean(NamedTuple):
-    """A mean that goes on over steps or batches: figures that not every step has, such as the loss at some mask ratio."""
+    """A mean over steps or batches that not each of them contributes to.
+
+    Such as the loss at some mask ratio.
+    """
 
     total: Any
     count: Any  # or the sum of the weights
 
     @classmethod
     def of(cls, values, weights) -> "Mean":
-        """Of arrays of one shape; where the weight is 0 the value does not count."""
+        """The weighted mean of values; both arrays of one shape."""
         weights = weights.astype(jnp.float32)
         return cls((values * weights).sum(), weights.sum())
 
 
 def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Means by name over rows of numbers and of Means; a Mean that never had a value is left out."""
+    """Means by name over rows of numbers and Means; a Mean without any value is left out."""
     sums: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
@@ -41,10 +44,10 @@ def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to metrics.jsonl and, in local directories, the same figures to TensorBoard."""
+    """Appends one JSON object a line to metrics.jsonl, and in local directories writes TensorBoard."""
 
     def __init__(self, workdir: epath.Path, start_step: int):
-        """Lines beyond start_step, left by a run that was killed after its last checkpoint, are dropped."""
+        """Drops lines beyond start_step, left by a run killed after its last checkpoint."""
         self._path = workdir / "metrics.jsonl"
         _drop_after(self._path, start_step)
         self._file = AppendedFile(self._path)
@@ -54,10 +57,10 @@ class MetricsWriter:
                 str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
             )
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._board is not None:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
@@ -71,7 +74,7 @@ class MetricsWriter:
 
 
 def _drop_after(path: epath.Path, step: int) -> None:
-    """Keeps the whole lines up to a step; a half-written last line goes too."""
+    """Keeps the whole lines up to a step; a half-written last line is dropped too."""
     if not path.exists():
         return
     kept = []

@@ -1,7 +1,7 @@
 """AdamW with the published schedules of learning rate and weight decay.
 
-HMAR (arXiv 2506.04421) trains with VAR's recipe; the schedules are those of the published code, of which the recorded numbers
-are a test. `it` counts steps from 0.
+HMAR (arXiv 2506.04421) trains with VAR's recipe. The schedules are those of the published code,
+whose recorded numbers are a test. `it` counts steps from 0.
 """
 
 import dataclasses
@@ -67,11 +67,13 @@ def lr_schedule(
     """The learning rate at each step.
 
     Args:
-      kind: "cos"; "lin" and "lin0" hold the peak for 15 % and 5 % of what follows the warm-up, then fall linearly;
-        "lin00" falls at once; "lin<T>", such as "lin0.3", falls slowly until T, then fast; "exp" holds for 15 %.
+      kind: "cos"; "lin" and "lin0" hold the peak for 15 % and 5 % of what follows the warm-up, then
+        fall linearly; "lin00" falls at once; "lin<T>", such as "lin0.3", falls slowly until T, then
+        fast; "exp" holds for 15 %.
       peak: learning rate after the warm-up.
       warmup, total: steps.
-      start_ratio, end_ratio: first and last learning rate, of the peak (wp0 and wpe in the published code).
+      start_ratio, end_ratio: first and last learning rate, relative to the peak (wp0 and wpe in the
+        published code).
 
     Raises:
       InputError: unknown kind.
@@ -112,7 +114,7 @@ def _after_warmup(kind: str, end: float) -> Callable:
 
 
 def wd_schedule(*, start: float, end: float, total: int) -> Callable:
-    """Weight decay at each step: a cosine from start to end over the whole run, warm-up included."""
+    """Weight decay at each step: a cosine from start to end over the run, warm-up included."""
     return lambda it: end + (start - end) * (0.5 + 0.5 * jnp.cos(jnp.pi * it / max(total - 1, 1)))
 
 

@@ -1,131 +1,154 @@
-"""What both stages of a transformer's training share: the optimizer, the state of a run, and what a batch becomes.
+"""One training step, the same for every task: gradients, accumulation, optimizer, average, skips.
 
-HMAR (arXiv 2506.04421) trains its stages with VAR's recipe (arXiv 2404.02905). Letters: B images, L tokens, K scales, Z
-channels of the code, h w sides of a image.
+A step whose loss or gradient is not finite changes nothing but the count of steps, so the next one
+sees other images and other random numbers. (optax.apply_if_finite knows neither the average of the
+parameters nor the count of steps.) An exponential moving average of the parameters may be kept
+beside them (Polyak and Juditsky, 1992).
+
+Letters: B images of a batch.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hmar_jax.autoencoders.vq import Tokenizer, TokenizerConfig, to_float
-from hmar_jax.families.hmar.transformer import PARTITION_RULES, TransformerConfig
 from hmar_jax.parallel.sharding import Rules, constrain_batch, constrain_like_params
 from hmar_jax.training.metrics import Mean
-from hmar_jax.training.optimizer import adamw, lr_schedule, wd_schedule
 from hmar_jax.training.state import TrainState
+from hmar_jax.training.task import Batch, Loss, Metrics, Params, Task
 
-Loss = Callable[
-    [Any, Any, jax.Array], tuple[jax.Array, dict[str, Any]]
-]  # (params, rows, key) -> value, metrics
+MAX_SKIPPED_IN_ROW = 10  # then the run stops
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerRecipe:
-    """Model and recipe; the two stages add their loss."""
+def init_state(task: Task, rng: jax.Array, frozen: Params, ema_decay: float = 0.0) -> TrainState:
+    """The state before the first step, with a moving average where ema_decay is not 0."""
+    if hasattr(task, "init_state"):
+        state = task.init_state(rng, frozen)
+    else:
+        params = task.init_params(rng, frozen)
+        state = TrainState.start(params, make_optimizer(task).init(params))
+    return state.replace(ema_params=jax.tree.map(jnp.copy, state.params)) if ema_decay else state
 
-    transformer: TransformerConfig
-    tokenizer: TokenizerConfig
-    steps: int
-    batch_size: int
-    learning_rate: float  # peak
-    schedule: str = "lin0"
-    warmup_steps: int = 0
-    start_ratio: float = 0.005
-    end_ratio: float = 0.1
-    weight_decay: float = 0.05
-    weight_decay_end: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.95
-    clip: float = 2.0
-    label_smoothing: float = 0.0
-    class_dropout: float = 0.1  # share of images whose class is replaced by the null class
-    accumulate: int = (
-        1  # parts that a batch is cut into, whose gradients are added up one after another
+
+def train_step(
+    task: Task,
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    rng: jax.Array,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, Metrics]:
+    """One step of any task.
+
+    Args:
+      frozen: parameters that the task uses and does not change.
+      batch: arrays (B, ...).
+      rng: the key of the run; the step's own key is folded from it.
+      ema_decay: decay of the moving average, near 1; 0: no average. It is less in the first steps,
+        (1 + step) / (10 + step), so that the average soon forgets the initial parameters.
+
+    Returns:
+      The next state, and metrics: scalars and Means, with "skipped" (0 or 1) and "skipped_in_row".
+    """
+    update = task.train_step if hasattr(task, "train_step") else gradient_step(task)
+    new, metrics = update(state, frozen, batch, rng)
+    finite = jnp.array(True)
+    for value in metrics.values():
+        if not isinstance(value, Mean):
+            finite &= jnp.isfinite(value)
+    if ema_decay:
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        average = optax.incremental_update(new.params, state.ema_params, 1 - decay)
+        new = new.replace(ema_params=average)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    bad = 1 - finite.astype(jnp.int32)
+    kept = kept.replace(
+        step=state.step + 1,
+        skipped=state.skipped + bad,
+        skipped_in_row=bad * (state.skipped_in_row + 1),
     )
+    return kept, metrics | {"skipped": bad, "skipped_in_row": kept.skipped_in_row}
 
-    partition_rules: ClassVar[Rules] = PARTITION_RULES
 
-    def learning_rates(self) -> Callable:
-        return lr_schedule(
-            self.schedule,
-            peak=self.learning_rate,
-            warmup=self.warmup_steps,
-            total=self.steps,
-            start_ratio=self.start_ratio,
-            end_ratio=self.end_ratio,
-        )
+def eval_step(task: Task, state: TrainState, frozen: Params, batch: Batch) -> dict[str, Mean]:
+    """Means over the images that batch["valid"] marks, with the averaged parameters if any."""
+    return task.eval_metrics(state.eval_params, frozen, batch, state.step)
 
-    def optimizer(self) -> optax.GradientTransformation:
-        decay = wd_schedule(start=self.weight_decay, end=self.weight_decay_end, total=self.steps)
-        return adamw(self.learning_rates(), decay, b1=self.b1, b2=self.b2, clip=self.clip)
 
-    def start(self, params) -> TrainState:
-        """The state before the first step."""
-        return TrainState.start(params, self.optimizer().init(params))
+def preview(task: Task, state: TrainState, frozen: Params, images: Any, rng: jax.Array):
+    """Rows of images to look at, see Task.preview."""
+    return task.preview(state.eval_params, frozen, images, rng, state.step)
 
-    def descend(
-        self, state: TrainState, loss: Loss, rows, key: jax.Array
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """One step down the mean of `loss` over rows, arrays (B, …): the next state and the metrics."""
+
+def gradient_step(task: Task) -> Callable:
+    """The update of a task with one loss: (state, frozen, batch, rng) -> (state, metrics)."""
+
+    def update(state, frozen, batch, rng):
+        batch, rng = task.prepare_batch(batch, jax.random.fold_in(rng, state.step))
+        loss = lambda params, batch, rng: task.loss(params, frozen, batch, rng, state.step)
         grads, metrics = gradients(
-            loss, state.params, rows, key, self.accumulate, self.partition_rules
+            loss, state.params, batch, rng, task.grad_accum_steps, task.partition_rules
         )
-        updates, opt_state = self.optimizer().update(grads, state.opt_state, state.params)
-        metrics = metrics | {
-            "grad_norm": optax.global_norm(grads),
-            "lr": self.learning_rates()(state.step),
-        }
-        params = optax.apply_updates(state.params, updates)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        state, more = apply_gradients(task, state, grads)
+        return state, metrics | more
 
-    def drop_classes(self, rng: jax.Array, labels) -> jax.Array:
-        """(B,) int32, some of them replaced by the null class."""
-        dropped = jax.random.bernoulli(rng, self.class_dropout, labels.shape)
-        return jnp.where(dropped, self.transformer.null_class, labels)
+    return update
 
-    def tokens_of(self, batch, tokenizer_params) -> jax.Array:
-        """(B, L) int32 of a batch that has them as "tokens", or "image" (B, h, w, 3) uint8 to be encoded here."""
-        return (
-            batch["tokens"]
-            if "tokens" in batch
-            else self.quantize(tokenizer_params, to_float(batch["image"]), "encode")
-        )
 
-    def quantize(self, tokenizer_params, x, method: str):
-        """A method of the frozen tokenizer."""
-        return Tokenizer(self.tokenizer).apply({"params": tokenizer_params}, x, method=method)
+def make_optimizer(task: Task) -> optax.GradientTransformation:
+    """The optimizer of a task's run."""
+    return task.optimizer.make(task.steps, task.decay_mask)
+
+
+def apply_gradients(task: Task, state: TrainState, grads: Params) -> tuple[TrainState, Metrics]:
+    """The state after one optimizer step, and the gradient's norm and the learning rate."""
+    updates, opt_state = make_optimizer(task).update(grads, state.opt_state, state.params)
+    metrics = {
+        "grad_norm": optax.tree.norm(grads),
+        "lr": task.optimizer.learning_rates(task.steps)(state.step),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 def gradients(
-    loss: Loss, params, rows, key: jax.Array, parts: int, rules: Rules = ()
-) -> tuple[Any, dict[str, Any]]:
-    """The mean gradient of `loss` over rows (B, …), computed in so many parts of B / parts rows, and the means of its metrics.
+    loss: Loss,
+    params: Params,
+    batch: Batch,
+    rng: jax.Array,
+    num_microbatches: int = 1,
+    rules: Rules = (),
+) -> tuple[Params, Metrics]:
+    """The mean gradient of a loss over a batch, and the means of its metrics.
 
-    Part a takes the rows a, a + parts, …: each device keeps its own, wherever the batch is divided over devices.
+    Microbatch i takes the rows i, i + num_microbatches, ...: each device keeps its own rows,
+    however the batch is divided over devices.
+
+    Args:
+      loss: (params, batch, rng) -> mean loss and metrics.
+      batch: arrays (B, ...), B a multiple of num_microbatches.
+      num_microbatches: how many parts are computed one after another, for less memory.
+      rules: how gradients are laid out on a mesh, see parallel/sharding.py.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
-    if parts == 1:
-        (_, metrics), grads = gradient(params, rows, key)
+    if num_microbatches == 1:
+        (_, metrics), grads = gradient(params, batch, rng)
         return constrain_like_params(grads, rules), metrics
 
-    def cut(x):  # (B, …) -> (parts, B / parts, …)
-        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    def cut(x):  # (B, ...) -> (num_microbatches, B / num_microbatches, ...)
+        return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total, part):
-        part_rows, part_key = part
-        (_, metrics), grads = gradient(params, jax.tree.map(constrain_batch, part_rows), part_key)
+    def add(total, microbatch):
+        rows, key = microbatch
+        (_, metrics), grads = gradient(params, jax.tree.map(constrain_batch, rows), key)
         return constrain_like_params(jax.tree.map(jnp.add, total, grads), rules), metrics
 
     zeros = constrain_like_params(jax.tree.map(jnp.zeros_like, params), rules)
-    total, metrics = jax.lax.scan(
-        add, zeros, (jax.tree.map(cut, rows), jax.random.split(key, parts))
-    )
+    keys = jax.random.split(rng, num_microbatches)
+    total, metrics = jax.lax.scan(add, zeros, (jax.tree.map(cut, batch), keys))
     mean = lambda x: jax.tree.map(lambda y: y.sum(0), x) if isinstance(x, Mean) else x.mean(0)
-    return jax.tree.map(lambda g: g / parts, total), {
-        name: mean(value) for name, value in metrics.items()
-    }
+    grads = jax.tree.map(lambda g: g / num_microbatches, total)
+    return grads, {name: mean(value) for name, value in metrics.items()}

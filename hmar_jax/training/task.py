@@ -1,7 +1,8 @@
-"""What the trainer needs to know of a model: the Task protocol, and the parts that most tasks share.
+"""What the trainer needs to know of a model: the Task protocol, and defaults of its parts.
 
-A task is a frozen dataclass of pure functions. The trainer (step.py, loop.py) does the rest for every task: gradients,
-gradient accumulation, clipping, the optimizer, the moving average of the parameters, skipped steps.
+A task is a frozen dataclass of pure functions. The trainer (step.py, loop.py) does the rest for
+every task: gradients, gradient accumulation, clipping, the optimizer, the moving average of the
+parameters, skipped steps.
 
 Letters: B images of a batch.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from hmar_jax.parallel.sharding import Rules
 from hmar_jax.training.metrics import Mean
@@ -22,7 +24,7 @@ Metrics = dict[str, Any]  # scalars and Means
 
 
 class LayerStack(NamedTuple):
-    """The repeated layers of a network, from which the memory of a step is estimated without compiling it."""
+    """The repeated layers of a network: for estimating a step's memory without compiling it."""
 
     params: Params  # the parameters (or their shapes) that are stacked on a leading axis
     depth: int  # layers
@@ -53,6 +55,10 @@ class Task(Protocol):
         """A tree of bool: the leaves that weight decay acts on."""
         ...
 
+    def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
+        """Raises InputError where the network cannot be divided over the mesh."""
+        ...
+
     def init_params(self, rng: jax.Array, frozen: Params) -> Params:
         """The parameters before the first step."""
         ...
@@ -60,7 +66,7 @@ class Task(Protocol):
     def prepare_batch(self, batch: Batch, rng: jax.Array) -> tuple[Batch, jax.Array]:
         """Random choices for each image of a whole batch, and the key that is left for `loss`.
 
-        They are made before the batch is cut into microbatches, so accumulation does not change them.
+        They are made before the batch is cut into microbatches: accumulation does not change them.
         """
         ...
 
@@ -119,6 +125,9 @@ class TaskDefaults:
 
     def decay_mask(self, params: Params) -> Any:
         return kernels(params)
+
+    def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
+        del mesh
 
     def prepare_batch(self, batch: Batch, rng: jax.Array) -> tuple[Batch, jax.Array]:
         return batch, rng

@@ -1,9 +1,11 @@
-"""The whole model that images are drawn with: tokenizer, shared base, and the two tails of stages 1 and 2.
+"""The whole model that images are sampled with: tokenizer, shared base, tails of stages 1 and 2.
 
-HMAR (arXiv 2506.04421, section 3.3). Stage 1 predicts a scale from the image so far; stage 2 predicts some of its tokens
-from the others. Both run the same first blocks. The sampler knows nothing else of a model than the methods here.
+HMAR (arXiv 2506.04421, section 3.3). Stage 1 predicts a scale from the image so far; stage 2
+predicts some of its tokens from the others. Both run the same first blocks. The sampler uses
+nothing of a model but the methods here.
 
-Letters: B images, K scales with l tokens each, S side of the features, Z channels of the code, V codebook entries.
+Letters: B images, K scales with l tokens each, S side of the features, Z channels of the code, V
+codebook entries.
 """
 
 import dataclasses
@@ -12,25 +14,25 @@ import jax
 import jax.numpy as jnp
 
 from hmar_jax.autoencoders.scales import ScaleList
-from hmar_jax.autoencoders.vq import Tokenizer
+from hmar_jax.autoencoders.vq import apply_tokenizer
 from hmar_jax.families.hmar.masked import MaskedTransformer
-from hmar_jax.families.hmar.spec import ModelSpec
+from hmar_jax.families.hmar.spec import HmarSpec
 from hmar_jax.families.hmar.transformer import NextScaleTransformer
 
 
 @dataclasses.dataclass(frozen=True)
 class CombinedModel:
-    """Pure functions of params, {"tokenizer": …, "transformer": …} and, with stage 2, {"masked": …}."""
+    """Pure functions of params: {"tokenizer", "transformer"} and, with stage 2, {"masked"}."""
 
-    spec: ModelSpec
+    spec: HmarSpec
 
     @property
     def scales(self) -> ScaleList:
-        return self.spec.tokenizer.scale_list
+        return self.spec.autoencoder.scale_list
 
     @property
     def z_channels(self) -> int:
-        return self.spec.tokenizer.z_channels
+        return self.spec.autoencoder.z_channels
 
     @property
     def null_class(self) -> int:
@@ -42,55 +44,71 @@ class CombinedModel:
 
     # The tokenizer's part.
 
-    def quantize(self, params, *args, method: str):
-        """A method of the tokenizer."""
-        return Tokenizer(self.spec.tokenizer).apply(
-            {"params": params["tokenizer"]}, *args, method=method
-        )
+    def _tokenizer(self, params, *args, method: str):
+        return apply_tokenizer(self.spec.autoencoder, params["tokenizer"], *args, method=method)
 
     def codebook(self, params) -> jax.Array:
-        """(V, Z)"""
+        """(V, Z) float32."""
         return params["tokenizer"]["quantizer"]["codebook"]
 
-    def area(self, params, k: int, f) -> jax.Array:
-        """Averages over the cells of scale k: (B, S, S, Z) -> (B, l, Z)."""
-        return self.quantize(params, f, k, method="area")
+    def downsample_to_scale(self, params, f, k: int) -> jax.Array:
+        """Averages over the cells of scale k: (B, S, S, Z) -> (B, l_k, Z)."""
+        return self._tokenizer(params, f, k, method="downsample_to_scale")
 
-    def residual(self, params, k: int, vectors) -> jax.Array:
-        """What scale k adds to the image: (B, l, Z) -> (B, S, S, Z)."""
-        return self.quantize(params, vectors, k, method="residual")
+    def scale_contribution(self, params, vectors, k: int) -> jax.Array:
+        """What scale k adds to the features: (B, l_k, Z) -> (B, S, S, Z)."""
+        return self._tokenizer(params, vectors, k, method="scale_contribution")
 
-    def paint(self, params, f_hat) -> jax.Array:
-        """(B, S, S, Z) -> images (B, h, w, 3) in [0, 1]."""
-        return (self.quantize(params, f_hat, method="paint").clip(-1, 1) + 1) / 2
+    def decode_features(self, params, f_hat) -> jax.Array:
+        """(B, S, S, Z) -> images (B, h, w, 3) float32 in [0, 1]."""
+        return (self._tokenizer(params, f_hat, method="decode_features").clip(-1, 1) + 1) / 2
+
+    def decode_tokens(self, params, tokens) -> jax.Array:
+        """(B, L) int32 -> images (B, h, w, 3) float32 in [0, 1]."""
+        return (self._tokenizer(params, tokens, method="decode") + 1) / 2
 
     # The transformer's part.
 
-    def next_scale_logits(self, params, k: int, class_ids, codes, past=None):
+    def next_scale_logits(self, params, class_ids, scale_inputs, k: int, kv_cache=None):
         """The first prediction of scale k.
 
         Args:
           class_ids: (B,) int32.
-          codes: the image so far on the cells of the scale, (B, l, Z).
-          past: what this method returned for scale k - 1 (block-causal models keep keys and values there).
+          scale_inputs: the image so far on the cells of the scale, (B, l_k, Z).
+          kv_cache: what this method returned for scale k - 1 (block-causal models keep keys and
+            values there).
 
         Returns:
-          (B, l, V) float32, and what to pass on.
+          (B, l_k, V) float32, and the cache to pass on.
         """
         if self.spec.next_scale or k == 0:
             return NextScaleTransformer(self.spec.transformer).scale_logits(
-                params["transformer"], k, class_ids, codes, past
+                params["transformer"], class_ids, scale_inputs, k, kv_cache
             )
-        everything = jnp.ones(
-            codes.shape[:2], bool
-        )  # stage 2 without a stage 1: no token is known yet
-        return self.masked_logits(
-            params, k, class_ids, codes, jnp.zeros_like(codes), everything
-        ), None
+        # Stage 2 without a stage 1: no token is known yet.
+        is_masked = jnp.ones(scale_inputs.shape[:2], bool)
+        features = jnp.zeros_like(scale_inputs)
+        return self.masked_logits(params, class_ids, scale_inputs, features, is_masked, k), None
 
-    def masked_logits(self, params, k: int, class_ids, codes, own_codes, masked) -> jax.Array:
-        """Stage 2's prediction of scale k >= 1: own_codes (B, l, Z), what the scale itself adds; masked (B, l) bool, positions
-        whose own code is not to be seen -> (B, l, V) float32."""
+    def masked_logits(
+        self, params, class_ids, scale_inputs, token_features, is_masked, k: int
+    ) -> jax.Array:
+        """Stage 2's prediction of scale k >= 1.
+
+        Args:
+          scale_inputs: the image so far on the cells of the scale, (B, l_k, Z).
+          token_features: what the scale's own tokens add, (B, l_k, Z).
+          is_masked: (B, l_k) bool, positions whose own token is hidden.
+
+        Returns:
+          (B, l_k, V) float32.
+        """
         return self._masked.scale_logits(
-            params["transformer"], params["masked"], k, class_ids, codes, own_codes, masked
+            params["transformer"],
+            params["masked"],
+            class_ids,
+            scale_inputs,
+            token_features,
+            is_masked,
+            k,
         )

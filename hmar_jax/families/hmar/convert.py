@@ -1,274 +1,135 @@
-"""Published PyTorch weights to this project's parameters: the only place that imports torch.
+"""Published PyTorch weights of HMAR and VAR to this package's parameters.
 
-The names below are those of the published state dicts (VAR's tokenizer, VAR, HMAR's stages). Linear weights are transposed,
-convolution kernels go from OIHW to HWIO, and the blocks' tensors are stacked on a leading axis.
+The names are those of the published state dicts. The blocks' tensors are stacked on a leading axis.
+
+Letters: K scales, L tokens of all scales, N blocks, M blocks of stage 2.
 """
 
-import collections.abc
 import dataclasses
-import re
-from collections.abc import Mapping
-from typing import Any
+import pathlib
 
 import jax
 import numpy as np
 
-from hmar_jax.autoencoders.scales import ScaleList, published_list
-from hmar_jax.autoencoders.vq import TokenizerConfig
+from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec
+from hmar_jax.autoencoders.convert import (
+    MARKER,
+    resolve_scales,
+    tokenizer_from_state,
+    tokenizer_scales,
+)
+from hmar_jax.autoencoders.scales import ScaleList
 from hmar_jax.errors import InputError
+from hmar_jax.families.hmar.options import ConvertConfig
+from hmar_jax.families.hmar.spec import HmarSpec
 from hmar_jax.families.hmar.transformer import TransformerConfig
+from hmar_jax.io.torch_weights import StateDict, StateDictReader, load_state_dicts
+from hmar_jax.training.task import Params
 
-_WRAPPERS = (
-    "module.",
-    "_orig_mod.",
-)  # prefixes that DistributedDataParallel and torch.compile leave behind
-_TRANSFORMER_KEY = "pos_1LC"
-_TOKENIZER_KEY = "quantize.embedding.weight"
+# Names that only one kind of state dict has.
+_MARKERS = {"tokenizer": MARKER, "transformer": "pos_1LC"}
 _MASK_EMBED = "mask_embed.weight"
+_LICENCE = (
+    "HMAR's published weights are for non-commercial use, VAR's are MIT: the converted weights "
+    "keep their licence"
+)
 
 
-def load_state_dicts(path: str) -> dict[str, dict[str, np.ndarray]]:
-    """Reads a .pth file and finds the state dicts in it.
+def convert_files(
+    model: str | None, options: ConvertConfig
+) -> tuple[HmarSpec | AutoencoderSpec, Params]:
+    """Reads published weights.
 
     Args:
-      path: of a file written by torch.save: a state dict, or a trainer's checkpoint that nests one or several.
+      model: a .pth file with a state dict of stage 1, VAR, stage 2 or the combined HMAR model, or a
+        trainer's checkpoint that nests one; None: the tokenizer alone. A stage 2 alone predicts
+        whole scales from masks.
+      options: the tokenizer's file, and what the weights do not tell.
 
     Returns:
-      {"tokenizer": …, "transformer": …}, whichever is there, float tensors as float32 numpy arrays.
+      The spec, and the parameters on the host.
 
     Raises:
-      InputError: the file cannot be read, or holds neither; ImportError without torch says how to get it.
+      InputError: a file cannot be read or holds no such model, the two stages do not fit, or the
+        scale list is not known.
     """
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(
-            'reading published weights needs PyTorch: pip install "hmar_jax[torch]"'
-        ) from None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a directory; a .pth file is wanted") from None
-    except Exception as e:  # torch raises many kinds for damaged or foreign files
-        raise InputError(
-            f"{path}: not a file of PyTorch weights ({str(e).splitlines()[0][:120]})"
-        ) from None
-    found: dict[str, dict] = {}
-    _find(loaded, found)
-    if not found:
-        raise InputError(
-            f"{path}: holds no model of this family (looked for {_TRANSFORMER_KEY!r} or {_TOKENIZER_KEY!r} among its names)"
-        )
-    to_numpy = lambda t: (t.float() if t.is_floating_point() else t).numpy()
-    return {
-        kind: {name: to_numpy(t) for name, t in state.items() if hasattr(t, "numpy")}
-        for kind, state in found.items()
-    }
+    if options.tokenizer is None:
+        raise InputError("the tokenizer's file is required; give tokenizer=vae.pth")
+    tokenizer_state = read_state(options.tokenizer, "tokenizer", "such as vae.pth")
+    files = (options.tokenizer, model, options.masked)
+    origin = "converted from " + " and ".join(pathlib.Path(p).name for p in files if p)
+    if model is None:
+        if options.masked is not None:
+            raise InputError(f"masked={options.masked} requires the stage 1 it was trained on")
+        scales = tokenizer_scales(tokenizer_state, options.scales)
+        config, params = tokenizer_from_state(tokenizer_state, scales)
+        spec = AutoencoderSpec(config, origin=origin, licence=_LICENCE)
+        return spec, {AUTOENCODER: params}
+
+    transformer, depth, next_scale, params = _read_transformer(model, options)
+    config, params[AUTOENCODER] = tokenizer_from_state(tokenizer_state, transformer.scale_list)
+    spec = HmarSpec(
+        config,
+        transformer,
+        masked_depth=depth,
+        next_scale=next_scale,
+        origin=origin,
+        licence=_LICENCE,
+    )
+    return spec, params
 
 
-def _find(node: Any, found: dict[str, dict]):
-    """Collects the first tokenizer and the first transformer in nested mappings."""
-    if not isinstance(node, collections.abc.Mapping):
-        return
-    names = {_unwrapped(k): v for k, v in node.items() if isinstance(k, str)}
-    if _TOKENIZER_KEY in names:
-        found.setdefault("tokenizer", names)
-    elif _TRANSFORMER_KEY in names:
-        found.setdefault("transformer", names)
+def _read_transformer(
+    model: str, options: ConvertConfig
+) -> tuple[TransformerConfig, int, bool, Params]:
+    """Config of stage 1, M, whether there is a stage 1, and {"transformer"[, "masked"]}."""
+    scales, heads = options.scales, options.heads
+    state = read_state(model, "transformer", "such as hmar.pth")
+    combined, alone = is_combined(state), is_stage2(state)
+    if options.masked is not None:
+        if combined or alone:
+            raise InputError(f"{model} must be a stage 1 with masked={options.masked}")
+        state2 = read_state(options.masked, "transformer", "such as masked.pth")
+        if not is_stage2(state2):
+            raise InputError(f"{options.masked} must be a stage 2 by itself")
+        config, params, depth, masked = join_stages(state, state2, scales, heads)
+    elif combined:
+        config, params, depth, masked = combined_from_state(state, scales, heads)
+    elif alone:
+        config, params, depth, masked = stage2_from_state(state, scales, heads)
     else:
-        for value in node.values():
-            _find(value, found)
+        config, params = transformer_from_state(state, scales, heads)
+        return config, 0, True, {"transformer": params}
+    return config, depth, not alone, {"transformer": params, "masked": masked}
 
 
-def _unwrapped(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
-
-
-def resolve_scales(num_scales: int, length: int | None, given) -> ScaleList:
-    """The scale list of weights that record only K and L: a published one, or the one given.
+def read_state(path: str, kind: str, example: str = "") -> StateDict:
+    """The state dict of the tokenizer or of the transformer in a .pth file.
 
     Raises:
-      InputError: K and L are not those of a published list and none was given, or the given one does not fit.
+      InputError: the file cannot be read, or holds the other one.
     """
-    known = f"these weights have K={num_scales} scales" + (
-        f" and L={length} tokens" if length else ""
-    )
-    if given is not None:
-        scales = given if isinstance(given, ScaleList) else ScaleList(tuple(given))
-        if scales.num_scales != num_scales or (length and scales.length != length):
-            raise InputError(
-                f"scales {','.join(map(str, scales.sides))} have K={scales.num_scales} and L={scales.length}, but {known}"
-            )
-        return scales
-    scales = published_list(num_scales, length) if length else None
-    if scales is None:
-        raise InputError(
-            f"{known}, which is no published list: give scales, such as scales=(1, 2, 3, 4, 6)"
-        )
-    return scales
-
-
-def tokenizer_scales(state: Mapping[str, np.ndarray], given=None) -> ScaleList:
-    """The scale list of a tokenizer without a transformer: its weights record K only."""
-    hits = state.get("quantize.ema_vocab_hit_SV")
-    if given is None:
-        known = f" for its K={hits.shape[0]} scales" if hits is not None else ""
-        raise InputError(
-            f"a tokenizer alone does not tell its scale list: give the sides{known}, such as scales=(1, 2, 3, 4, 6)"
-        )
-    scales = given if isinstance(given, ScaleList) else ScaleList(tuple(given))
-    return resolve_scales(scales.num_scales if hits is None else hits.shape[0], None, scales)
-
-
-class _Reader:
-    """Takes tensors out of a state dict by name, and complains about what is missing."""
-
-    def __init__(self, state: Mapping[str, np.ndarray]):
-        self.state = state
-
-    def __call__(self, name: str) -> np.ndarray:
-        if name not in self.state:
-            raise InputError(f"the weights lack {name!r}: a file of another model, or cut short")
-        return self.state[name]
-
-    def linear(self, name: str) -> dict:
-        return {"kernel": self(f"{name}.weight").T, "bias": self(f"{name}.bias")}
-
-    def conv(self, name: str) -> dict:
-        kernel = self(f"{name}.weight").transpose(2, 3, 1, 0)
-        return {"kernel": kernel, "bias": self(f"{name}.bias")}
-
-    def conv1x1(self, name: str) -> dict:
-        return {"kernel": self(f"{name}.weight")[:, :, 0, 0].T, "bias": self(f"{name}.bias")}
-
-    def norm(self, name: str) -> dict:
-        return {"scale": self(f"{name}.weight"), "bias": self(f"{name}.bias")}
-
-    def count(self, pattern: str) -> int:
-        """1 + the largest number that `pattern`'s group matches in any name; 0 without a match."""
-        return 1 + max(
-            (int(m[1]) for m in (re.match(pattern, name) for name in self.state) if m), default=-1
-        )
-
-
-def tokenizer_from_state(
-    state: Mapping[str, np.ndarray], scales: ScaleList, groups: int = 32
-) -> tuple[TokenizerConfig, dict]:
-    """VAR's tokenizer. Sizes are read off the shapes; `groups` leaves no trace there.
-
-    Returns:
-      Its config and parameters.
-    """
-    r = _Reader(state)
-    levels = r.count(r"encoder\.down\.(\d+)\.")
-    channels = r("encoder.conv_in.weight").shape[0]
-    outputs = [r(f"encoder.down.{i}.block.0.conv2.weight").shape[0] for i in range(levels)]
-    codebook = r(_TOKENIZER_KEY)
-    shared = r.count(r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
-    if shared:
-        phi_names, num_phi = [f"quantize.quant_resi.qresi_ls.{i}" for i in range(shared)], shared
-    elif "quantize.quant_resi.qresi.weight" in state:
-        phi_names, num_phi = ["quantize.quant_resi.qresi"], 1
-    else:
-        phi_names, num_phi = [f"quantize.quant_resi.{i}" for i in range(scales.num_scales)], 0
-    config = TokenizerConfig(
-        scales=scales.sides,
-        vocab_size=codebook.shape[0],
-        z_channels=codebook.shape[1],
-        channels=channels,
-        channel_multipliers=tuple(o // channels for o in outputs),
-        num_res_blocks=r.count(r"encoder\.down\.0\.block\.(\d+)\."),
-        attention="encoder.mid.attn_1.norm.weight" in state,
-        groups=groups,
-        num_phi=num_phi,
-    )
-
-    phis = [r.conv(name) for name in phi_names]
-    params = {
-        "encoder": {
-            **_ends(r, "encoder"),
-            **_middle(r, "encoder"),
-            **_levels(r, config, "encoder", "down", "downsample"),
-        },
-        "decoder": {
-            **_ends(r, "decoder"),
-            **_middle(r, "decoder"),
-            **_levels(r, config, "decoder", "up", "upsample"),
-        },
-        "quant_conv": r.conv("quant_conv"),
-        "post_quant_conv": r.conv("post_quant_conv"),
-        "quantizer": {
-            "codebook": codebook,
-            "phi_kernel": np.stack([p["kernel"] for p in phis]),
-            "phi_bias": np.stack([p["bias"] for p in phis]),
-        },
-    }
-    return config, params
-
-
-def _ends(r: _Reader, side: str) -> dict:
-    return {
-        "conv_in": r.conv(f"{side}.conv_in"),
-        "norm_out": r.norm(f"{side}.norm_out"),
-        "conv_out": r.conv(f"{side}.conv_out"),
-    }
-
-
-def _middle(r: _Reader, side: str) -> dict:
-    middle = {f"mid_block_{i}": _res_block(r, f"{side}.mid.block_{i}") for i in (1, 2)}
-    if f"{side}.mid.attn_1.norm.weight" in r.state:
-        middle["mid_attn"] = _attn_block(r, f"{side}.mid.attn_1")
-    return middle
-
-
-def _levels(r: _Reader, config: TokenizerConfig, side: str, way: str, resample: str) -> dict:
-    """The residual and attention blocks of every level, and what changes the resolution between levels."""
-    params = {}
-    for i in range(len(config.channel_multipliers)):
-        for j in range(config.num_res_blocks + (way == "up")):
-            params[f"{way}_{i}_block_{j}"] = _res_block(r, f"{side}.{way}.{i}.block.{j}")
-            if f"{side}.{way}.{i}.attn.{j}.norm.weight" in r.state:
-                params[f"{way}_{i}_attn_{j}"] = _attn_block(r, f"{side}.{way}.{i}.attn.{j}")
-        if f"{side}.{way}.{i}.{resample}.conv.weight" in r.state:
-            params[f"{way}_{i}_{resample}"] = r.conv(f"{side}.{way}.{i}.{resample}.conv")
-    return params
-
-
-def _res_block(r: _Reader, name: str) -> dict:
-    block = {f"norm{i}": r.norm(f"{name}.norm{i}") for i in (1, 2)} | {
-        f"conv{i}": r.conv(f"{name}.conv{i}") for i in (1, 2)
-    }
-    if f"{name}.nin_shortcut.weight" in r.state:
-        block["shortcut"] = r.conv1x1(f"{name}.nin_shortcut")
-    return block
-
-
-def _attn_block(r: _Reader, name: str) -> dict:
-    return {
-        "norm": r.norm(f"{name}.norm"),
-        "qkv": r.conv1x1(f"{name}.qkv"),
-        "proj": r.conv1x1(f"{name}.proj_out"),
-    }
+    states = load_state_dicts(path, _MARKERS)
+    if kind not in states:
+        other = next(iter(states))
+        raise InputError(f"{path} must hold a {kind}, {example}; it holds a {other}")
+    return states[kind]
 
 
 def transformer_from_state(
-    state: Mapping[str, np.ndarray], scales=None, heads: int | None = None
+    state: StateDict, scales=None, heads: int | None = None
 ) -> tuple[TransformerConfig, dict]:
-    """Stage 1 or VAR. The mask stored with the weights tells which.
+    """Stage 1 or VAR; the mask stored with the weights says which.
 
     Args:
       state: published names to arrays.
       scales: a list of sides, where K and L are not those of a published list.
-      heads: where the weights do not tell (without qk_norm); None takes the published rule H = N.
+      heads: where the weights do not record it (without qk_norm); None: the published rule H = N.
 
     Returns:
       Its config and parameters.
     """
-    r = _Reader(state)
+    r = StateDictReader(state)
     length, width = r("pos_1LC").shape[1:]
     scales = resolve_scales(r("lvl_embed.weight").shape[0], length, scales)
     depth = r.count(r"blocks\.(\d+)\.")
@@ -304,34 +165,30 @@ def transformer_from_state(
     return config, params
 
 
-def head_from_state(r: _Reader, norm: str, head: str) -> dict:
+def head_from_state(r: StateDictReader, norm: str, head: str) -> dict:
     return {"ada": r.linear(f"{norm}.ada_lin.1"), **r.linear(head)}
 
 
-def _pattern(r: _Reader, scales: ScaleList) -> str:
-    """ "causal" where the stored mask lets the second scale see the first."""
+def _pattern(r: StateDictReader, scales: ScaleList) -> str:
+    """The attention pattern: causal where the stored mask lets scale 1 see scale 0."""
     if "attn_bias_for_masking" not in r.state or scales.num_scales == 1:
         return "diagonal"
     bias = r("attn_bias_for_masking")
     return "causal" if bias[0, 0, scales.offsets[1], 0] == 0 else "diagonal"
 
 
-def stack_blocks(r: _Reader, config: TransformerConfig, names: list[str]) -> dict:
-    """Blocks' parameters by name, stacked on a leading axis."""
-    return {
-        "block": jax.tree.map(
-            lambda *leaves: np.stack(leaves), *[_block(r, config, name) for name in names]
-        )
-    }
+def stack_blocks(r: StateDictReader, config: TransformerConfig, names: list[str]) -> dict:
+    """Parameters of the named blocks, stacked on a leading axis: (N, ...)."""
+    blocks = [_block(r, config, name) for name in names]
+    return {"block": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
 
 
-def _block(r: _Reader, config: TransformerConfig, name: str) -> dict:
+def _block(r: StateDictReader, config: TransformerConfig, name: str) -> dict:
     width, heads = config.width, config.heads
     head_size = width // heads
     block = {
-        "qkv": {
-            "kernel": r(f"{name}.attn.mat_qkv.weight").T.reshape(width, 3, heads, head_size)
-        },  # rows packed [q | k | v]
+        # rows packed [q | k | v]
+        "qkv": {"kernel": r(f"{name}.attn.mat_qkv.weight").T.reshape(width, 3, heads, head_size)},
         "q_bias": r(f"{name}.attn.q_bias").reshape(heads, head_size),
         "v_bias": r(f"{name}.attn.v_bias").reshape(heads, head_size),
         "proj": {
@@ -350,18 +207,18 @@ def _block(r: _Reader, config: TransformerConfig, name: str) -> dict:
     return block
 
 
-def is_combined(state: Mapping[str, np.ndarray]) -> bool:
+def is_combined(state: StateDict) -> bool:
     """Whether a state dict holds both stages, as the published HMAR models do."""
     return "mask_blocks.0.attn.q_bias" in state
 
 
-def combined_from_state(state: Mapping[str, np.ndarray], scales=None, heads: int | None = None):
+def combined_from_state(state: StateDict, scales=None, heads: int | None = None):
     """Both stages from one state dict.
 
     Returns:
       Config and parameters of stage 1, and M and the parameters of stage 2.
     """
-    r = _Reader(state)
+    r = StateDictReader(state)
     base, tail = r.count(r"base_blocks\.(\d+)\."), r.count(r"mask_blocks\.(\d+)\.")
     stage1 = {}
     for name, value in state.items():
@@ -380,30 +237,26 @@ def combined_from_state(state: Mapping[str, np.ndarray], scales=None, heads: int
     return config, params, tail, masked
 
 
-def is_stage2(state: Mapping[str, np.ndarray]) -> bool:
-    """Whether a state dict is a stage 2 by itself: all blocks, the last ones trained anew, but no second tail."""
+def is_stage2(state: StateDict) -> bool:
+    """Whether a state dict is a stage 2 by itself: all blocks, but no second tail."""
     return _MASK_EMBED in state and not is_combined(state)
 
 
-def stage2_from_state(state: Mapping[str, np.ndarray], scales=None, heads: int | None = None):
+def stage2_from_state(state: StateDict, scales=None, heads: int | None = None):
     """Stage 2 without its stage 1, which predicts whole scales from masks.
 
     Returns:
-      Config and parameters of the transformer that its blocks make, and M and the parameters of stage 2. The blocks of
-      both are the same ones, so M, what is not shared, is as small as it can be.
+      Config and parameters of the transformer that its blocks make, and M and the parameters of
+      stage 2. Both have the same blocks, so M, what is not shared, is as small as it can be.
     """
     config, params = transformer_from_state(state, scales, heads)
-    return (
-        config,
-        params,
-        1,
-        masked_from_state(state, config, [f"blocks.{config.depth - 1}"], "head"),
-    )
+    masked = masked_from_state(state, config, [f"blocks.{config.depth - 1}"], "head")
+    return config, params, 1, masked
 
 
 def join_stages(
-    stage1: Mapping[str, np.ndarray],
-    stage2: Mapping[str, np.ndarray],
+    stage1: StateDict,
+    stage2: StateDict,
     scales=None,
     heads: int | None = None,
 ):
@@ -424,7 +277,8 @@ def join_stages(
             if getattr(config, f.name) != getattr(other_config, f.name)
         )
         raise InputError(
-            f"stage 2 does not fit stage 1: {field} is {getattr(other_config, field)} there and {getattr(config, field)} here"
+            f"stage 2 does not fit stage 1: {field} is {getattr(other_config, field)} there and "
+            f"{getattr(config, field)} here"
         )
     blocks, others = (jax.tree.leaves(p["blocks"]) for p in (params, other))
     equal = [
@@ -434,7 +288,7 @@ def join_stages(
     embeddings = zip(jax.tree.leaves(params["embed"]), jax.tree.leaves(other["embed"]))
     if not shared or not all(np.array_equal(a, b) for a, b in embeddings):
         raise InputError(
-            "stage 2 was trained on another stage 1: its frozen parameters are not those of this one"
+            "stage 2 was trained on another stage 1: its frozen parameters differ from this one's"
         )
     masked = masked_from_state(
         stage2, config, [f"blocks.{i}" for i in range(shared, config.depth)], "head"
@@ -443,10 +297,10 @@ def join_stages(
 
 
 def masked_from_state(
-    state: Mapping[str, np.ndarray], config: TransformerConfig, blocks: list[str], head: str
+    state: StateDict, config: TransformerConfig, blocks: list[str], head: str
 ) -> dict:
     """Stage 2's own parameters: the named blocks, {head}_nm and {head}, and the mask embedding."""
-    r = _Reader(state)
+    r = StateDictReader(state)
     return {
         "mask_embed": r(_MASK_EMBED)[0],
         "blocks": stack_blocks(r, config, blocks),

@@ -1,4 +1,4 @@
-"""What may be drawn: guidance, top-k, top-p, and mixtures instead of draws.
+"""From logits to what may be sampled: guidance, top-k, top-p, and mixtures of tokens.
 
 Letters: B images, l tokens, V codebook entries.
 """
@@ -13,7 +13,10 @@ def guide(conditional, unconditional, t):
 
 
 def top_k(logits, k: int):
-    """Keeps the k largest logits of (..., V) and all ties of the k-th; the others become -inf. 0 or V and more: all."""
+    """Keeps the k largest logits of (..., V) and ties of the k-th; the others become -inf.
+
+    k of 0, or of V and more, keeps all.
+    """
     if not 0 < k < logits.shape[-1]:
         return logits
     smallest = jax.lax.top_k(logits, k)[0][..., -1:]
@@ -23,22 +26,23 @@ def top_k(logits, k: int):
 def top_p(logits, p):
     """Keeps the likeliest entries of (..., V) that together reach probability p; the others become -inf.
 
-    Sorted ascending, an entry goes where the probability up to and including it is at most 1 - p; the likeliest always
-    stays. p is a scalar in (0, 1], 1 keeps all.
+    Sorted ascending, an entry is removed where the probability up to and including it is at most
+    1 - p; the likeliest always stays. p is a scalar in (0, 1]; 1 keeps all.
     """
     order = jnp.argsort(logits, axis=-1)
     ascending = jnp.take_along_axis(logits, order, -1)
-    gone = jnp.cumsum(jax.nn.softmax(ascending), axis=-1) <= 1 - p
-    gone = gone.at[..., -1].set(False)
-    kept = jnp.where(gone, -jnp.inf, ascending)
+    removed = jnp.cumsum(jax.nn.softmax(ascending), axis=-1) <= 1 - p
+    removed = removed.at[..., -1].set(False)
+    kept = jnp.where(removed, -jnp.inf, ascending)
     return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), -1)
 
 
 def smooth_weights(logits, noise, ratio: float):
-    """How much of each entry a smooth code has: nearly all of one at the last scale, a mixture at the first.
+    """The weights of a mixture of entries: nearly one at the last scale, many at the first.
 
-    softmax(((1 + r) logits + noise) / tau), tau = max(0.27 (1 - 0.95 r), 0.005). VAR's "more_smooth" (its published code;
-    arXiv 2404.02905 does not name it), for images that are looked at, not measured.
+    softmax(((1 + r) logits + noise) / tau), tau = max(0.27 (1 - 0.95 r), 0.005). This is VAR's
+    "more_smooth" (its published code; arXiv 2404.02905 does not name it), for images to look at,
+    not to measure.
 
     Args:
       logits: (..., V); entries of -inf get nothing.

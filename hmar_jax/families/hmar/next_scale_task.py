@@ -1,6 +1,6 @@
-"""Training stage 1, the next-scale transformer: state, step, evaluation, as pure functions.
+"""Training stage 1, the next-scale transformer.
 
-HMAR (arXiv 2506.04421, section 3.2). Letters: B images, L tokens, K scales, h w sides of a image.
+HMAR (arXiv 2506.04421, section 3.2). Letters: B images, L tokens, K scales.
 """
 
 import dataclasses
@@ -11,17 +11,18 @@ import numpy as np
 
 from hmar_jax.families.hmar import flops
 from hmar_jax.families.hmar.losses import cross_entropy, position_weights
+from hmar_jax.families.hmar.recipe import NextScaleRecipe
 from hmar_jax.families.hmar.transformer import NextScaleTransformer
+from hmar_jax.families.hmar.transformer_task import TransformerTask
 from hmar_jax.training.metrics import Mean
-from hmar_jax.training.state import TrainState
-from hmar_jax.training.step import TransformerRecipe
+from hmar_jax.training.task import Batch, Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NextScaleTask(TransformerRecipe):
-    """The recipe."""
+class NextScaleTask(TransformerTask):
+    """Stage 1. frozen: {"tokenizer"}."""
 
-    loss_weights: str = "lognorm"
+    recipe: NextScaleRecipe = NextScaleRecipe()
 
     @property
     def model(self) -> NextScaleTransformer:
@@ -29,63 +30,53 @@ class NextScaleTask(TransformerRecipe):
 
     @property
     def flops_per_image(self) -> float:
-        """Of one step, counted by hand."""
         return flops.next_scale_step(self.transformer)
 
-    def init(self, rng: jax.Array, tokenizer_params=None) -> TrainState:
-        del tokenizer_params  # frozen: not part of the state
-        return self.start(self.model.init(rng))
+    def init_params(self, rng: jax.Array, frozen: Params) -> Params:
+        del frozen
+        return self.model.init(rng)
 
-    def train_step(
-        self, state: TrainState, batch: dict[str, jax.Array], rng: jax.Array, tokenizer_params
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One step.
+    def prepare_batch(self, batch: Batch, rng: jax.Array) -> tuple[Batch, jax.Array]:
+        """Replaces some labels by the null class."""
+        class_key, dropout_key = jax.random.split(rng)
+        return batch | {"label": self.drop_classes(class_key, batch["label"])}, dropout_key
+
+    def loss(self, params, frozen, batch, rng=None, step=None) -> tuple[jax.Array, Metrics]:
+        """Mean over the images of a batch, whose labels may be the null class, and the metrics.
 
         Args:
-          batch: {"label": (B,) int32} and "tokens" (B, L) int32, or "image" (B, h, w, 3) uint8 to be encoded here.
-          rng: key of the run; the step's own key is folded from it.
-          tokenizer_params: of the frozen tokenizer.
-
-        Returns:
-          The next state and scalar metrics.
+          batch: {"label": (B,) int32} and "tokens" (B, L) int32 or "image" (B, h, w, 3) uint8.
+          rng: key for dropout and stochastic depth; None turns them off.
         """
-        class_key, dropout_key = jax.random.split(jax.random.fold_in(rng, state.step))
-        rows = batch | {"label": self.drop_classes(class_key, batch["label"])}
-        return self.descend(
-            state,
-            lambda params, rows, key: self.loss(params, rows, tokenizer_params, key),
-            rows,
-            dropout_key,
-        )
-
-    def loss(
-        self, params, batch, tokenizer_params, dropout_key=None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean over the images of a batch, whose labels may be the null class, and the metrics."""
-        figures = self.figures(params, batch, tokenizer_params, dropout_key)
-        metrics = {name: value.mean() for name, value in figures.items()}
+        del step
+        metrics = {
+            name: value.mean()
+            for name, value in self.per_image_metrics(params, frozen, batch, rng).items()
+        }
         return metrics["loss"], metrics
 
-    def figures(self, params, batch, tokenizer_params, dropout_key=None) -> dict[str, jax.Array]:
-        """Of each image, (B,) each: "loss", "accuracy", and both for each scale (there unweighted)."""
+    def per_image_metrics(self, params, frozen, batch, rng=None) -> dict[str, jax.Array]:
+        """(B,) each: "loss", "accuracy", and both for each scale (there unweighted)."""
         scales = self.transformer.scale_list
-        tokens = self.tokens_of(batch, tokenizer_params)  # (B, L)
-        codes = self.quantize(tokenizer_params, tokens, "transformer_inputs")  # (B, L - l_0, Z)
-        logits = self.model.logits(params, batch["label"], codes, dropout_key)
-        ce = cross_entropy(logits, tokens, self.label_smoothing)  # (B, L)
+        tokens, scale_inputs = self.tokens_and_inputs(frozen, batch)
+        logits = self.model.logits(params, batch["label"], scale_inputs, rng)
+        ce = cross_entropy(logits, tokens, self.recipe.label_smoothing)  # (B, L)
         correct = (logits.argmax(-1) == tokens).astype(jnp.float32)
-        figures = {
-            "loss": (position_weights(scales, self.loss_weights).astype(np.float32) * ce).sum(-1),
-            "accuracy": correct.mean(-1),
-        }
+        weights = position_weights(scales, self.recipe.loss_weights).astype(np.float32)
+        metrics = {"loss": (weights * ce).sum(-1), "accuracy": correct.mean(-1)}
         for k, side in enumerate(scales.sides):
-            figures |= {
+            metrics |= {
                 f"loss/{side}x{side}": ce[:, scales.slice(k)].mean(-1),
                 f"accuracy/{side}x{side}": correct[:, scales.slice(k)].mean(-1),
             }
-        return figures
+        return metrics
 
-    def eval_step(self, state: TrainState, batch, tokenizer_params) -> dict[str, Mean]:
-        """Means over the images marked valid of every training figure."""
-        figures = self.figures(state.eval_params, batch, tokenizer_params)
-        return {name: Mean.of(value, batch["valid"]) for name, value in figures.items()}
+    def eval_metrics(self, params, frozen, batch, step=None) -> dict[str, Mean]:
+        """Means of every training metric over the images marked valid."""
+        del step
+        metrics = self.per_image_metrics(params, frozen, batch)
+        return {name: Mean.of(value, batch["valid"]) for name, value in metrics.items()}
+
+    def preview(self, params, frozen, images, rng, step) -> jax.Array:
+        del images, step
+        return self.sample_preview({"tokenizer": frozen["tokenizer"], "transformer": params}, rng)

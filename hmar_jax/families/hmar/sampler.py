@@ -1,152 +1,171 @@
-"""The sampler: a image scale by scale, as one pure function that is jitted whole.
+"""The sampler: an image scale by scale, as one pure function that is jitted whole.
 
-HMAR (arXiv 2506.04421, section 3.3), VAR (arXiv 2404.02905, algorithm 2) and, inside a scale, MaskGIT (arXiv 2202.04200,
-section 3.2). Editing is the same loop with some tokens known. Of a model nothing is used but the methods of
-models/combined.py.
+HMAR (arXiv 2506.04421, section 3.3), VAR (arXiv 2404.02905, algorithm 2) and, inside a scale,
+MaskGIT (arXiv 2202.04200, section 3.2). Editing is the same loop with some tokens known. Of a model
+nothing is used but the methods of combined.py.
 
-Letters: B images, K scales with l_k tokens, L tokens, S side of the features, Z channels, V codebook entries.
+Letters: B images, K scales with l_k tokens, L tokens, S side of the features, Z channels, V
+codebook entries.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hmar_jax.errors import InputError
-from hmar_jax.families.hmar import filters
+from hmar_jax.families.hmar import editing, filters
 from hmar_jax.families.hmar.combined import CombinedModel
-from hmar_jax.families.hmar.schedules import Plan
+from hmar_jax.families.hmar.masking import ranks
+from hmar_jax.families.hmar.options import EditingConfig, SamplingConfig
+from hmar_jax.families.hmar.schedules import (
+    MaskingPlan,
+    Schedule,
+    masking_plan,
+    resolve_schedule,
+)
+from hmar_jax.families.hmar.spec import HmarSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
-    """The static half of how tokens are drawn: what changes the program. Numbers are in `Strength`."""
+class SamplerOptions:
+    """A SamplingConfig as the compiled sampler takes it.
 
-    guided: bool = True  # False leaves the unconditional half out
-    masked_guided: bool = False  # the same for masked passes
-    top_k: int = 0  # 0: off
-    use_top_p: bool = False
-    greedy: bool = False  # the likeliest token instead of a drawn one
-    smooth: bool = False  # mixtures of codebook entries instead of single ones
-    noisy_confidence: bool = False
+    Numbers with a fraction are traced, so another value compiles nothing. What changes the program
+    is static: which of them are switched on, that is, differ from their default.
+    """
 
+    values: dict[str, Any]
+    enabled: frozenset[str]
+    top_k: int = 0
+    greedy: bool = False
+    smooth: bool = False
 
-@dataclasses.dataclass(frozen=True)
-class Strength:
-    """The numbers of a draw; changing them compiles nothing."""
+    @classmethod
+    def of(cls, config: SamplingConfig) -> "SamplerOptions":
+        values, enabled = {}, set()
+        for field in dataclasses.fields(SamplingConfig):
+            value = getattr(config, field.name)
+            if isinstance(field.default, float):
+                values[field.name] = float(value)
+                if value != field.default:
+                    enabled.add(field.name)
+        if values["top_p"] == 1:  # keeps everything
+            enabled.discard("top_p")
+        return cls(values, frozenset(enabled), config.top_k, config.greedy, config.smooth)
 
-    guidance: Any = 0.0
-    masked_guidance: Any = 0.0
-    top_p: Any = 1.0
-    confidence_noise: Any = 0.0
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
 
 
 jax.tree_util.register_dataclass(
-    Strength, ("guidance", "masked_guidance", "top_p", "confidence_noise"), ()
+    SamplerOptions, ("values",), ("enabled", "top_k", "greedy", "smooth")
 )
-
-
-def options(
-    *,
-    guidance=0.0,
-    masked_guidance=0.0,
-    top_k=0,
-    top_p=0.0,
-    greedy=False,
-    smooth=False,
-    confidence_noise=0.0,
-    vocab_size: int,
-) -> tuple[Draw, Strength]:
-    """Checks what a user asked for.
-
-    Args:
-      guidance, masked_guidance: 0 is none; any number above. Of next-scale and of masked passes.
-      top_k: 0 is off, otherwise 1 to V.
-      top_p: 0 is off, otherwise up to 1.
-      greedy: take the likeliest tokens.
-      smooth: paint mixtures of codebook entries, see filters.smooth_weights.
-      confidence_noise: how much chance there is in which tokens a masked pass fixes, 0 is none (MaskGIT's choice
-        temperature). Tokens go by log probability + confidence_noise * share still masked * standard Gumbel noise.
-
-    Raises:
-      InputError: a value is out of its range, or greedy and smooth are both asked for.
-    """
-    numbers = (
-        ("guidance", guidance),
-        ("masked_guidance", masked_guidance),
-        ("confidence_noise", confidence_noise),
-    )
-    for name, value in numbers:
-        if not _is_number(value) or not value >= 0:
-            raise InputError(f"{name}={value}: a number of 0 or more is wanted")
-    if not _is_number(top_p) or not 0 <= top_p <= 1:
-        raise InputError(f"top_p={top_p}: a number from 0 to 1 is wanted (0 is off)")
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= vocab_size:
-        raise InputError(
-            f"top_k={top_k}: a whole number from 0 to {vocab_size} is wanted (0 is off)"
-        )
-    if greedy and smooth:
-        raise InputError(
-            "greedy and smooth are both on: greedy takes the likeliest entry, smooth mixes several; choose one"
-        )
-    draw = Draw(
-        guided=guidance > 0,
-        masked_guided=masked_guidance > 0,
-        top_k=top_k,
-        use_top_p=0 < top_p < 1,
-        greedy=greedy,
-        smooth=smooth,
-        noisy_confidence=confidence_noise > 0,
-    )
-    return draw, Strength(
-        float(guidance), float(masked_guidance), float(top_p), float(confidence_noise)
-    )
-
-
-def _is_number(value) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and value == value
-        and abs(value) != float("inf")
-    )
 
 
 class Known(NamedTuple):
     """Tokens that are given, for editing: never masked, never changed."""
 
     tokens: jax.Array  # (B, L) int32
-    keep: jax.Array  # (B, L) bool, True where the token is given
+    is_kept: jax.Array  # (B, L) bool, True where the token is given
 
 
 class Pass(NamedTuple):
-    """What one forward pass saw and did; kept for tests and for showing how a image comes about."""
+    """What one forward pass saw and did, for tests and for showing how an image comes about."""
 
     scale: int
-    logits: jax.Array  # (B, l_k, V) guided, before filtering
-    masked: jax.Array  # (B, l_k) bool, positions masked in the input (none in a next-scale pass)
+    logits: jax.Array  # (B, l_k, V) guided, before temperature and filtering
+    is_masked: jax.Array  # (B, l_k) bool, positions masked in the input; none in a next-scale pass
     tokens: jax.Array  # (B, l_k) after the pass
     confidence: jax.Array  # (B, l_k) probability of each of these tokens under this pass
 
 
 @dataclasses.dataclass
 class Trace:
-    """A record of a whole draw."""
+    """A record of all passes."""
 
     passes: list[Pass] = dataclasses.field(default_factory=list)
-    f_hats: list[jax.Array] = dataclasses.field(
-        default_factory=list
-    )  # K times (B, S, S, Z), running sum after a scale
+    # K times (B, S, S, Z), the running sum after each scale
+    f_hats: list[jax.Array] = dataclasses.field(default_factory=list)
 
 
-class _Drawn(NamedTuple):
-    """The tokens of one scale while it is being drawn."""
+class _ScaleState(NamedTuple):
+    """The tokens of one scale while it is being sampled."""
 
     tokens: jax.Array  # (B, l_k) int32
     vectors: jax.Array  # (B, l_k, Z) what the tokens stand for: their entries, or mixtures
     confidence: jax.Array  # (B, l_k)
-    open: jax.Array  # (B, l_k) bool, not yet fixed
+    is_masked: jax.Array  # (B, l_k) bool, not yet fixed
+
+
+@dataclasses.dataclass(frozen=True)
+class HmarSampler:
+    """Images from classes, for the pipeline; see families/base.py: Sampler."""
+
+    spec: HmarSpec
+
+    @functools.cached_property
+    def _sample(self):
+        return jax.jit(functools.partial(sample, CombinedModel(self.spec)))
+
+    @functools.cached_property
+    def _edit(self):
+        return jax.jit(functools.partial(sample_known, CombinedModel(self.spec)))
+
+    def schedule(self, given: Any = None) -> Schedule:
+        """The token counts that a schedule option stands for; None: the model's default.
+
+        Raises:
+          InputError: it does not fit the scales, or needs a stage 2 that this model does not have.
+        """
+        if given is None:
+            given = "default" if self.spec.masked_depth else "none"
+        schedule = resolve_schedule(self.spec.autoencoder.scale_list, given)
+        if not self.spec.masked_depth and any(len(row) > 1 for row in schedule):
+            raise InputError(
+                f"schedule {given!r} has masked passes, which require stage 2; this model has none: "
+                "use schedule=none"
+            )
+        return schedule
+
+    def check(self, config: SamplingConfig) -> None:
+        """Raises InputError where the options do not fit the model or each other."""
+        if config.top_k > self.spec.transformer.vocab_size:
+            raise InputError(
+                f"top_k must be in [0, {self.spec.transformer.vocab_size}]; got {config.top_k}"
+            )
+        if config.greedy and config.smooth:
+            raise InputError(
+                "greedy and smooth exclude each other: greedy takes the likeliest entry, smooth "
+                "mixes several"
+            )
+        self.schedule(config.schedule)
+
+    def __call__(self, params, keys, class_ids, config: SamplingConfig, known: Known | None = None):
+        plan = masking_plan(self.schedule(config.schedule))
+        options = SamplerOptions.of(config)
+        if known is None:
+            return self._sample(params, keys, class_ids, options, plan)
+        return self._edit(params, keys, class_ids, options, plan, known)
+
+    def make_known(
+        self, latents, mask: np.ndarray, config: EditingConfig, has_class: bool
+    ) -> Known:
+        """Tokens to keep: those of latents {"tokens": (B, L) int32} outside a mask.
+
+        Args:
+          mask: (B, h, w) bool, True where new content goes.
+        """
+        is_kept = editing.kept_tokens(
+            self.spec.autoencoder.scale_list,
+            mask,
+            dilation=config.dilation,
+            keep_coarse=not has_class if config.keep_coarse is None else config.keep_coarse,
+        )
+        return Known(latents["tokens"], is_kept)
 
 
 def sample(
@@ -154,25 +173,42 @@ def sample(
     params,
     keys: jax.Array,
     class_ids: jax.Array,
-    draw: Draw,
-    strength: Strength,
-    plan: Plan,
+    options: SamplerOptions,
+    plan: MaskingPlan,
     trace: Trace | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws images.
+    """Samples images.
 
     Args:
-      params: {"tokenizer": …, "transformer": …} and, with masked passes, {"masked": …}.
-      keys: (B,) random keys, one a image: a image does not depend on what else is in the batch.
-      class_ids: (B,) int32; the null class draws without a class.
+      params: {"tokenizer", "transformer"} and, for masked passes, {"masked"}.
+      keys: (B,) random keys, one an image: an image does not depend on the rest of the batch.
+      class_ids: (B,) int32; the null class samples without a class.
       plan: how many tokens are fixed in each pass of each scale.
-      trace: a record to be filled; the plan must then be known while tracing.
+      trace: a record to fill; the plan must then be known while tracing.
 
     Returns:
-      images (B, h, w, 3) float32 in [0, 1] and tokens (B, L) int32.
+      Images (B, h, w, 3) float32 in [0, 1], and tokens (B, L) int32.
     """
-    f_hat, tokens = sample_scales(model, params, keys, class_ids, draw, strength, plan, trace=trace)
-    return model.paint(params, f_hat), tokens
+    f_hat, tokens = sample_scales(model, params, keys, class_ids, options, plan, trace=trace)
+    return model.decode_features(params, f_hat), tokens
+
+
+def sample_known(
+    model: CombinedModel,
+    params,
+    keys: jax.Array,
+    class_ids: jax.Array,
+    options: SamplerOptions,
+    plan: MaskingPlan,
+    known: Known,
+) -> tuple[jax.Array, jax.Array]:
+    """As `sample`, with some tokens given. If all are, the result is their reconstruction."""
+    f_hat, tokens = sample_scales(model, params, keys, class_ids, options, plan, known=known)
+    # Mixtures are no tokens; otherwise the decoder of tokens, so that known tokens give exactly
+    # their reconstruction.
+    if options.smooth:
+        return model.decode_features(params, f_hat), tokens
+    return model.decode_tokens(params, tokens), tokens
 
 
 def sample_scales(
@@ -180,173 +216,187 @@ def sample_scales(
     params,
     keys: jax.Array,
     class_ids: jax.Array,
-    draw: Draw,
-    strength: Strength,
-    plan: Plan,
+    options: SamplerOptions,
+    plan: MaskingPlan,
     known: Known | None = None,
     trace: Trace | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `sample`, without painting: features (B, S, S, Z) and tokens (B, L).
+    """As `sample`, without the decoder: features (B, S, S, Z) and tokens (B, L).
 
     Args:
-      known: tokens that are given, for editing. The counts of the plan then are shares of each image's other tokens.
+      known: tokens that are given. The plan's counts then become shares of the other tokens.
     """
     scales, batch = model.scales, class_ids.shape[0]
     f_hat = jnp.zeros((batch, scales.side, scales.side, model.z_channels))
-    everything = jnp.ones((batch, scales.length), bool)
-    free = everything if known is None else ~known.keep  # (B, L)
-    all_tokens, past = [], None
+    all_editable = jnp.ones((batch, scales.length), bool)
+    editable = all_editable if known is None else ~known.is_kept  # (B, L)
+    all_tokens, kv_cache = [], None
     for k in range(scales.num_scales):
         part = scales.slice(k)
-        codes = model.area(params, k, f_hat)  # (B, l_k, Z)
+        scale_inputs = model.downsample_to_scale(params, f_hat, k)  # (B, l_k, Z)
         scale_keys = _fold_all(keys, k)
 
-        logits, past = _guided(
-            lambda ids, codes: model.next_scale_logits(params, k, ids, codes, past),
-            draw.guided,
-            strength.guidance * scales.ratio(k),
+        logits, kv_cache = _guided(
+            lambda ids, x: model.next_scale_logits(params, ids, x, k, kv_cache),  # noqa: B023
+            "guidance" in options.enabled,
+            options["guidance"] * scales.ratio(k),
             model.null_class,
             class_ids,
-            codes,
+            scale_inputs,
         )
-        drawn = _draw(model, params, k, logits, _fold_all(scale_keys, 0), draw, strength)._replace(
-            open=free[:, part]
-        )
+        scaled = logits
+        if "temperature" in options.enabled:
+            scaled = logits / options["temperature"]
+        state = _sample_state(model, params, scaled, _fold_all(scale_keys, 0), options, k)
+        state = state._replace(is_masked=editable[:, part])
         if known is not None:
-            given = known.tokens[:, part]
-            drawn = drawn._replace(
-                tokens=jnp.where(drawn.open, drawn.tokens, given),
-                vectors=jnp.where(
-                    drawn.open[..., None], drawn.vectors, model.codebook(params)[given]
-                ),
-            )
+            state = _with_known(model, params, state, known.tokens[:, part])
         if trace is not None:
-            trace.passes.append(
-                Pass(k, logits, jnp.zeros(drawn.tokens.shape, bool), drawn.tokens, drawn.confidence)
+            none_masked = jnp.zeros(state.tokens.shape, bool)
+            trace.passes.append(Pass(k, logits, none_masked, state.tokens, state.confidence))
+
+        if plan.has_masked_passes[k]:
+            masked_pass = functools.partial(
+                _masked_pass,
+                model,
+                params,
+                class_ids,
+                scale_inputs,
+                editable[:, part],
+                jnp.asarray(plan.num_masked[k]),
+                scale_keys,
+                options,
+                k,
             )
-
-        if plan.refined[k]:
-
-            def masked_pass(j, drawn):
-                return _masked_pass(
-                    model,
-                    params,
-                    k,
-                    class_ids,
-                    codes,
-                    free[:, part],
-                    jnp.asarray(plan.left[k])[j],
-                    _fold_all(scale_keys, j),
-                    draw,
-                    strength,
-                    drawn,
-                )
-
-            if trace is None:  # passes of one scale share one compiled body
-                drawn = jax.lax.fori_loop(
-                    1, plan.passes[k], lambda j, drawn: masked_pass(j, drawn)[0], drawn
-                )
+            if trace is None:  # the passes of one scale share one compiled body
+                body = lambda j, state: masked_pass(j, state)[0]  # noqa: B023
+                state = jax.lax.fori_loop(1, plan.num_passes[k], body, state)
             else:
-                for j in range(1, int(plan.passes[k])):
-                    drawn, record = masked_pass(j, drawn)
+                for j in range(1, int(plan.num_passes[k])):
+                    state, record = masked_pass(j, state)
                     trace.passes.append(record)
-        all_tokens.append(drawn.tokens)
-        f_hat += model.residual(params, k, drawn.vectors)
+        all_tokens.append(state.tokens)
+        f_hat += model.scale_contribution(params, state.vectors, k)
         if trace is not None:
             trace.f_hats.append(f_hat)
     return f_hat, jnp.concatenate(all_tokens, 1)
 
 
+def _with_known(model, params, state: _ScaleState, given) -> _ScaleState:
+    """Puts the given tokens (B, l_k) where the state is not masked."""
+    entries = model.codebook(params)[given]
+    return state._replace(
+        tokens=jnp.where(state.is_masked, state.tokens, given),
+        vectors=jnp.where(state.is_masked[..., None], state.vectors, entries),
+    )
+
+
 def _masked_pass(
-    model, params, k, class_ids, codes, free, left, keys, draw, strength, drawn: _Drawn
-) -> tuple[_Drawn, Pass]:
-    """Fixes the most confident of the open tokens and predicts the others again, seeing all that are fixed.
+    model,
+    params,
+    class_ids,
+    scale_inputs,
+    editable,
+    num_masked_after,
+    scale_keys,
+    options,
+    k,
+    j,
+    state,
+) -> tuple[_ScaleState, Pass]:
+    """Pass j: fixes the most confident of the masked tokens and predicts the others again.
 
     Args:
-      codes: the image so far, (B, l_k, Z).
-      free: (B, l_k) bool, what is not given.
-      left: () int32, how many of l_k tokens stay open.
-      keys: (B,) of this pass.
+      scale_inputs: the image so far, (B, l_k, Z).
+      editable: (B, l_k) bool, tokens that are not given.
+      num_masked_after: (l_k,) int32, how many of l_k tokens each pass leaves masked.
+      scale_keys: (B,) of this scale.
     """
-    length = free.shape[1]
-    count = left * free.sum(-1) // length  # (B,)
-    confidence = drawn.confidence
-    if draw.noisy_confidence:
+    length = editable.shape[1]
+    left, keys = num_masked_after[j], _fold_all(scale_keys, j)
+    count = left * editable.sum(-1) // length  # (B,)
+    confidence = state.confidence
+    if "choice_temperature" in options.enabled:
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (length,)))(_fold_all(keys, _NOISE))
-        confidence = jnp.log(confidence) + strength.confidence_noise * (left / length) * noise
-    masked = least_confident(confidence, drawn.open, count)
-    own = model.area(params, k, model.residual(params, k, drawn.vectors))
+        temperature = options["choice_temperature"] * (left / length)
+        confidence = jnp.log(confidence) + temperature * noise
+    is_masked = least_confident(confidence, state.is_masked, count)
+    contribution = model.scale_contribution(params, state.vectors, k)
+    features = model.downsample_to_scale(params, contribution, k)
 
     logits, _ = _guided(
-        lambda *rows: (model.masked_logits(params, k, *rows), None),
-        draw.masked_guided,
-        strength.masked_guidance,
+        lambda *rows: (model.masked_logits(params, *rows, k), None),
+        "masked_guidance" in options.enabled,
+        options["masked_guidance"],
         model.null_class,
         class_ids,
-        codes,
-        own,
-        masked,
+        scale_inputs,
+        features,
+        is_masked,
     )
-    new = _draw(model, params, k, logits, keys, draw, strength)
-    tokens = jnp.where(masked, new.tokens, drawn.tokens)
-    vectors = jnp.where(masked[..., None], new.vectors, drawn.vectors)
-    confidence = _probability(_filtered(logits, draw, strength), tokens)
-    return _Drawn(tokens, vectors, confidence, masked), Pass(k, logits, masked, tokens, confidence)
+    new = _sample_state(model, params, logits, keys, options, k)
+    tokens = jnp.where(is_masked, new.tokens, state.tokens)
+    vectors = jnp.where(is_masked[..., None], new.vectors, state.vectors)
+    confidence = _probability(_filtered(logits, options), tokens)
+    record = Pass(k, logits, is_masked, tokens, confidence)
+    return _ScaleState(tokens, vectors, confidence, is_masked), record
 
 
-def _guided(predict, guided: bool, t, null_class: int, class_ids, *rows):
-    """predict(ids, *rows), with classifier-free guidance where wanted: both halves in one batch.
+def _guided(predict, is_guided: bool, strength, null_class: int, class_ids, *rows):
+    """predict(ids, *rows) with classifier-free guidance, if any; both halves in one batch.
 
     Args:
       predict: gives logits (B, l, V) and something more.
-      t: strength of the guidance.
       rows: arrays of B rows.
 
     Returns:
-      What predict returns, the logits guided.
+      What predict returns, with guided logits.
     """
-    if not guided:
+    if not is_guided:
         return predict(class_ids, *rows)
     batch = class_ids.shape[0]
     ids = jnp.concatenate([class_ids, jnp.full_like(class_ids, null_class)])
     logits, more = predict(ids, *(jnp.concatenate([x, x]) for x in rows))
-    return filters.guide(logits[:batch], logits[batch:], t), more
+    return filters.guide(logits[:batch], logits[batch:], strength), more
 
 
 _TOKEN, _NOISE = 0, 1  # which random numbers of a pass
 
 
-def _draw(model, params, k: int, logits, keys, draw: Draw, strength: Strength) -> _Drawn:
+def _sample_state(model, params, logits, keys, options: SamplerOptions, k: int) -> _ScaleState:
     """Tokens from logits (B, l_k, V), with keys (B,) of the pass."""
     keys, codebook = _fold_all(keys, _TOKEN), model.codebook(params)
-    if draw.smooth:
-        kept = _filtered(logits, draw, strength)
+    if options.smooth:
+        kept = _filtered(logits, options)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:]))(keys)
         weights = filters.smooth_weights(kept, noise, model.scales.ratio(k))
         tokens = jnp.argmax(weights, axis=-1).astype(jnp.int32)
-        vectors, confidence = (
-            jnp.matmul(weights, codebook, precision=jax.lax.Precision.HIGHEST),
-            _probability(kept, tokens),
-        )
+        vectors = jnp.matmul(weights, codebook, precision=jax.lax.Precision.HIGHEST)
+        confidence = _probability(kept, tokens)
     else:
-        tokens, confidence = sample_tokens(logits, keys, draw, strength)
+        tokens, confidence = sample_tokens(logits, keys, options)
         vectors = codebook[tokens]
-    return _Drawn(tokens, vectors, confidence, jnp.ones(tokens.shape, bool))
+    return _ScaleState(tokens, vectors, confidence, jnp.ones(tokens.shape, bool))
 
 
-def sample_tokens(logits, keys, draw: Draw, strength: Strength) -> tuple[jax.Array, jax.Array]:
-    """logits (B, l, V), keys (B,) -> tokens (B, l) int32 and the probability of each after filtering, (B, l)."""
-    kept = _filtered(logits, draw, strength)
-    if draw.greedy:
+def sample_tokens(logits, keys, options: SamplerOptions) -> tuple[jax.Array, jax.Array]:
+    """Tokens (B, l) int32 and the probability of each after filtering, (B, l).
+
+    Args:
+      logits: (B, l, V).
+      keys: (B,) random keys.
+    """
+    kept = _filtered(logits, options)
+    if options.greedy:
         tokens = jnp.argmax(kept, axis=-1).astype(jnp.int32)
     else:
         tokens = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
     return tokens, _probability(kept, tokens)
 
 
-def _filtered(logits, draw: Draw, strength: Strength):
-    logits = filters.top_k(logits, draw.top_k)
-    return filters.top_p(logits, strength.top_p) if draw.use_top_p else logits
+def _filtered(logits, options: SamplerOptions):
+    logits = filters.top_k(logits, options.top_k)
+    return filters.top_p(logits, options["top_p"]) if "top_p" in options.enabled else logits
 
 
 def _probability(logits, tokens):
@@ -364,13 +414,8 @@ def least_confident(confidence, among, count) -> jax.Array:
     Returns:
       (B, l) bool.
     """
-    rank = jnp.argsort(jnp.argsort(jnp.where(among, confidence, jnp.inf), axis=-1), axis=-1)
+    rank = ranks(jnp.where(among, confidence, jnp.inf))
     return (rank < jnp.reshape(count, (-1, 1))) & among
-
-
-def image_keys(rng: jax.Array, count: int) -> jax.Array:
-    """(count,) keys, split from rng by index: image i has the same key for any count above i."""
-    return _fold_all(jnp.repeat(rng[None], count, 0), jnp.arange(count))
 
 
 def _fold_all(keys, data):

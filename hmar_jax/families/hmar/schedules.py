@@ -1,13 +1,16 @@
-"""How many tokens of each scale are fixed in each pass: schedules, as data.
+"""Sampling schedules: how many tokens of each scale are fixed in each pass, as data.
 
-HMAR (arXiv 2506.04421, section 3.3): the first entry of a scale is what the next-scale pass fixes, the others are masked
-passes. The first scale has the start token for input and no masked passes. A schedule is changed at sampling time; nothing is
-trained for one. Letters: K scales with l_k tokens.
+HMAR (arXiv 2506.04421, section 3.3): the first number of a scale is what the next-scale pass fixes,
+the others are masked passes. The first scale has the start token for input and no masked passes.
+Schedules change at sampling time, without training.
+
+Letters: K scales with l_k tokens.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,133 +20,137 @@ from hmar_jax.errors import InputError
 
 Schedule = tuple[tuple[int, ...], ...]  # K rows; row k sums to l_k
 
-# The published defaults; what they leave out is one pass.
+# The published defaults; scales that they leave out have one pass.
 _PUBLISHED_STARTS = {
     PUBLISHED_SIDES[256]: ((1,), (1, 3), (1, 1, 2, 5)),
     PUBLISHED_SIDES[512]: ((1,), (1, 3), (1, 1, 2, 5), (5, 11)),
     PUBLISHED_SIDES[1024]: ((1,), (1, 3), (1, 1, 2, 5), (3, 5, 8)),
 }
-# Of other lists: so many passes for scales of up to so many tokens, one for the others. Passes pay where the layout is
-# decided (paper); on the digits, four at every scale were better than those of the published list (benchmarks/RESULTS.md).
-_PASSES, _REFINED_TOKENS = 4, 16
+# Defaults of other lists: this many passes for scales of up to so many tokens, one for the others.
+# Masked passes pay where the layout is decided (paper); on the digits, four at every scale were
+# better than the passes of the published list (benchmarks/RESULTS.md).
+_DEFAULT_PASSES, _MAX_REFINED_TOKENS = 4, 16
 
 
-def resolve(scales: ScaleList, wanted) -> Schedule:
-    """A schedule from what a user may say.
+def resolve_schedule(scales: ScaleList, given: Any) -> Schedule:
+    """A schedule from what a user may give.
 
     Args:
-      wanted: "none" (one pass a scale), "default", "cosine:N" (N passes a scale, or as many as it has tokens, few tokens
-        first), "cosine:1,2,4,4" (so many passes of each scale), or a list of K lists of counts.
+      given: "none" or None (one pass a scale), "default", "cosine:N" (N passes a scale, or as many
+        as it has tokens, few tokens first), "cosine:1,2,4,4" (passes of each scale), or a list of K
+        lists of counts.
 
     Raises:
-      InputError: an unknown name, another number of scales, a count below 1, or a row that does not sum to its scale's tokens.
+      InputError: an unknown name, another number of scales, a count below 1, or a row that does not
+        sum to its scale's tokens.
     """
-    if wanted is None or wanted == "none":
+    if given is None or given == "none":
         return tuple((length,) for length in scales.lengths)
-    if wanted == "default":
+    if given == "default":
         return _default(scales)
-    if isinstance(wanted, str):
-        name, _, numbers = wanted.partition(":")
-        passes = numbers.split(",")
-        if name != "cosine" or not all(n.isdecimal() and int(n) >= 1 for n in passes):
-            raise InputError(
-                f"schedule {wanted!r}: known are none, default, cosine:N with N passes a scale (or cosine:N,N,… with a number for "
-                "each), or a list of lists"
-            )
-        if len(passes) not in (1, scales.num_scales):
-            raise InputError(
-                f"schedule {wanted!r} has {len(passes)} numbers, the model {scales.num_scales} scales"
-            )
-        passes = [int(n) for n in passes] * (scales.num_scales if len(passes) == 1 else 1)
-        return _after_first(
-            scales, tuple(cosine(length, n) for length, n in zip(scales.lengths[1:], passes[1:]))
-        )
-    return _checked(scales, wanted)
+    if isinstance(given, str):
+        return _cosine_schedule(scales, given)
+    return _check_rows(scales, given)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A schedule as the compiled sampler takes it: numbers, so that another schedule compiles nothing.
+class MaskingPlan:
+    """A schedule as arrays for the compiled sampler: another schedule compiles nothing.
 
     Only which scales have masked passes at all is part of the program.
     """
 
-    refined: tuple[bool, ...]  # (K,) static
-    passes: tuple[np.ndarray, ...]  # K scalars: passes of the scale, the next-scale pass included
-    left: tuple[
-        np.ndarray, ...
-    ]  # K times (l_k,): tokens still to be predicted in pass j; 0 beyond the last pass
+    has_masked_passes: tuple[bool, ...]  # (K,) static
+    num_passes: tuple[np.ndarray, ...]  # K scalars, the next-scale pass included
+    # K times (l_k,) int32: tokens still masked in pass j; 0 beyond the last pass
+    num_masked: tuple[np.ndarray, ...]
 
 
-jax.tree_util.register_dataclass(Plan, ("passes", "left"), ("refined",))
+jax.tree_util.register_dataclass(MaskingPlan, ("num_passes", "num_masked"), ("has_masked_passes",))
 
 
-def plan(schedule: Schedule) -> Plan:
-    """From counts that `resolve` has checked."""
-    left = []
+def masking_plan(schedule: Schedule) -> MaskingPlan:
+    """The arrays of a schedule that `resolve_schedule` has checked."""
+    num_masked = []
     for row in schedule:
         after = np.zeros(sum(row), np.int32)
         after[: len(row)] = np.cumsum(row[::-1])[::-1]
-        left.append(after)
-    return Plan(
+        num_masked.append(after)
+    return MaskingPlan(
         tuple(len(row) > 1 for row in schedule),
         tuple(np.int32(len(row)) for row in schedule),
-        tuple(left),
+        tuple(num_masked),
     )
 
 
-def cosine(length: int, passes: int) -> tuple[int, ...]:
-    """Counts that sum to `length`: after pass j of n, cos(pi/2 j/n) of the tokens are still masked (MaskGIT,
-    arXiv 2202.04200, section 3.3), and at least one token is fixed in each pass."""
-    passes = min(passes, length)
-    counts, masked = [], length
-    for j in range(1, passes + 1):
-        after = math.floor(length * math.cos(math.pi / 2 * j / passes)) if j < passes else 0
-        after = max(
-            min(after, masked - 1), passes - j
-        )  # one at least now, and one for each pass to come
-        counts.append(masked - after)
-        masked = after
+def cosine_counts(length: int, num_passes: int) -> tuple[int, ...]:
+    """Counts that sum to `length`, at least one token in each pass.
+
+    After pass j of n, cos(pi/2 j/n) of the tokens are still masked (MaskGIT, arXiv 2202.04200,
+    section 3.3).
+    """
+    num_passes = min(num_passes, length)
+    counts, num_masked = [], length
+    for j in range(1, num_passes + 1):
+        share = math.cos(math.pi / 2 * j / num_passes)
+        after = math.floor(length * share) if j < num_passes else 0
+        # At least one token now, and one for each pass to come.
+        after = max(min(after, num_masked - 1), num_passes - j)
+        counts.append(num_masked - after)
+        num_masked = after
     return tuple(counts)
 
 
 def _default(scales: ScaleList) -> Schedule:
     start = _PUBLISHED_STARTS.get(scales.sides)
     if start is None:
-        return _after_first(
-            scales,
-            tuple(
-                cosine(length, _PASSES)
-                for length in scales.lengths[1:]
-                if length <= _REFINED_TOKENS
-            ),
+        refined = (n for n in scales.lengths[1:] if n <= _MAX_REFINED_TOKENS)
+        start = ((1,), *(cosine_counts(n, _DEFAULT_PASSES) for n in refined))
+    return _complete(scales, start[1:])
+
+
+def _cosine_schedule(scales: ScaleList, text: str) -> Schedule:
+    name, _, numbers = text.partition(":")
+    passes = numbers.split(",")
+    if name != "cosine" or not all(n.isdecimal() and int(n) >= 1 for n in passes):
+        raise InputError(
+            "schedule must be none, default, cosine:N with N passes a scale (or cosine:N,N,... with "
+            f"a number for each), or a list of lists; got {text!r}"
         )
-    return _after_first(scales, start[1:])
+    if len(passes) not in (1, scales.num_scales):
+        raise InputError(
+            f"schedule {text!r} must have 1 or {scales.num_scales} numbers, as the model has "
+            f"{scales.num_scales} scales; got {len(passes)}"
+        )
+    counts = [int(n) for n in passes] * (scales.num_scales if len(passes) == 1 else 1)
+    pairs = zip(scales.lengths[1:], counts[1:])
+    return _complete(scales, tuple(cosine_counts(length, n) for length, n in pairs))
 
 
-def _after_first(scales: ScaleList, rows: Schedule) -> Schedule:
-    """The rows of the scales after the first; those left out are one pass."""
-    return (scales.lengths[:1], *rows, *((length,) for length in scales.lengths[1 + len(rows) :]))
+def _complete(scales: ScaleList, rows: Schedule) -> Schedule:
+    """The rows of the scales after the first; scales that are left out have one pass."""
+    rest = scales.lengths[1 + len(rows) :]
+    return (scales.lengths[:1], *rows, *((length,) for length in rest))
 
 
-def _checked(scales: ScaleList, rows: Sequence[Sequence[int]]) -> Schedule:
+def _check_rows(scales: ScaleList, rows: Sequence[Sequence[int]]) -> Schedule:
     try:
         rows = tuple(tuple(row) for row in rows)
     except TypeError:
-        raise InputError(f"schedule {rows!r}: a list of lists is wanted, one a scale") from None
+        raise InputError(f"schedule must be a list of lists, one a scale; got {rows!r}") from None
     if len(rows) != scales.num_scales:
-        raise InputError(f"schedule has {len(rows)} rows, the model {scales.num_scales} scales")
+        raise InputError(
+            f"schedule must have {scales.num_scales} rows, one for each scale; got {len(rows)}"
+        )
     for k, (row, length, side) in enumerate(zip(rows, scales.lengths, scales.sides)):
+        name = f"schedule of scale {k} ({side}x{side})"
         if not row or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in row):
-            raise InputError(
-                f"schedule of scale {k} ({side}x{side}) is {list(row)}: whole numbers of 1 or more are wanted"
-            )
+            raise InputError(f"{name} must be integers of at least 1; got {list(row)}")
         if k == 0 and len(row) > 1:
             raise InputError(
-                f"schedule of scale 0 ({side}x{side}) is {list(row)}: the first scale has no masked passes, [{length}] is wanted"
+                f"{name} must be [{length}], as the first scale has no masked passes; "
+                f"got {list(row)}"
             )
         if sum(row) != length:
-            raise InputError(
-                f"schedule of scale {k} ({side}x{side}) sums to {sum(row)}, but the scale has {length} tokens"
-            )
+            raise InputError(f"{name} must sum to its {length} tokens; got sum {sum(row)}")
     return rows

@@ -1,72 +1,97 @@
-"""What a model is: the architectures, the classes and how it likes to be sampled. The contents of a model's config.json."""
+"""What an HMAR or VAR model is: the contents of a model directory's config.json."""
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from hmar_jax.autoencoders.vq import TokenizerConfig
+from hmar_jax.autoencoders import config_from_json
+from hmar_jax.autoencoders.base import config_to_json
 from hmar_jax.errors import InputError
+from hmar_jax.families.hmar.options import SamplingConfig
 from hmar_jax.families.hmar.transformer import TransformerConfig
 
 FORMAT = "hmar_jax model 1"
+NAME = "hmar"
+
+# What a model keeps of its sampling options; the others are the caller's alone.
+STAGE1_SAMPLING = ("guidance", "temperature", "top_k", "top_p")
+STAGE2_SAMPLING = (*STAGE1_SAMPLING, "masked_guidance", "choice_temperature")
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """A tokenizer, and on top of it perhaps a transformer, and stage 2 of that perhaps."""
+class HmarSpec:
+    """A tokenizer, a transformer on top of it, and perhaps stage 2 of that."""
 
-    tokenizer: TokenizerConfig
-    transformer: TransformerConfig | None = None
+    autoencoder: Any  # config of the tokenizer
+    transformer: TransformerConfig
     masked_depth: int = 0  # M, blocks of stage 2; 0: there is no stage 2
-    next_scale: bool = True  # False: stage 2 alone, whose tail is the transformer's too and predicts whole scales from masks
+    # False: stage 2 alone, whose tail is the transformer's too and predicts whole scales from masks
+    next_scale: bool = True
     class_names: tuple[str, ...] = ()
-    guidance: float = 0.0  # what this model is sampled with unless the caller says otherwise
-    top_k: int = 0
-    top_p: float = 0.0
-    masked_guidance: float = 0.0
-    confidence_noise: float = 0.0
+    sampling: SamplingConfig = SamplingConfig()  # unless the caller says otherwise
     origin: str = ""  # where the parameters come from
     licence: str = ""
 
     def __post_init__(self):
         t = self.transformer
-        if t is None:
-            if self.masked_depth:
-                raise InputError(f"masked_depth={self.masked_depth}, but there is no transformer")
-            return
         if not 0 <= self.masked_depth <= t.depth:
             raise InputError(
-                f"masked_depth={self.masked_depth}: the transformer has {t.depth} blocks"
+                f"masked_depth must be in [0, {t.depth}], the blocks of the transformer; "
+                f"got {self.masked_depth}"
             )
-        shared = ("scales", "vocab_size", "z_channels")
-        for name in shared:
-            if getattr(t, name) != getattr(self.tokenizer, name):
+        for name in ("scales", "vocab_size", "z_channels"):
+            ours, theirs = getattr(t, name), getattr(self.autoencoder, name)
+            if ours != theirs:
                 raise InputError(
-                    f"transformer and tokenizer do not fit: {name} is {getattr(t, name)} in one and "
-                    f"{getattr(self.tokenizer, name)} in the other"
+                    f"transformer and tokenizer do not fit: {name} is {ours} in one and "
+                    f"{theirs} in the other"
                 )
 
     @property
+    def family(self) -> str:
+        return NAME
+
+    @property
     def kind(self) -> str:
-        if self.transformer is None:
-            return "tokenizer"
         if self.masked_depth:
-            return (
-                "HMAR, next-scale and masked prediction"
-                if self.next_scale
-                else "HMAR, masked prediction alone"
+            what = (
+                "next-scale and masked prediction" if self.next_scale else "masked prediction alone"
             )
+            return f"HMAR, {what}"
         return "VAR" if self.transformer.pattern == "causal" else "HMAR, next-scale prediction"
+
+    @property
+    def num_classes(self) -> int:
+        return self.transformer.num_classes
+
+    @property
+    def null_class(self) -> int:
+        return self.transformer.null_class
+
+    def with_dtype(self, dtype: str) -> "HmarSpec":
+        return dataclasses.replace(
+            self,
+            autoencoder=dataclasses.replace(self.autoencoder, dtype=dtype),
+            transformer=dataclasses.replace(self.transformer, dtype=dtype),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """For json.dumps; from_json gives back an equal spec."""
-        return {"format": FORMAT, **json.loads(json.dumps(dataclasses.asdict(self)))}
+        fields = dataclasses.asdict(self)
+        fields["autoencoder"] = config_to_json(self.autoencoder)
+        kept = STAGE2_SAMPLING if self.masked_depth else STAGE1_SAMPLING
+        fields["sampling"] = {name: fields["sampling"][name] for name in kept}
+        return {"format": FORMAT, "family": NAME, **json.loads(json.dumps(fields))}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], where: str) -> "ModelSpec":
-        """Reads what to_json wrote; `where` names the file in errors.
+    def from_json(cls, data: Any, where: str) -> "HmarSpec":
+        """Reads what to_json wrote, or the first version's files.
+
+        Those had the tokenizer's config under "tokenizer" and sampling options at the top level.
+
+        Args:
+          where: names the file in errors.
 
         Raises:
           InputError: another format, or unknown or missing keys.
@@ -74,49 +99,23 @@ class ModelSpec:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise InputError(
-                f"{where}: not the config of a model (format {found!r}, expected {FORMAT!r})"
+                f"{where} must be the config of a model (format {FORMAT!r}); got format {found!r}"
             )
-        fields = {k: v for k, v in data.items() if k != "format"}
+        fields = {k: v for k, v in data.items() if k not in ("format", "family")}
         try:
-            transformer = fields.pop("transformer", None)
+            tokenizer = fields.pop("autoencoder", None) or {"kind": "vq", **fields.pop("tokenizer")}
+            sampling = fields.pop("sampling", {})
+            if "confidence_noise" in fields:
+                fields["choice_temperature"] = fields.pop("confidence_noise")
+            for name in STAGE2_SAMPLING:
+                if name in fields:
+                    sampling[name] = fields.pop(name)
             return cls(
-                tokenizer=TokenizerConfig(**fields.pop("tokenizer")),
-                transformer=None if transformer is None else TransformerConfig(**transformer),
+                autoencoder=config_from_json(tokenizer),
+                transformer=TransformerConfig(**fields.pop("transformer")),
                 class_names=tuple(fields.pop("class_names", ())),
+                sampling=SamplingConfig(**sampling),
                 **fields,
             )
         except (TypeError, KeyError) as e:
-            raise InputError(f"{where}: not a config this version understands ({e})") from None
-
-    def resolve_class(self, given) -> int:
-        """An id, an id as text, or a class name -> the id. In names, case does not matter, and spaces and hyphens are underscores.
-
-        Raises:
-          InputError: there is no such class, or there are several (ImageNet has two called "crane").
-        """
-        count = self.transformer.num_classes
-        text = str(given).strip()
-        if not text.lstrip("-").isdigit():
-            plain = lambda name: re.sub(r"[\s-]", "_", name.strip().casefold())
-            named = [i for i, name in enumerate(self.class_names) if name == text]
-            named = named or [
-                i for i, name in enumerate(self.class_names) if plain(name) == plain(text)
-            ]
-            if len(named) > 1:
-                raise InputError(
-                    f"class {text!r}: {len(named)} classes have this name, give an id: {', '.join(map(str, named))}"
-                )
-            if named:
-                return named[0]
-        try:
-            number = int(text)
-        except ValueError:
-            names = (
-                f", or a name such as {', '.join(self.class_names[:3])}" if self.class_names else ""
-            )
-            raise InputError(
-                f"class {text!r}: an id from 0 to {count - 1} is wanted{names}"
-            ) from None
-        if not 0 <= number < count:
-            raise InputError(f"class {number}: ids of this model go from 0 to {count - 1}")
-        return number
+            raise InputError(f"{where} is a config this version does not know ({e})") from None

@@ -1,14 +1,15 @@
-"""The transformer over scales: embeddings, blocks with adaptive layer norm, head, and their composition for stage 1.
+"""The transformer over scales: embeddings, blocks with adaptive layer norm, head, and stage 1.
 
-HMAR (arXiv 2506.04421, section 3) and VAR (arXiv 2404.02905, section 3.3): every token of scale k is predicted at once from
-the image so far. In HMAR a token attends to its own scale only ("diagonal": what came before is in its input, through the
-running sum f_hat); in VAR also to all earlier scales ("causal"). Both work with the same parameters.
+HMAR (arXiv 2506.04421, section 3) and VAR (arXiv 2404.02905, section 3.3) predict all tokens of
+scale k at once from the image so far. In HMAR a token attends to its own scale only (pattern
+"diagonal": earlier scales are in its input, through the running sum f_hat); in VAR also to all
+earlier scales (pattern "causal"). Both work with the same parameters.
 
-The three parts are Flax modules; a model is a plain composition of them over one dictionary of parameters, so that the
-blocks, stacked on a leading axis, can be cut into base and tail by a slice.
+The three parts are Flax modules. A model is a plain composition of them over one dictionary of
+parameters, so the blocks, stacked on a leading axis, can be cut into base and tail by a slice.
 
-Letters: B images, L tokens of all scales, l tokens at hand, C width, H heads, D = C / H, N blocks, V codebook, Z channels
-of the code, K scales.
+Letters: B images, L tokens of all scales, l tokens at hand, C width, H heads, D = C / H head dim,
+N blocks, V codebook, Z channels of the code, K scales.
 """
 
 import dataclasses
@@ -22,23 +23,25 @@ import numpy as np
 from hmar_jax.autoencoders.scales import ScaleList
 from hmar_jax.errors import InputError
 from hmar_jax.parallel.sharding import constrain_batch, map_over_images_and_heads
+from hmar_jax.settings import Settings, setting
 from pallas_kernels import block_attention
 
 _NORM_EPS = 1e-6
-_QK_EPS = 1e-12  # of torch's normalize, used by the published code
+_QK_NORM_EPS = 1e-12  # of torch's normalize, used by the published code
 _MAX_LOG_SCALE = np.log(100.0)
 _INIT_LOG_SCALE = np.log(4.0)
 _SCALE_WITHOUT_QK_NORM = 0.25  # times 1 / sqrt(D); VAR's choice where q and k are not normalised
 
-# What training keeps of a block for the backward pass, which computes the rest again: less memory, more work.
+# What training keeps of a block for the backward pass; the rest is computed again.
 REMAT = {
     "none": None,  # everything is kept
-    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of matrix products; norms, GELU, attention again
-    "blocks": jax.checkpoint_policies.nothing_saveable,  # only the block's input: about a third more work
+    # Results of matrix products; norms, GELU and attention are computed again.
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "blocks": jax.checkpoint_policies.nothing_saveable,  # the block's input: a third more work
 }
 
-# How parameters are divided over a mesh (hmar_jax/sharding.py). Blocks are stacked on a first axis of N. Everything else,
-# biases and embeddings, is small and copied to every device.
+# How parameters are divided over a mesh (parallel/sharding.py). Blocks are stacked on a first axis
+# of N. Everything else, biases and embeddings, is small and copied to every device.
 PARTITION_RULES = (
     (r"block/qkv/kernel$", (None, "fsdp", None, "tensor", None)),  # (N, C, 3, H, D)
     (r"(q_bias|v_bias)$", (None, "tensor", None)),  # (N, H, D)
@@ -55,40 +58,62 @@ PARTITION_RULES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Architecture of a next-scale transformer. Published sizes: width 64 N, heads N, MLP ratio 4 for depth N."""
+class TransformerConfig(Settings):
+    """Architecture of a next-scale transformer.
 
-    scales: tuple[int, ...]
-    vocab_size: int = 4096  # V
-    z_channels: int = 32  # Z
-    num_classes: int = 1000
-    depth: int = 16  # N
-    width: int = 1024  # C
-    heads: int = 16  # H
-    mlp_ratio: float = 4.0
-    pattern: str = "diagonal"  # HMAR; "causal" is VAR
-    qk_norm: bool = True
-    shared_adaln: bool = False  # one modulation layer for all blocks, plus a learned table a block
-    dropout: float = 0.0
-    drop_path: float = 0.0  # of the last block; grows linearly from 0. Published: 0.1 N / 24
-    init_adaln: float = 0.5  # factor on the initial weights of scales and shifts, and of the head's
-    init_adaln_gamma: float = 1e-3  # factor on those of the residual branches' gates
-    init_head: float = 0.02
-    dtype: str = "float32"  # of matrix products; residuals, norms, softmax and logits are float32
-    attention: str | None = (
-        None  # implementation for training; None picks one (pallas_kernels.block_attention)
+    Published sizes: width 64 N, heads N, MLP ratio 4 for depth N.
+    """
+
+    scales: tuple[int, ...]  # sides of the token grids
+    vocab_size: int = setting(4096, "V, codebook entries.", at_least=1, derived=True)
+    z_channels: int = setting(32, "Z, channels of the code.", at_least=1, derived=True)
+    num_classes: int = setting(1000, "Classes.", at_least=1, derived=True)
+    depth: int = setting(16, "N, blocks.", at_least=1, at_most=2**20)
+    width: int = setting(1024, "C, width.", at_least=1, at_most=2**20)
+    heads: int = setting(16, "H, attention heads.", at_least=1, at_most=2**20)
+    mlp_ratio: float = setting(4.0, "Hidden units of the MLP / C.", at_least=0.1, at_most=100)
+    pattern: str = setting(
+        "diagonal",
+        "What a token attends to: diagonal, its own scale (HMAR); causal, also earlier ones (VAR).",
+        choices=("diagonal", "causal"),
     )
-    remat: str = "none"  # what of a block the backward pass computes again, see REMAT
+    qk_norm: bool = setting(True, "Normalise queries and keys.")
+    shared_adaln: bool = setting(
+        False, "One modulation layer for all blocks, plus a learned table in each block."
+    )
+    dropout: float = setting(0.0, "Dropout rate.", at_least=0, at_most=1)
+    drop_path: float = setting(
+        0.0,
+        "Stochastic depth of the last block; grows linearly from 0. Published: 0.1 N / 24.",
+        at_least=0,
+        at_most=1,
+    )
+    init_adaln: float = setting(0.5, "Factor on initial weights of scales, shifts and the head's.")
+    init_adaln_gamma: float = setting(1e-3, "Factor on those of the residual branches' gates.")
+    init_head: float = setting(0.02, "Factor on the head's initial weights.")
+    dtype: str = setting(
+        "float32",
+        "Of matrix products; residuals, norms, softmax and logits are float32.",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    attention: str = setting(
+        "",
+        "Implementation of block_attention in training (pallas_kernels); empty: the best that runs.",
+        harmless=True,
+    )
+    remat: str = setting(
+        "none",
+        "What of a block the backward pass computes again, to save memory.",
+        choices=tuple(REMAT),
+        harmless=True,
+    )
 
     def __post_init__(self):
-        object.__setattr__(self, "scales", tuple(self.scales))
+        object.__setattr__(self, "attention", self.attention or "")  # None in older files
+        super().__post_init__()
         ScaleList(self.scales)
-        if self.pattern not in ("diagonal", "causal"):
-            raise InputError(f"pattern={self.pattern!r}: known are diagonal (HMAR), causal (VAR)")
-        if self.remat not in REMAT:
-            raise InputError(f"remat={self.remat!r}: known are {', '.join(REMAT)}")
         if self.width % self.heads:
-            raise InputError(f"heads={self.heads} does not divide width={self.width}")
+            raise InputError(f"heads={self.heads} must divide width={self.width}")
 
     @property
     def scale_list(self) -> ScaleList:
@@ -117,7 +142,7 @@ def layer_norm(x):
 
 
 def _normal(std):
-    # The published initialisation truncates at +-2 absolute, which at these deviations never happens.
+    # The published initialisation truncates at +-2, which never happens at these deviations.
     return nn.initializers.normal(std)
 
 
@@ -135,63 +160,68 @@ class Embeddings(nn.Module):
         self.level_emb = self.param("level_emb", normal, (scales.num_scales, c.width))
         self.word_embed = nn.Dense(c.width, kernel_init=normal, dtype=jnp.float32)
 
-    def __call__(self, class_ids, codes):
+    def __call__(self, class_ids, scale_inputs):
         """All scales: class_ids (B,), next-scale inputs (B, L - l_0, Z) -> (B, L, C)."""
-        return self.place(
-            jnp.concatenate([self.start(class_ids), self.words(codes)], 1), slice(None)
+        return self.add_position_and_level(
+            jnp.concatenate([self.start_tokens(class_ids), self.embed_inputs(scale_inputs)], 1),
+            slice(None),
         )
 
-    def condition(self, class_ids):
+    def class_embedding(self, class_ids):
         """(B,) int32 -> (B, C)"""
         return self.class_emb[class_ids]
 
-    def start(self, class_ids):
+    def start_tokens(self, class_ids):
         """The input of the first scale: (B,) -> (B, l_0, C)."""
-        return self.condition(class_ids)[:, None] + self.pos_start
+        return self.class_embedding(class_ids)[:, None] + self.pos_start
 
-    def words(self, codes):
+    def embed_inputs(self, scale_inputs):
         """(B, l, Z) -> (B, l, C)"""
-        return self.word_embed(codes)
+        return self.word_embed(scale_inputs)
 
-    def place(self, x, positions: slice):
+    def add_position_and_level(self, x, positions: slice):
         """Adds level and position embeddings of these positions to (B, l, C)."""
         levels = self.config.scale_list.level_ids[positions]
         return x + self.level_emb[levels] + self.pos_emb[positions]
 
 
 class Block(nn.Module):
-    """x += drop_path(gamma1 Attn(LN(x)(1 + sigma1) + beta1)); x += drop_path(gamma2 MLP(LN(x)(1 + sigma2) + beta2))."""
+    """Attention and MLP, each modulated by the class (adaptive layer norm, AdaLN).
+
+    x += drop_path(gamma1 Attn(LN(x)(1 + sigma1) + beta1))
+    x += drop_path(gamma2 MLP(LN(x)(1 + sigma2) + beta2))
+    """
 
     config: TransformerConfig
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x, modulation, drop_path, past, block_sizes, keep_kv):
+    def __call__(self, x, modulation, drop_path, kv_cache, block_sizes, return_kv):
         """One block.
 
         Args:
           x: (B, l, C) float32.
-          modulation: SiLU of the class embedding (B, C), or with shared_adaln the shared modulation (B, 6, C).
+          modulation: SiLU of the class embedding (B, C), or with shared_adaln the shared
+            modulation (B, 6, C).
           drop_path: scalar rate of this block.
-          past: keys and values of earlier scales, each (B, l_past, H, D), or None.
-          block_sizes: scales' lengths when x holds several scales (training), else None: x is one scale and sees all
-            of `past` and itself.
-          keep_kv: whether to return keys and values for the scales to come.
+          kv_cache: keys and values of earlier scales, each (B, l_cache, H, D), or None.
+          block_sizes: the scales' lengths when x holds several scales (training), else None: x is
+            one scale, which attends to all of `kv_cache` and itself.
+          return_kv: whether to return keys and values for the scales to come.
 
         Returns:
-          x (B, l, C), and None or the keys and values of past and own tokens.
+          x (B, l, C), and None or the keys and values of kv_cache and own tokens.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         x = constrain_batch(x)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = self._modulate(
-            modulation
-        )  # (B, 1, C) each
+        # (B, 1, C) each
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self._modulate(modulation)
 
         h = (layer_norm(x) * (1 + scale1) + shift1).astype(dtype)
-        h, kv = self._attention(h, past, block_sizes, keep_kv)
+        h, kv = self._attention(h, kv_cache, block_sizes, return_kv)
         x = x + self._drop_path(gamma1 * h, drop_path)
 
-        h = _rows((layer_norm(x) * (1 + scale2) + shift2).astype(dtype))
+        h = _flatten_tokens((layer_norm(x) * (1 + scale2) + shift2).astype(dtype))
         h = nn.Dense(
             round(c.width * c.mlp_ratio), name="fc1", dtype=dtype, kernel_init=_normal(c.init_std)
         )(h)
@@ -218,7 +248,7 @@ class Block(nn.Module):
         packed = nn.Dense(6 * c.width, name="ada", kernel_init=init)(modulation)
         return jnp.split(packed.reshape(-1, 6, c.width), 6, axis=1)
 
-    def _attention(self, h, past, block_sizes, keep_kv):
+    def _attention(self, h, kv_cache, block_sizes, return_kv):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         head_size = c.width // c.heads
         qkv = nn.DenseGeneral(
@@ -227,57 +257,60 @@ class Block(nn.Module):
             name="qkv",
             dtype=dtype,
             kernel_init=_normal(c.init_std),
-        )(_rows(h))
+        )(_flatten_tokens(h))
         qkv = qkv.reshape(*h.shape[:2], 3, c.heads, head_size)
         zeros = nn.initializers.zeros
-        q = qkv[:, :, 0] + self.param("q_bias", zeros, (c.heads, head_size)).astype(
-            dtype
-        )  # (B, l, H, D)
+        q_bias = self.param("q_bias", zeros, (c.heads, head_size))
+        v_bias = self.param("v_bias", zeros, (c.heads, head_size))
+        q = qkv[:, :, 0] + q_bias.astype(dtype)  # (B, l, H, D)
         k = qkv[:, :, 1]  # no bias: it would shift all scores of a query alike
-        v = qkv[:, :, 2] + self.param("v_bias", zeros, (c.heads, head_size)).astype(dtype)
+        v = qkv[:, :, 2] + v_bias.astype(dtype)
         if c.qk_norm:
             log_scale = self.param(
                 "log_scale", nn.initializers.constant(_INIT_LOG_SCALE), (c.heads,)
             )
-            q = (_unit(q) * jnp.exp(jnp.minimum(log_scale, _MAX_LOG_SCALE))[:, None]).astype(dtype)
-            k, scale = _unit(k).astype(dtype), 1.0
+            q = (
+                _l2_normalize(q) * jnp.exp(jnp.minimum(log_scale, _MAX_LOG_SCALE))[:, None]
+            ).astype(dtype)
+            k, scale = _l2_normalize(k).astype(dtype), 1.0
         else:
             scale = _SCALE_WITHOUT_QK_NORM / head_size**0.5
-        if past is not None:
-            k, v = jnp.concatenate([past[0], k], 1), jnp.concatenate([past[1], v], 1)
+        if kv_cache is not None:
+            k, v = jnp.concatenate([kv_cache[0], k], 1), jnp.concatenate([kv_cache[1], v], 1)
         if block_sizes is None:
             out = jax.nn.dot_product_attention(q, k, v, scale=scale)
         else:
             attend = lambda q, k, v: block_attention(
-                q, k, v, block_sizes, c.pattern, scale, implementation=c.attention
+                q, k, v, block_sizes, c.pattern, scale, implementation=c.attention or None
             )
             out = map_over_images_and_heads(attend, q, k, v)
         project = nn.DenseGeneral(
             c.width, axis=(-2, -1), name="proj", dtype=dtype, kernel_init=self._residual_init()
         )
         out = project(out.reshape(-1, c.heads, head_size)).reshape(h.shape)
-        return nn.Dropout(c.dropout)(out, deterministic=self.deterministic), (
-            k,
-            v,
-        ) if keep_kv else None
+        out = nn.Dropout(c.dropout)(out, deterministic=self.deterministic)
+        return out, (k, v) if return_kv else None
 
     def _drop_path(self, branch, rate):
-        """Stochastic depth: the whole branch of a image is dropped with probability `rate`."""
+        """Stochastic depth: the whole branch of an image is dropped with probability `rate`."""
         if self.deterministic or self.config.drop_path == 0:
             return branch
         keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (branch.shape[0], 1, 1))
         return branch * keep / (1 - rate)
 
 
-def _rows(x):
-    """(B, l, C) -> (B l, C): XLA's CPU backend multiplies matrices twice as fast as stacks of them (with gradients)."""
+def _flatten_tokens(x):
+    """(B, l, C) -> (B l, C).
+
+    XLA's CPU backend multiplies matrices twice as fast as stacks of them, gradients included.
+    """
     return x.reshape(-1, x.shape[-1])
 
 
-def _unit(x):
+def _l2_normalize(x):
     """L2-normalised over D, in float32."""
     x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, -1, keepdims=True)), _QK_EPS)
+    return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, -1, keepdims=True)), _QK_NORM_EPS)
 
 
 class Blocks(nn.Module):
@@ -288,8 +321,8 @@ class Blocks(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x, modulation, drop_path, past=None, block_sizes=None, keep_kv=False):
-        """As Block, with drop_path (depth,) and past, keys and values (depth, B, l, H, D)."""
+    def __call__(self, x, modulation, drop_path, kv_cache=None, block_sizes=None, return_kv=False):
+        """As Block, with drop_path (depth,) and kv_cache, keys and values (depth, B, l, H, D)."""
         block, policy = Block, REMAT[self.config.remat]
         if policy is not None:  # inside a scan nothing could be merged with what is computed again
             block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(5, 6))
@@ -301,7 +334,7 @@ class Blocks(nn.Module):
             in_axes=(nn.broadcast, 0, 0, nn.broadcast, nn.broadcast),
         )
         return scanned(self.config, self.deterministic, name="block")(
-            x, modulation, drop_path, past, block_sizes, keep_kv
+            x, modulation, drop_path, kv_cache, block_sizes, return_kv
         )
 
 
@@ -318,7 +351,7 @@ class Head(nn.Module):
             nn.silu(condition)
         )
         scale, shift = jnp.split(ada.reshape(-1, 2, c.width), 2, axis=1)  # (B, 1, C) each
-        h = _rows((layer_norm(x) * (1 + scale) + shift).astype(c.dtype))
+        h = _flatten_tokens((layer_norm(x) * (1 + scale) + shift).astype(c.dtype))
         kernel = self.param("kernel", _normal(c.init_std * c.init_head), (c.width, c.vocab_size))
         bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,))
         logits = jnp.dot(h, kernel.astype(c.dtype), preferred_element_type=jnp.float32) + bias
@@ -343,19 +376,18 @@ class SharedModulation(nn.Module):
 class NextScaleTransformer:
     """Stage 1: the composition, as pure functions of one dictionary of parameters.
 
-    params: {"embed": …, "blocks": … stacked (N, …), "head": …} and with shared_adaln {"shared": …}.
+    params: {"embed", "blocks" (stacked: (N, ...)), "head"} and, with shared_adaln, {"shared"}.
     """
 
     config: TransformerConfig
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
         c = self.config
-        class_ids, codes = (
-            jnp.zeros(1, jnp.int32),
-            jnp.zeros((1, c.scale_list.length - c.scale_list.lengths[0], c.z_channels)),
-        )
+        class_ids = jnp.zeros(1, jnp.int32)
+        length = c.scale_list.length - c.scale_list.lengths[0]
+        scale_inputs = jnp.zeros((1, length, c.z_channels))
         keys = jax.random.split(rng, 4)
-        params = {"embed": Embeddings(c).init(keys[0], class_ids, codes)["params"]}
+        params = {"embed": Embeddings(c).init(keys[0], class_ids, scale_inputs)["params"]}
         condition = jnp.zeros((1, c.width))
         modulation = condition
         if c.shared_adaln:
@@ -369,13 +401,11 @@ class NextScaleTransformer:
         return params
 
     def modulation(self, params, condition):
-        """What blocks take for the class: condition (B, C) -> (B, C), or with shared_adaln (B, 6, C)."""
+        """What blocks take for the class: (B, C) -> (B, C), or with shared_adaln (B, 6, C)."""
         condition = nn.silu(condition)
-        return (
-            SharedModulation(self.config).apply({"params": params["shared"]}, condition)
-            if self.config.shared_adaln
-            else condition
-        )
+        if not self.config.shared_adaln:
+            return condition
+        return SharedModulation(self.config).apply({"params": params["shared"]}, condition)
 
     def embed(self, params, *args, method=None):
         return Embeddings(self.config).apply({"params": params["embed"]}, *args, method=method)
@@ -392,7 +422,17 @@ class NextScaleTransformer:
         dropout_rng=None,
         **kwargs,
     ):
-        """Blocks first … last - 1 over x (B, l, C); params has the blocks from stacked_from on. Others as Blocks."""
+        """Blocks first, ..., last - 1 over x (B, l, C).
+
+        Args:
+          condition: class embedding (B, C).
+          stacked_from: the number of the first block in params["blocks"].
+          dropout_rng: key for dropout and stochastic depth; None turns them off.
+          **kwargs: kv_cache, block_sizes and return_kv of Blocks.
+
+        Returns:
+          x (B, l, C), and keys and values or None.
+        """
         last = self.config.depth if last is None else last
         stacked = jax.tree.map(
             lambda p: p[first - stacked_from : last - stacked_from], params["blocks"]
@@ -410,19 +450,19 @@ class NextScaleTransformer:
     def head(self, params, x, condition):
         return Head(self.config).apply({"params": params["head"]}, x, condition)
 
-    def logits(self, params, class_ids, codes, dropout_rng=None):
+    def logits(self, params, class_ids, scale_inputs, dropout_rng=None):
         """All scales at once, for training.
 
         Args:
           class_ids: (B,) int32.
-          codes: next-scale inputs (B, L - l_0, Z).
+          scale_inputs: next-scale inputs (B, L - l_0, Z).
           dropout_rng: key for dropout and stochastic depth; None turns them off.
 
         Returns:
           (B, L, V) float32.
         """
-        condition = self.embed(params, class_ids, method="condition")
-        x = self.embed(params, class_ids, codes)
+        condition = self.embed(params, class_ids, method="class_embedding")
+        x = self.embed(params, class_ids, scale_inputs)
         x, _ = self.run_blocks(
             params,
             x,
@@ -432,28 +472,28 @@ class NextScaleTransformer:
         )
         return self.head(params, x, condition)
 
-    def scale_input(self, params, k: int, class_ids, codes):
-        """The input embeddings of scale k alone: codes (B, l_k, Z) -> (B, l_k, C); codes are not used where k is 0."""
-        words = (
-            self.embed(params, class_ids, method="start")
-            if k == 0
-            else self.embed(params, codes, method="words")
-        )
-        return self.embed(params, words, self.config.scale_list.slice(k), method="place")
+    def _embed_scale(self, params, class_ids, scale_inputs, k: int):
+        """(B, l_k, Z) -> (B, l_k, C): the input embeddings of scale k; of scale 0, start tokens."""
+        if k == 0:
+            x = self.embed(params, class_ids, method="start_tokens")
+        else:
+            x = self.embed(params, scale_inputs, method="embed_inputs")
+        positions = self.config.scale_list.slice(k)
+        return self.embed(params, x, positions, method="add_position_and_level")
 
-    def scale_logits(self, params, k: int, class_ids, codes, past=None):
+    def scale_logits(self, params, class_ids, scale_inputs, k: int, kv_cache=None):
         """One scale, for sampling.
 
         Args:
-          codes: next-scale input of scale k (B, l_k, Z).
-          past: keys and values of earlier scales (causal pattern), as returned for scale k - 1.
+          scale_inputs: next-scale input of scale k (B, l_k, Z).
+          kv_cache: keys and values of earlier scales (causal pattern), as returned for scale k - 1.
 
         Returns:
           (B, l_k, V) float32, and keys and values to pass on (None in the diagonal pattern, which needs none).
         """
-        condition = self.embed(params, class_ids, method="condition")
-        x = self.scale_input(params, k, class_ids, codes)
-        x, past = self.run_blocks(
-            params, x, condition, past=past, keep_kv=self.config.pattern == "causal"
+        condition = self.embed(params, class_ids, method="class_embedding")
+        x = self._embed_scale(params, class_ids, scale_inputs, k)
+        x, kv_cache = self.run_blocks(
+            params, x, condition, kv_cache=kv_cache, return_kv=self.config.pattern == "causal"
         )
-        return self.head(params, x, condition), past
+        return self.head(params, x, condition), kv_cache

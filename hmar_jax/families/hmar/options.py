@@ -1,0 +1,92 @@
+"""Options of sampling, editing and conversion, each declared once. Nothing heavy is imported here."""
+
+import dataclasses
+from typing import Any
+
+from hmar_jax.settings import Settings, parse_json, setting
+
+
+def _parse_schedule(text: str) -> Any:
+    """A name, or JSON; the sampler checks it against the model's scales."""
+    if not text.startswith("["):
+        return text
+    return parse_json(text, "a list of lists such as [[1],[1,3],[9],[16]]")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig(Settings):
+    """How tokens are sampled.
+
+    Numbers with a fraction are traced: another value compiles nothing, except that a value that
+    switches something on or off (its default does) makes another program.
+    """
+
+    guidance: float = setting(
+        0.0, "Classifier-free guidance of next-scale passes; 0: none.", at_least=0
+    )
+    masked_guidance: float = setting(
+        0.0, "Classifier-free guidance of masked passes; 0: none.", at_least=0
+    )
+    temperature: float = setting(
+        1.0, "Temperature of next-scale passes: their logits are divided by it.", above=0
+    )
+    top_k: int = setting(0, "Sample from the k likeliest tokens; 0: off.", at_least=0)
+    top_p: float = setting(
+        0.0,
+        "Sample from the likeliest tokens that together reach this probability; 0: off.",
+        at_least=0,
+        at_most=1,
+    )
+    greedy: bool = setting(False, "Take the likeliest token everywhere.")
+    schedule: Any = setting(
+        None,
+        "Passes of each scale: none (one each), default, cosine:N, or token counts such as "
+        "[[1],[1,3],[9],[16]].",
+        parse=_parse_schedule,
+    )
+    smooth: bool = setting(
+        False, "Decode mixtures of tokens: smoother images, to look at and not to measure."
+    )
+    choice_temperature: float = setting(
+        0.0,
+        "Randomness in the order in which masked passes fix tokens (MaskGIT); 0: none.",
+        at_least=0,
+        former_name="confidence_noise",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EditingConfig(SamplingConfig):
+    """How a region of an image is regenerated, beside how tokens are sampled."""
+
+    keep_coarse: bool | None = setting(
+        None,
+        "Keep the tokens of scales up to 2x2, which hold the layout of the whole image; "
+        "None: only where no class is given.",
+    )
+    dilation: int = setting(
+        0,
+        "Cells around the mask, at every scale, whose tokens are also regenerated.",
+        at_least=0,
+        former_name="ring",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig(Settings):
+    """Files of published PyTorch weights, and what they do not tell."""
+
+    tokenizer: str | None = setting(
+        None, "The tokenizer's .pth file, such as vae.pth.", metavar="FILE"
+    )
+    masked: str | None = setting(
+        None, "The .pth file of a stage 2, where the model's file is its stage 1.", metavar="FILE"
+    )
+    scales: tuple[int, ...] | None = setting(
+        None, "Sides, such as 1,2,3,4,6, where the list is not a published one.", at_least=1
+    )
+    heads: int | None = setting(
+        None,
+        "Attention heads, where the weights do not tell; default: as many as blocks.",
+        at_least=1,
+    )

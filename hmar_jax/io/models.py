@@ -1,0 +1,154 @@
+"""Model directories: `config.json`, `params/` (stored with Orbax) and `README.md`."""
+
+import json
+import os
+import secrets
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from hmar_jax.errors import InputError
+from hmar_jax.io import arrays
+from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
+
+_OVERWRITE_HINT = "choose another directory, or allow overwriting"
+
+
+def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> None:
+    """Raises InputError now if `save_model(directory, ...)` would refuse later.
+
+    Creates the parent folders.
+    """
+    if not is_local(directory):
+        if (absolute(directory) / "config.json").exists() and not overwrite:
+            raise InputError(f"{directory} contains a model or a run: {_OVERWRITE_HINT}")
+        return
+    target = os.path.realpath(directory)
+    if os.path.lexists(target) and not os.path.isdir(target):
+        raise InputError(f"cannot write a model to {directory}: it is a file")
+    if os.path.isdir(target) and os.listdir(target) and not overwrite:
+        raise InputError(f"{directory} is not empty: {_OVERWRITE_HINT}")
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.rmdir(_create_temporary_directory(target))
+    except OSError as error:
+        raise InputError(f"cannot write a model to {directory}: {error.strerror}") from error
+
+
+def save_model(
+    directory: os.PathLike | str,
+    config: dict[str, Any],
+    params: Any,
+    readme: str,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model directory, which appears, or replaces an old one, only when it is complete.
+
+    Nothing can be renamed in an object store (gs://): there config.json, without which a directory
+    is no model, is written last. Call it in one process.
+
+    Args:
+      directory: local, or gs://.
+      config: the content of config.json.
+      params: nested dicts of arrays that this process holds whole, of any floating-point type;
+        float16 halves the files and is read as float32.
+      readme: the content of README.md.
+      overwrite: replace what the directory contains.
+
+    Raises:
+      InputError: the directory is not empty, cannot be written, or has not enough space.
+    """
+    check_new_model(directory, overwrite)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    params = jax.tree.map(np.asarray, params)
+    arrays.check_leaves(params, "params")
+    arrays.check_free_space(directory, params, "the model")
+    if not is_local(directory):
+        _write_model(absolute(directory), text, params, readme)
+        return
+    target = os.path.realpath(directory)
+    temporary = _create_temporary_directory(target)
+    try:
+        _write_model(absolute(temporary), text, params, readme)
+        _replace_directory(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_model(directory: epath.Path, config: str, params: Any, readme: str) -> None:
+    # By default Orbax waits until all processes of a multi-host program save together.
+    this_process = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"model_{jax.process_index()}",
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=this_process)
+    with ocp.Checkpointer(handler, multiprocessing_options=this_process) as checkpointer:
+        # force: replaces what a killed process left. A local directory is new and empty.
+        checkpointer.save(directory / "params", args=ocp.args.PyTreeSave(params), force=True)
+    write_atomically(directory / "README.md", readme)
+    write_atomically(directory / "config.json", config)
+
+
+def load_model(directory: os.PathLike | str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a model directory. The devices may differ from those that saved it.
+
+    Returns:
+      The configuration, and the parameters: nested dicts of numpy arrays on the host. Arrays stored
+      as float16 become float32; all others keep their type.
+
+    Raises:
+      InputError: there is no such directory, it is not a model, or its files are damaged.
+    """
+    path = absolute(directory)
+    if not path.is_dir():
+        raise InputError(f"model directory {directory} does not exist")
+    missing = [name for name in ("config.json", "params") if not (path / name).exists()]
+    if missing:
+        hint = " (it is a run directory)" if (path / "checkpoints").exists() else ""
+        raise InputError(
+            f"{directory} is not a model directory: it has no {' and no '.join(missing)}{hint}"
+        )
+    config = read_json(path / "config.json", f"the configuration of the model {directory}")
+    folder = path / "params"
+    try:
+        params = arrays.read_with_retries(
+            lambda: arrays.read_as_numpy(folder, arrays.read_metadata(folder))
+        )
+    except arrays.DamagedFilesError as error:
+        raise InputError(f"the parameters of the model {directory} are damaged: {error}") from error
+    return config, params
+
+
+# Renaming directories
+
+
+def _create_temporary_directory(target: str) -> str:
+    """A new directory next to the target: renaming is one step only within a file system."""
+    temporary = os.path.join(
+        os.path.dirname(target), f".{os.path.basename(target)[:64]}.{secrets.token_hex(4)}.tmp"
+    )
+    os.mkdir(temporary)
+    return temporary
+
+
+def _replace_directory(new: str, target: str) -> None:
+    if not os.path.isdir(target) or not os.listdir(target):
+        os.replace(new, target)  # also over an empty directory
+        return
+    # A directory with contents cannot be replaced in one step: for a moment the old one has a
+    # temporary name.
+    old = _create_temporary_directory(target)
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,76 @@
+"""Settings that every training run has, whatever it trains. Groups of a config are named beside."""
+
+import dataclasses
+
+from hmar_jax.settings import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Settings):
+    """The top level of a config."""
+
+    family: str = setting("", "What is trained: a name in the registry.")
+    task: str = setting("", "Which kind of training of the family.")
+    seed: int = setting(0, "Seed of all random numbers.", at_least=0, at_most=2**32 - 1)
+    steps: int = setting(0, "Training steps.", at_least=0)
+    batch_size: int = setting(0, "Images of a step, of all devices together.", at_least=1)
+    log_every: int = setting(100, "Steps between log lines.", at_least=1, harmless=True)
+    eval_every: int = setting(5000, "Steps between evaluations.", at_least=1, harmless=True)
+    sample_every: int = setting(5000, "Steps between previews.", at_least=1, harmless=True)
+    checkpoint_every: int = setting(2500, "Steps between checkpoints.", at_least=1, harmless=True)
+    keep_checkpoints: int = setting(
+        2, "How many new checkpoints to keep.", at_least=1, harmless=True
+    )
+    keep_best: int = setting(
+        1, "How many checkpoints of least validation loss to keep.", at_least=0, harmless=True
+    )
+    ema_decay: float = setting(
+        0.0,
+        "Decay of a moving average of the parameters, which evaluation and sampling use; 0: none.",
+        at_least=0,
+        below=1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerativeTrainConfig(TrainConfig):
+    """The top level for models that train on top of an autoencoder."""
+
+    epochs: int = setting(0, "Epochs, where steps is 0.", at_least=0)
+    image_side: int = setting(
+        0, "Pixels; checked against the autoencoder's. 0: not checked.", at_least=0
+    )
+    grad_accum_steps: int = setting(
+        1,
+        "Microbatches that a batch is computed in, one after another: less memory.",
+        at_least=1,
+        harmless=True,  # no more than the order of sums
+        former_name="accumulate",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Settings):
+    """The group `data`; its group `transform` is data.transforms.Transform."""
+
+    source: str = setting("", "folder:DIR, tfds:NAME, digits, or tokens:DIR of hmar tokenize.")
+    threads: int = setting(
+        2, "Threads that read ahead, in each process.", at_least=0, harmless=True
+    )
+    workers: int = setting(
+        0, "Processes that read ahead; 0: the training process itself.", at_least=0, harmless=True
+    )
+    in_memory: bool = setting(
+        False, "Keep decoded images in memory: for small data sets.", harmless=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedDataConfig(DataConfig):
+    """The group `data` of models that train on top of an autoencoder."""
+
+    cached_copies: int = setting(
+        0,
+        "Encode each image so many times before training; 0: encode while training.",
+        at_least=0,
+    )

@@ -1,0 +1,54 @@
+"""What the loop runs: a task, its data and devices; hmar_jax/experiment.py makes one of a config."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from jax.sharding import Mesh
+
+from hmar_jax.config_files import ConfigSchema
+from hmar_jax.data.decode_errors import DecodeErrorLog
+from hmar_jax.training.task import Params, Task
+
+
+class Spec(Protocol):
+    """What a model is; the contents of a model directory's config.json."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A model that a run trains on top of; the run directory keeps a copy."""
+
+    folder: str  # in the run directory
+    spec: Spec
+    params: Params  # on the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """The held-out images, in batches that the hosts share."""
+
+    loader: grain.IterDataset  # of this host
+    batch_size: int  # of all hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What the loop needs to know of a run."""
+
+    task: Task
+    spec: Spec  # of the model that comes out
+    mesh: Mesh
+    frozen: Params  # what the task uses and does not change, on the host
+    loader: Callable[
+        [], grain.IterDataset
+    ]  # this host's part of the training batches; may take long
+    validation: Validation | None
+    preview_images: np.ndarray | None  # (task.num_preview_images, h, w, 3) uint8, held out
+    decode_errors: DecodeErrorLog
+    schema: ConfigSchema
+    parent: FrozenModel | None = None
