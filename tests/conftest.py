@@ -59,7 +59,7 @@ def golden_state(golden):
     pytest.importorskip("torch", reason="reading .pth files needs torch")
     from hmar_jax.families.hmar import convert
 
-    return lambda name, kind: convert.load_state_dicts(str(golden / f"{name}.pth"))[kind]
+    return lambda name, kind: convert.read_state(str(golden / f"{name}.pth"), kind)
 
 
 def relative(actual, wanted) -> float:
