@@ -83,10 +83,9 @@ def check_value(name: str, value: Any, field: dataclasses.Field, cls: type | Non
     if value is None and field.default is None:
         return
     allowed = kinds(cls, field)
-    values = value if isinstance(value, tuple) else (value,)
     if tuple in allowed and not isinstance(value, tuple):
         raise InputError(f"{name} must be a list; got {value!r}")
-    for item in values:
+    for item in value if tuple in allowed else (value,):
         _check_item(name, item, allowed, declared)
 
 

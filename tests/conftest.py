@@ -87,7 +87,7 @@ def golden_state(golden):
     """golden_state("vae", "tokenizer") -> the state dict of vae.pth as numpy arrays."""
     from hmar_jax.families.hmar import convert
 
-    return lambda name, kind: convert.load_state_dicts(str(golden / f"{name}.pth"))[kind]
+    return lambda name, kind: convert.read_state(str(golden / f"{name}.pth"), kind)
 
 
 def relative(actual, expected) -> float:

@@ -1,4 +1,4 @@
-"""The next-scale transformer against the published code's recorded numbers, and its properties."""
+"""The next-scale transformer: agreement with the published code's recorded numbers, properties."""
 
 import dataclasses
 
@@ -16,26 +16,26 @@ from tests.conftest import relative
 SIDES = (1, 2, 3, 4, 6)
 
 
-def published_names(grads, config):
-    """Gradients (or parameters) as {published name: array in the published layout}."""
+def published_names(params, config):
+    """Parameters (or gradients) as {published name: array in the published layout}."""
     width = config.width
     flat = {
-        "pos_start": grads["embed"]["pos_start"],
-        "pos_1LC": grads["embed"]["pos_emb"],
-        "word_embed.weight": grads["embed"]["word_embed"]["kernel"].T,
-        "word_embed.bias": grads["embed"]["word_embed"]["bias"],
-        "class_emb.weight": grads["embed"]["class_emb"],
-        "lvl_embed.weight": grads["embed"]["level_emb"],
-        "head_nm.ada_lin.1.weight": grads["head"]["ada"]["kernel"].T,
-        "head_nm.ada_lin.1.bias": grads["head"]["ada"]["bias"],
-        "head.weight": grads["head"]["kernel"].T,
-        "head.bias": grads["head"]["bias"],
+        "pos_start": params["embed"]["pos_start"],
+        "pos_1LC": params["embed"]["pos_emb"],
+        "word_embed.weight": params["embed"]["word_embed"]["kernel"].T,
+        "word_embed.bias": params["embed"]["word_embed"]["bias"],
+        "class_emb.weight": params["embed"]["class_emb"],
+        "lvl_embed.weight": params["embed"]["level_emb"],
+        "head_nm.ada_lin.1.weight": params["head"]["ada"]["kernel"].T,
+        "head_nm.ada_lin.1.bias": params["head"]["ada"]["bias"],
+        "head.weight": params["head"]["kernel"].T,
+        "head.bias": params["head"]["bias"],
     }
     if config.shared_adaln:
-        flat["shared_ada_lin.1.weight"] = grads["shared"]["ada"]["kernel"].T
-        flat["shared_ada_lin.1.bias"] = grads["shared"]["ada"]["bias"]
+        flat["shared_ada_lin.1.weight"] = params["shared"]["ada"]["kernel"].T
+        flat["shared_ada_lin.1.bias"] = params["shared"]["ada"]["bias"]
     for i in range(config.depth):
-        b = jax.tree.map(lambda g: g[i], grads["blocks"]["block"])
+        b = jax.tree.map(lambda x, i=i: x[i], params["blocks"]["block"])
         names = {
             "attn.mat_qkv.weight": b["qkv"]["kernel"].reshape(width, -1).T,
             "attn.q_bias": b["q_bias"],
@@ -63,17 +63,13 @@ def case(request, load_golden, golden_state):
     return NextScaleTransformer(config), params, load_golden(request.param)
 
 
-def test_config_is_read_off_the_weights(case):
+def test_config_is_inferred_from_the_weights(case):
     model, _, _ = case
-    shared = model.config.shared_adaln
-    assert (model.config.depth, model.config.width, model.config.heads) == (
-        (2, 64, 2) if shared else (4, 128, 2)
-    )
-    assert (
-        model.config.pattern == "diagonal"
-        and model.config.num_classes == 10
-        and model.config.qk_norm is not shared
-    )
+    config, shared = model.config, model.config.shared_adaln
+    expected = (2, 64, 2) if shared else (4, 128, 2)
+    assert (config.depth, config.width, config.heads) == expected
+    assert config.pattern == "diagonal" and config.num_classes == 10
+    assert config.qk_norm is not shared
 
 
 def test_logits(case):
@@ -82,24 +78,26 @@ def test_logits(case):
     assert relative(logits, z["logits"]) < 1e-5
     if "logits_uncond" in z:
         null = jnp.full(2, model.config.null_class)
-        assert (
-            relative(jax.jit(model.logits)(params, null, z["ns_input"]), z["logits_uncond"]) < 1e-5
-        )
+        logits = jax.jit(model.logits)(params, null, z["ns_input"])
+        assert relative(logits, z["logits_uncond"]) < 1e-5
 
 
 def test_scales_one_at_a_time_equal_all_at_once(case):
     model, params, z = case
     scales = model.config.scale_list
-    first = scales.lengths[0]
+    scale_logits = jax.jit(model.scale_logits, static_argnames="k")
     for k in range(scales.num_scales):
-        codes = (
-            z["ns_input"][:, scales.offsets[k] - first : scales.offsets[k + 1] - first]
-            if k
-            else None
-        )
-        logits, past = jax.jit(model.scale_logits, static_argnums=1)(params, k, z["labels"], codes)
-        assert past is None
+        logits, kv_cache = scale_logits(params, z["labels"], inputs_of_scale(z, scales, k), k=k)
+        assert kv_cache is None
         assert relative(logits, z["logits"][:, scales.slice(k)]) < 1e-5
+
+
+def inputs_of_scale(z, scales, k):
+    """The recorded next-scale inputs of scale k, (B, l, Z); None for the first scale."""
+    if k == 0:
+        return None
+    first = scales.lengths[0]
+    return z["ns_input"][:, scales.offsets[k] - first : scales.offsets[k + 1] - first]
 
 
 @pytest.mark.parametrize("kind", ["lognorm", "equal", "plain"])
@@ -135,14 +133,12 @@ def test_gradients(case, tag, kind, smoothing):
         assert abs(np.linalg.norm(grad) - norm) <= 1e-4 * norm + 1e-9, name
         for part, values in (("first16", grad.ravel()[:16]), ("full", grad)):
             if f"grad_{tag}/{part}/{name}" in z:
-                wanted = z[f"grad_{tag}/{part}/{name}"]
-                error = np.linalg.norm(values.ravel() - wanted.ravel())
-                # a few entries of a tensor can be near zero: measured against the tensor's typical entry
-                assert (
-                    error
-                    <= 1e-4 * max(np.linalg.norm(wanted), norm * (wanted.size / grad.size) ** 0.5)
-                    + 1e-9
-                ), (name, part)
+                expected = z[f"grad_{tag}/{part}/{name}"]
+                error = np.linalg.norm(values.ravel() - expected.ravel())
+                # Entries near zero are compared with the typical entry of the tensor.
+                typical = norm * (expected.size / grad.size) ** 0.5
+                size = max(np.linalg.norm(expected), typical)
+                assert error <= 1e-4 * size + 1e-9, (name, part)
 
 
 @pytest.mark.parametrize("size", [256, 512, 1024])
@@ -162,17 +158,16 @@ def causal(golden_state):
 
 
 def test_var_logits(load_golden, golden_state):
-    """The same weights with VAR's mask: all at once, and scale by scale with cached keys and values."""
+    """The same weights with VAR's mask: all scales at once, and one at a time with a cache."""
     model, params = causal(golden_state)
     z = load_golden("var")
     logits = jax.jit(model.logits)(params, z["labels"], z["ns_input"])
     assert relative(logits, z["logits"]) < 1e-5
-    scales, past = model.config.scale_list, None
+    scales, kv_cache = model.config.scale_list, None
+    scale_logits = jax.jit(model.scale_logits, static_argnames="k")
     for k in range(scales.num_scales):
-        codes = z["ns_input"][:, scales.offsets[k] - 1 : scales.offsets[k + 1] - 1] if k else None
-        logits, past = jax.jit(model.scale_logits, static_argnums=1)(
-            params, k, z["labels"], codes, past
-        )
+        scale_inputs = inputs_of_scale(z, scales, k)
+        logits, kv_cache = scale_logits(params, z["labels"], scale_inputs, k=k, kv_cache=kv_cache)
         assert relative(logits, z["logits"][:, scales.slice(k)]) < 1e-5
 
 
@@ -181,22 +176,22 @@ TINY = TransformerConfig(
 )
 
 
-def test_diagonal_scales_do_not_see_each_other():
+def test_diagonal_pattern_isolates_scales():
     model = NextScaleTransformer(TINY)
     params = jax.tree.map(
         lambda p: jax.random.normal(jax.random.key(p.size), p.shape) * 0.3,
         jax.jit(model.init)(jax.random.key(0)),
     )
-    codes = jax.random.normal(jax.random.key(1), (1, 13, 4))
-    changed = codes.at[:, :4].add(1.0)  # the second scale's input
+    inputs = jax.random.normal(jax.random.key(1), (1, 13, 4))
+    changed = inputs.at[:, :4].add(1.0)  # the second scale's input
     logits = jax.jit(model.logits)
-    before, after = (np.asarray(logits(params, jnp.array([1]), c)) for c in (codes, changed))
+    before, after = (np.asarray(logits(params, jnp.array([1]), x)) for x in (inputs, changed))
     assert np.array_equal(before[:, 0], after[:, 0]) and np.array_equal(before[:, 5:], after[:, 5:])
     assert not np.allclose(before[:, 1:5], after[:, 1:5])
 
 
-def test_initial_deviations():
-    """Spec: linear and embedding std sqrt(1/(3C)); branches' ends over sqrt(2N); AdaLN rows and head scaled down."""
+def test_initial_standard_deviations():
+    """sqrt(1/(3C)); divided by sqrt(2N) at the end of a branch; AdaLN and head scaled down."""
     config = dataclasses.replace(TINY, width=256, heads=4, vocab_size=512)
     params = jax.jit(NextScaleTransformer(config).init)(jax.random.key(0))
     std, block = (1 / 768) ** 0.5, params["blocks"]["block"]
@@ -213,35 +208,49 @@ def test_initial_deviations():
     }
     for name, (value, factor) in expected.items():
         assert np.std(value) == pytest.approx(std * factor, rel=0.05), name
-    assert block["fc1"]["kernel"].shape == (3, 256, 1024)  # stacked: one draw a block
+    assert block["fc1"]["kernel"].shape == (3, 256, 1024)  # stacked, each block its own
     assert not np.allclose(block["fc1"]["kernel"][0], block["fc1"]["kernel"][1])
 
 
-def test_dropout_and_stochastic_depth_need_a_key():
+def test_dropout_and_stochastic_depth_require_a_key():
     model = NextScaleTransformer(
         dataclasses.replace(TINY, dropout=0.5, drop_path=0.5, init_adaln_gamma=1.0)
     )
-    params, codes, ids = (
-        jax.jit(model.init)(jax.random.key(0)),
-        jnp.ones((2, 13, 4)),
-        jnp.array([0, 1]),
-    )
+    params = jax.jit(model.init)(jax.random.key(0))
+    inputs, ids = jnp.ones((2, 13, 4)), jnp.array([0, 1])
     logits = jax.jit(model.logits)
-    still = logits(params, ids, codes)
-    assert np.array_equal(still, logits(params, ids, codes))
-    a, b = (logits(params, ids, codes, jax.random.key(i)) for i in (1, 2))
-    assert not np.allclose(a, b) and np.array_equal(
-        a, logits(params, ids, codes, jax.random.key(1))
+    deterministic = logits(params, ids, inputs)
+    assert np.array_equal(deterministic, logits(params, ids, inputs))
+    a, b = (logits(params, ids, inputs, jax.random.key(i)) for i in (1, 2))
+    assert np.array_equal(a, logits(params, ids, inputs, jax.random.key(1)))
+    assert not np.allclose(a, b) and not np.allclose(a, deterministic)
+
+
+@pytest.mark.parametrize("pattern", ["diagonal", "causal"])
+def test_named_attention_is_the_default_one(pattern):
+    """model.attention names the implementation of block_attention; empty: the best that runs."""
+    config = dataclasses.replace(TINY, pattern=pattern)
+    params = jax.jit(NextScaleTransformer(config).init)(jax.random.key(0))
+    inputs, ids = jax.random.normal(jax.random.key(1), (2, 13, 4)), jnp.array([0, 1])
+    default, named = (
+        jax.jit(NextScaleTransformer(dataclasses.replace(config, attention=name)).logits)(
+            params, ids, inputs
+        )
+        for name in ("", "xla")
     )
-    assert not np.allclose(a, still)
+    assert np.array_equal(default, named)  # on the CPU, XLA's is the best
+    assert TransformerConfig((1, 2), attention=None).attention == ""  # as older files have it
+    model = NextScaleTransformer(dataclasses.replace(config, attention="flash"))
+    with pytest.raises(ValueError, match="flash"):
+        model.logits(params, ids, inputs)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("sides", [PUBLISHED_SIDES[256], PUBLISHED_SIDES[512]], ids=len)
 @pytest.mark.parametrize("pattern", ["diagonal", "causal"])
-def test_gradients_through_the_gpus_kernels(pattern, sides):
-    """As a training step has them: the kernels in blocks that are scanned and rematerialised, against XLA's attention."""
+def test_gradients_through_gpu_kernels(pattern, sides):
+    """The GPU kernels against XLA's attention, in scanned and rematerialized blocks."""
     config = TransformerConfig(
         scales=sides,
         vocab_size=64,
@@ -257,24 +266,20 @@ def test_gradients_through_the_gpus_kernels(pattern, sides):
     )
     params = jax.jit(NextScaleTransformer(config).init)(jax.random.key(0))
     length = config.scale_list.length
-    codes = jax.random.normal(jax.random.key(1), (2, length - 1, 8))
+    inputs = jax.random.normal(jax.random.key(1), (2, length - 1, 8))
     targets = jax.random.randint(jax.random.key(2), (2, length), 0, 64)
 
     def gradients(**changes):
         model = NextScaleTransformer(dataclasses.replace(config, **changes))
 
         def loss(params):
-            return -jnp.take_along_axis(
-                jax.nn.log_softmax(model.logits(params, jnp.arange(2), codes)),
-                targets[..., None],
-                2,
-            ).mean()
+            log_probs = jax.nn.log_softmax(model.logits(params, jnp.arange(2), inputs))
+            return -jnp.take_along_axis(log_probs, targets[..., None], 2).mean()
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
-    (loss, grads), (expected, wanted) = gradients(remat="matmuls"), gradients(attention="xla")
-    assert abs(loss - expected) < 1e-3
-    flat, like = (
-        jnp.concatenate([g.ravel() for g in jax.tree.leaves(tree)]) for tree in (grads, wanted)
-    )
-    assert relative(flat, like) < 2e-2
+    flatten = lambda tree: jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+    loss, grads = gradients(remat="matmuls")
+    expected_loss, expected = gradients(attention="xla")
+    assert abs(loss - expected_loss) < 1e-3
+    assert relative(flatten(grads), flatten(expected)) < 2e-2
