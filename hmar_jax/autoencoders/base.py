@@ -46,6 +46,7 @@ class AutoencoderConfig(Protocol):
     """The architecture: a frozen dataclass of plain values, which are the keys of its JSON."""
 
     kind: ClassVar[str]  # a key of AUTOENCODERS
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def image_side(self) -> int: ...

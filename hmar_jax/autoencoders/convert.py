@@ -43,12 +43,12 @@ def resolve_scales(
                 f"scales {sides} have K={scales.num_scales} and L={scales.length}, but {known}"
             )
         return scales
-    scales = find_published_list(num_scales, length) if length else None
-    if scales is None:
+    published = find_published_list(num_scales, length) if length else None
+    if published is None:
         raise InputError(
             f"{known}, which is no published list: give scales, such as scales=(1, 2, 3, 4, 6)"
         )
-    return scales
+    return published
 
 
 def tokenizer_scales(state: StateDict, given: ScaleList | Sequence[int] | None = None) -> ScaleList:

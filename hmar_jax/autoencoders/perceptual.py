@@ -45,6 +45,7 @@ Letters: B images, h w sides of an image, C_j channels of tap j.
 import os
 import re
 import zipfile
+from typing import NoReturn
 
 import flax.struct
 import jax
@@ -85,7 +86,7 @@ def load_perceptual(path: str | os.PathLike) -> PerceptualNetwork:
     """
     arrays = _read(path)
 
-    def fail(message: str):
+    def fail(message: str) -> NoReturn:
         raise InputError(f"{path}: {message}")
 
     def get(name: str, shape: tuple[int | None, ...]) -> jax.Array:
@@ -106,14 +107,12 @@ def load_perceptual(path: str | os.PathLike) -> PerceptualNetwork:
     def get_indices(name: str) -> tuple[int, ...]:
         array = arrays[name]
         integers = array.dtype.kind in "iu" or not array.size
-        indices = array.tolist() if array.ndim == 1 and integers else None
-        valid = indices is not None and (
-            indices == sorted(set(indices)) and all(0 <= i < num_convs for i in indices)
-        )
-        if not valid:
+        indices = array.tolist()
+        ascending = array.ndim == 1 and integers and indices == sorted(set(indices))
+        if not ascending or not all(0 <= i < num_convs for i in indices):
             fail(
                 f"{name} must be an ascending list of convolutions from 0 to {num_convs - 1}; "
-                f"got {str(array.tolist()):.80}"
+                f"got {str(indices):.80}"
             )
         return tuple(indices)
 
@@ -173,7 +172,7 @@ def perceptual_distance(network: PerceptualNetwork, x: jax.Array, y: jax.Array) 
             f"the pools of the perceptual network need images of side {network.min_side} or more; "
             f"got side {min(x.shape[1:3])}"
         )
-    distance = 0.0
+    distance = jnp.zeros(x.shape[0])
     for lin, a, b in zip(network.lins, _features(network, x), _features(network, y)):
         distance += jnp.mean(jnp.sum(lin * (_unit(a) - _unit(b)) ** 2, axis=-1), axis=(1, 2))
     return distance
