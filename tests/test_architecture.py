@@ -139,7 +139,9 @@ def test_what_serves_all_families_names_none(path):
 
 def test_large_libraries_are_imported_where_they_are_needed():
     with_torch = {
-        name for name, path in MODULES.items() if "torch" in {i.split(".")[0] for i in imports(path)}
+        name
+        for name, path in MODULES.items()
+        if "torch" in {i.split(".")[0] for i in imports(path)}
     }
     assert with_torch == {"hmar_jax.io.torch_weights"}
     for path in FILES:

@@ -5,10 +5,10 @@ import pathlib
 
 import jax
 import pytest
-from hmar_jax.autoencoders.base import AutoencoderSpec
 from ml_collections import ConfigDict
 
 from hmar_jax import config_files, settings
+from hmar_jax.autoencoders.base import AutoencoderSpec
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
 from hmar_jax.autoencoders.vq import TokenizerConfig
 from hmar_jax.errors import InputError

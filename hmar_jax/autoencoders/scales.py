@@ -130,9 +130,6 @@ def find_published_list(num_scales: int, length: int) -> ScaleList | None:
     return None
 
 
-published_list = find_published_list  # alias until the integrator renames uses
-
-
 @functools.cache
 def area_matrix(source: int, target: int) -> np.ndarray:
     """(target, source) float32: adaptive average pooling of one axis.

@@ -328,9 +328,6 @@ class Tokenizer(nn.Module):
     paint, look_up = decode_features, codebook_lookup
     area, residual, own_scale_inputs = downsample_to_scale, scale_contribution, token_features
 
-    def transformer_inputs(self, tokens):  # alias until the integrator renames uses
-        return self.next_scale_inputs(self.tokens_to_f_hats(tokens))
-
 
 def apply_tokenizer(
     config: TokenizerConfig,
@@ -436,11 +433,3 @@ class VQAutoencoder:
 
 
 AUTOENCODER = VQAutoencoder  # see hmar_jax/autoencoders/__init__.py
-
-
-def without_encoder(params: Params) -> Params:  # alias until the integrator renames uses
-    return {part: values for part, values in params.items() if part not in _ENCODER_PARTS}
-
-
-def fingerprint(config, params) -> str:  # alias until the integrator renames uses
-    return VQAutoencoder(config).fingerprint(params)
