@@ -324,10 +324,6 @@ class Tokenizer(nn.Module):
         """(B, l, Z) -> (B, S, S, Z)."""
         return self.quantizer.scale_contribution(vectors, k)
 
-    # aliases until the integrator renames uses
-    paint, look_up = decode_features, codebook_lookup
-    area, residual, own_scale_inputs = downsample_to_scale, scale_contribution, token_features
-
 
 def apply_tokenizer(
     config: TokenizerConfig,
