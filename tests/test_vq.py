@@ -14,15 +14,17 @@ from hmar_jax.autoencoders.losses import quantizer_loss
 from hmar_jax.autoencoders.scales import ScaleList
 from hmar_jax.autoencoders.vq import TokenizerConfig, VQAutoencoder, apply_tokenizer
 from hmar_jax.errors import InputError
+from hmar_jax.io.torch_weights import load_state_dicts
 from tests.conftest import relative
 
 SIDES = (1, 2, 3, 4, 6)
 
 
 @pytest.fixture(scope="module")
-def published(golden_state):
+def published(golden):
     """Config and parameters of the recorded tokenizer."""
-    return convert.tokenizer_from_state(golden_state("vae", "tokenizer"), ScaleList(SIDES))
+    state = load_state_dicts(golden / "vae.pth", {"tokenizer": convert.MARKER})["tokenizer"]
+    return convert.tokenizer_from_state(state, ScaleList(SIDES))
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax.autoencoders.perceptual import load_perceptual
+from hmar_jax.autoencoders import vq_training
+from hmar_jax.autoencoders.perceptual import load_perceptual, perceptual_distance
 from hmar_jax.autoencoders.vq import TokenizerConfig, apply_tokenizer, to_float
 from hmar_jax.autoencoders.vq_task import VQRecipe, VQTask
 from hmar_jax.errors import InputError
+from hmar_jax.training.trainable import DataInfo
 
 KEY = jax.random.key(0)
 NEVER = -(2**30)
@@ -188,7 +190,8 @@ def test_used_entries_are_marked_by_scale():
 
 
 @pytest.fixture(scope="module")
-def frozen(tmp_path_factory):
+def network(tmp_path_factory):
+    """The .npz file of a perceptual network."""
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("network") / "network.npz"
     arrays = {
         "conv0/kernel": rng.normal(size=(3, 3, 3, 4)).astype(np.float32),
@@ -199,7 +202,12 @@ def frozen(tmp_path_factory):
         "scale": np.ones(3),
     }
     np.savez(path, **arrays)
-    return {"perceptual": load_perceptual(path)}
+    return path
+
+
+@pytest.fixture(scope="module")
+def frozen(network):
+    return {"perceptual": load_perceptual(network)}
 
 
 def metrics_of(task, frozen):
@@ -253,6 +261,22 @@ def test_adversarial_and_perceptual_losses_train(frozen):
     leaves = jax.tree.leaves
     assert all_equal(leaves(early.discriminator), leaves(late.discriminator))  # always trained
     assert not all_equal(leaves(early.params["decoder"]), leaves(late.params["decoder"]))
+
+
+def test_the_config_names_the_perceptual_network(network, tmp_path):
+    config = vq_training.TASKS["tokenizer"].schema.default_config()
+    config.model.update(dataclasses.asdict(TASK.tokenizer))
+    config.recipe.perceptual_weight = 0.5
+    config.recipe.update(adversarial_weight=0.1, discriminator_layers=1, discriminator_channels=16)
+    config.steps, config.batch_size, config.perceptual_network = 10, 2, str(network)
+    task = vq_training.make_task(config, None, DataInfo("", 3, ("a", "b", "c"), 36)).task
+    assert task.recipe.perceptual_weight == 0.5 and task.discriminator.num_layers == 1
+    frozen = vq_training.frozen_params(config, None, {}, "image")
+    images = jnp.asarray(BATCH["image"] / 127.5 - 1, jnp.float32)
+    assert (perceptual_distance(frozen["perceptual"], images, images[::-1]) > 0).any()
+    config.perceptual_network = str(tmp_path / "none.npz")
+    with pytest.raises(InputError, match="none.npz: no such file"):
+        vq_training.frozen_params(config, None, {}, "image")
 
 
 # Evaluation
