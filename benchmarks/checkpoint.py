@@ -20,7 +20,7 @@ from hmar_jax.data.loader import loader_state_to_bytes
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io.checkpoints import RunCheckpoints
 from hmar_jax.parallel import sharding
-from hmar_jax.training import compiled_steps
+from hmar_jax.training.compiled_steps import compile_steps
 
 
 def main():
@@ -40,15 +40,16 @@ def main():
 
     experiment = build_experiment(config)
     mesh = experiment.mesh
-    made = compiled_steps.build(experiment.task, mesh, experiment.extra, config.ema_decay)
-    extra = sharding.place(experiment.extra, jax.tree.map(lambda x: x.sharding, made.extra))
+    steps = compile_steps(experiment.task, mesh, experiment.frozen, config.ema_decay)
+    places = jax.tree.map(lambda x: x.sharding, steps.frozen)
+    frozen = sharding.place(experiment.frozen, places)
     key = sharding.place_key(jax.random.key(config.seed), mesh)
-    state, batches = made.init(key, *extra), iter(experiment.loader())
+    state, batches = steps.init(key, frozen), iter(experiment.loader())
 
     def window(state):
         for _ in range(args.window):
             batch = sharding.global_batch(mesh, next(batches), config.batch_size)
-            state, metrics = made.train_step(state, batch, key, *extra)
+            state, metrics = steps.train_step(state, frozen, batch, key)
             jax.block_until_ready(
                 metrics["loss"]
             )  # like the training loop, which is never far ahead of the device

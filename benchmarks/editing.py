@@ -24,7 +24,7 @@ _WAYS = {
     "class given, coarse scales kept": dict(keep_coarse=True),
     "class given, next-scale passes only": dict(schedule="none"),
     "class given, masked passes guided": dict(masked_guidance=0.75),
-    "class given, mask dilated by one cell": dict(ring=1),
+    "class given, mask dilated by one cell": dict(dilation=1),
     "no class": dict(no_class=True),
     "no class, coarse scales editable": dict(no_class=True, keep_coarse=False),
 }

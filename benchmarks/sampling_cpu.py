@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--n", type=int, default=64)
     args = parser.parse_args()
     pipe = hmar_jax.load(args.model)
-    ids = np.arange(args.n) % pipe.spec.transformer.num_classes
+    ids = np.arange(args.n) % pipe.spec.num_classes
 
     def seconds(schedule):
         start = time.perf_counter()

@@ -289,10 +289,10 @@ class Pipeline:
             count = min(_MAX_BATCH * devices, total - start)
             padded = devices * (1 << (-(-count // devices) - 1).bit_length())
             index = np.minimum(np.arange(start, start + padded), start + count - 1)
-            place = lambda x: jax.device_put(x[index], self._by_image)  # noqa: B023
+            place = lambda x: jax.device_put(x[index], self._by_image)
             placed = jax.tree.map(place, rows)
             results = function(*placed)
-            turns.append(jax.tree.map(lambda x: x[:count], results))  # noqa: B023
+            turns.append(jax.tree.map(lambda x: x[:count], results))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *turns)
 
 
