@@ -22,7 +22,7 @@ TORCH = ["torch>=2.4,<3"]
 setup(
     name="hmar_jax",
     version=VERSION,
-    description="Hierarchical masked autoregressive image generation (HMAR) in JAX, for TPUs and GPUs",
+    description="Hierarchical masked autoregressive image generation in JAX, for TPUs and GPUs",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

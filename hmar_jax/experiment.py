@@ -1,4 +1,4 @@
-"""From a config to what the training loop runs: data, task, devices. It asks the registry for models.
+"""From a config to what the training loop runs: data, task, devices. It asks the registry.
 
 config -> parent model (if any) -> data -> task -> Experiment
 """
@@ -270,8 +270,8 @@ def _check_fingerprint(source: RecordSet, directory: str, parent: Parent, params
     if ours != theirs:
         raise InputError(
             f"the data set {directory} was encoded by another autoencoder: by "
-            f"{source.info.autoencoder_name!r} with fingerprint {theirs}, while {parent.name!r} has {ours}; "
-            "name that one, or encode the images again with hmar tokenize"
+            f"{source.info.autoencoder_name!r} with fingerprint {theirs}, while {parent.name!r} "
+            f"has {ours}; name that one, or encode the images again with hmar tokenize"
         )
 
 

@@ -149,7 +149,7 @@ def _attend(q, k, v, block_sizes, pattern, scale, sizes, interpret):
 
 
 def _forward(q, k, v, block_sizes, pattern, scale, sizes, interpret):
-    config = KernelConfig(*q.shape, q.dtype, block_sizes, pattern, scale, sizes, interpret)
+    config = _make_config(q, block_sizes, pattern, scale, sizes, interpret)
     out, lse = _call_kernel(
         config,
         kernels.forward_kernel,
@@ -164,7 +164,7 @@ def _forward(q, k, v, block_sizes, pattern, scale, sizes, interpret):
 
 def _backward(block_sizes, pattern, scale, sizes, interpret, residuals, d_out):
     q, k, v, out, lse = residuals
-    config = KernelConfig(*q.shape, q.dtype, block_sizes, pattern, scale, sizes, interpret)
+    config = _make_config(q, block_sizes, pattern, scale, sizes, interpret)
     d_q, delta = _call_kernel(
         config,
         kernels.d_q_kernel,
@@ -263,6 +263,23 @@ class KernelConfig:
         partial = ~full[q_tiles, k_tiles]
         flags = kernels.FIRST * is_new[:-1] + kernels.LAST * is_new[1:] + kernels.PARTIAL * partial
         return [x.astype(np.int32) for x in (q_tiles, k_tiles, flags)]
+
+
+def _make_config(q, block_sizes, pattern, scale, tile_sizes, interpret):
+    """The KernelConfig of arrays (B, H, D, L) like q."""
+    batch, heads, dim, length = q.shape
+    return KernelConfig(
+        batch=batch,
+        heads=heads,
+        dim=dim,
+        length=length,
+        dtype=q.dtype,
+        block_sizes=block_sizes,
+        pattern=pattern,
+        scale=scale,
+        tile_sizes=tile_sizes,
+        interpret=interpret,
+    )
 
 
 def _call_kernel(config, kernel, name, inputs, outputs, scratch, num_matmuls):

@@ -216,7 +216,9 @@ def make_sampler(spec):
 
 
 def describe(spec, params):
-    return [("toy", f"rank {spec.rank}, {sum(np.size(x) for x in jax.tree.leaves(params))} numbers")]
+    return [
+        ("toy", f"rank {spec.rank}, {sum(np.size(x) for x in jax.tree.leaves(params))} numbers")
+    ]
 
 
 def assemble_params(spec, trained, parent_params):

@@ -1,4 +1,4 @@
-"""Autoencoders as models by themselves: reading, describing and training them, whatever their kind."""
+"""Autoencoders as models by themselves: reading, describing, training, whatever their kind."""
 
 import importlib
 from collections.abc import Mapping

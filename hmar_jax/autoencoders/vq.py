@@ -429,7 +429,3 @@ class VQAutoencoder:
 
 
 AUTOENCODER = VQAutoencoder  # see hmar_jax/autoencoders/__init__.py
-
-
-def fingerprint(config, params) -> str:  # alias until the integrator renames uses
-    return VQAutoencoder(config).fingerprint(params)

@@ -459,6 +459,3 @@ class VQTask(TaskDefaults):
 
     def preview_labels(self) -> list[str]:
         return ["image", "reconstruction"]
-
-
-TokenizerTask = VQTask  # alias until the integrator renames uses

@@ -62,8 +62,8 @@ def make_task(config: Any, parent: Parent | None, data: DataInfo) -> TaskSetup:
     recipe = settings.from_group(VQRecipe, config.recipe)
     if recipe.vq_start_step >= config.steps:
         LOGGER.warning(
-            "recipe.vq_start_step=%d should be less than steps=%d: this tokenizer will not learn to "
-            "quantize",
+            "recipe.vq_start_step=%d should be less than steps=%d: this tokenizer will not learn "
+            "to quantize",
             recipe.vq_start_step,
             config.steps,
         )

@@ -101,8 +101,8 @@ def train(args, overrides) -> None:
 def _retain_freed_memory() -> None:
     """Tells glibc to keep what a step frees for the next one.
 
-    XLA's CPU backend allocates its temporaries anew each step. By default glibc gives such sizes back
-    to the system at once, and faulting them in again took a third of the digits' training time
+    XLA's CPU backend allocates its temporaries again each step. By default glibc returns such sizes
+    to the system at once, and page faults took a third of the digits' training time
     (benchmarks/RESULTS.md).
     """
     if sys.platform != "linux":
@@ -175,8 +175,8 @@ def tokenize(args) -> None:
     if not info.complete:
         missing, total = encoding.count_unfinished(args.out, info)
         print(
-            f"{args.out}: part {part[0]}/{part[1]} is complete; {missing} of {total} files are left "
-            "to other parts"
+            f"{args.out}: part {part[0]}/{part[1]} is complete; {missing} of {total} files are "
+            "left to other parts"
         )
         return
     print(f"{args.out}: {_describe_records(info)}")

@@ -47,14 +47,19 @@ class MeshConfig(Settings):
         -1,
         "Groups of devices that hold copies of the parameters; -1: all devices left.",
         at_least=-1,
+        harmless=True,
     )
     fsdp: int = setting(
         1,
         "Devices that parameters and optimizer state are divided over; -1: all left.",
         at_least=-1,
+        harmless=True,
     )
     tensor: int = setting(
-        1, "Devices that heads and hidden units are divided over; -1: all left.", at_least=-1
+        1,
+        "Devices that heads and hidden units are divided over; -1: all left.",
+        at_least=-1,
+        harmless=True,
     )
 
 

@@ -70,7 +70,7 @@ class TrainingPlan:
 
     @property
     def step_seconds(self) -> tuple[float, float]:
-        """Roofline: all at the same time, and one after another. No step is faster than the first."""
+        """Roofline: all at the same time, and one after another; no step is faster than the first."""
         names = ("compute", "memory", "interconnect")
         parts = [self.seconds[name] for name in names if name in self.seconds]
         return max(parts), sum(parts)
@@ -125,8 +125,8 @@ def make_plan(
       parent_config: of the model that a task trains on top of, where the config names none.
 
     Raises:
-      InputError: the mesh does not make the topology's devices, the batch does not divide, libtpu is
-        missing, or the config is wrong.
+      InputError: the mesh does not make the topology's devices, the batch does not divide, libtpu
+        is missing, or the config is wrong.
     """
     for key in ("batch_size", "grad_accum_steps"):
         if config.get(key, 1) < 1:
@@ -158,8 +158,8 @@ def make_plan(
         stack = task.layer_stack(state.params, kind)
         if stack is None:
             raise InputError(
-                f"{topology.name}: what this task needs on GPUs cannot be estimated, as its network "
-                "has no repeated layers; plan it for a TPU, which compiles it"
+                f"{topology.name}: what this task needs on GPUs cannot be estimated, as its "
+                "network has no repeated layers; plan it for a TPU, for which it is compiled"
             )
         found = StepAnalysis(
             *gpu_estimate.estimate(task, stack, mesh, topology, state, batch, counted, arguments)
