@@ -61,6 +61,9 @@ class Pixels:
     def decode(self, params, latents):
         return (latents["pixels"] + 1) / 2
 
+    def describe(self, num_params):
+        return [("images", f"{SIDE} x {SIDE} pixels")]
+
 
 @dataclasses.dataclass(frozen=True)
 class PixelsConfig:
