@@ -25,7 +25,7 @@ setup(
         "hmar_jax.packaged_configs",
     ],
     package_dir={"hmar_jax.packaged_configs": "configs"},
-    package_data={"hmar_jax": ["bundled/**/*"]},
+    package_data={"hmar_jax": ["bundled/**/*", "data/first_version_keys.json"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.4,<0.13",
