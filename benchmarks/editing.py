@@ -1,10 +1,11 @@
-"""In-painting held-out digits: is the class still read, and does new content fit what stayed?
+"""Inpainting held-out digits: is the class recognised, and does new content fit the rest?
 
     python benchmarks/editing.py --model=digits [--n=200] [--image=docs/images/editing.png]
 
-For each third of the image that is removed, and for each way of filling it: the share of images that the independent
-classifier reads as their class (it never sees a sample), and the error inside the hole against the real image, root mean
-square of pixels in [0, 1]. With a hole filled by chance the error is that of another image of the class.
+A third of each image is removed and filled in several ways. For each way: the class accuracy of an
+independent classifier, which never sees a sample, and the error inside the mask against the real
+image (root mean square of pixels in [0, 1]). A random filling has the error of another image of the
+class.
 """
 
 import argparse
@@ -15,17 +16,17 @@ import numpy as np
 import hmar_jax
 from hmar_jax.data.sources import open_source
 from hmar_jax.evaluation.classifier import accuracy, fit_classifier, read_all
-from hmar_jax.io import image_grid
+from hmar_jax.io import images as image_files
 
-_SHOWN = (1, 3, 7, 8)  # classes of the digits in the image
+_SHOWN = (1, 3, 7, 8)  # classes in the image of --image
 _WAYS = {
     "class given": {},
     "class given, coarse scales kept": dict(keep_coarse=True),
     "class given, next-scale passes only": dict(schedule="none"),
     "class given, masked passes guided": dict(masked_guidance=0.75),
-    "class given, ring of one cell": dict(ring=1),
+    "class given, mask dilated by one cell": dict(dilation=1),
     "no class": dict(no_class=True),
-    "no class, coarse scales free": dict(no_class=True, keep_coarse=False),
+    "no class, coarse scales editable": dict(no_class=True, keep_coarse=False),
 }
 
 
@@ -38,7 +39,7 @@ def main():
     parser.add_argument(
         "--image",
         default=None,
-        help="a .png file to write: the middle rows of some digits, as each class",
+        help="a .png file to write: some digits with the middle rows filled as each class",
     )
     args = parser.parse_args()
     pipe = hmar_jax.load(args.model)
@@ -47,48 +48,54 @@ def main():
     side = images.shape[1]
     third = slice(round(side / 3), round(2 * side / 3))
     print(
-        f"{len(images)} held-out digits, read correctly as they are: {accuracy(classifier, images, labels):.1%}; "
-        f"through the tokenizer: {accuracy(classifier, np.asarray(pipe.decode(pipe.encode(images))), labels):.1%}"
+        f"{len(images)} held-out digits, class accuracy: "
+        f"{accuracy(classifier, images, labels):.1%}; "
+        "after the tokenizer: "
+        f"{accuracy(classifier, np.asarray(pipe.decode(pipe.encode(images))), labels):.1%}"
     )
     for name, region in {
         "middle rows": np.s_[third, :],
         "middle columns": np.s_[:, third],
         "middle square": np.s_[third, third],
     }.items():
-        hole = np.zeros((side, side), bool)
-        hole[region] = True
-        removed = np.where(hole[..., None], np.uint8(0), images)
+        mask = np.zeros((side, side), bool)
+        mask[region] = True
+        removed = np.where(mask[..., None], np.uint8(0), images)
         print(
-            f"\n{name} removed; left black, read as their class: {accuracy(classifier, removed, labels):.1%}"
+            f"\n{name} removed; class accuracy with black in their place: "
+            f"{accuracy(classifier, removed, labels):.1%}"
         )
         for way, options in _WAYS.items():
             options = dict(options)
             classes = None if options.pop("no_class", False) else labels
-            edited = np.asarray(pipe.edit(jax.random.key(0), images, hole, classes, **options))
-            error = np.sqrt(np.mean((edited - images / 255)[:, hole] ** 2))
+            edited = np.asarray(pipe.edit(jax.random.key(0), images, mask, classes, **options))
+            error = np.sqrt(np.mean((edited - images / 255)[:, mask] ** 2))
             print(
-                f"  {way:<38} {accuracy(classifier, edited, labels):6.1%}   error in the hole {error:.3f}"
+                f"  {way:<38} {accuracy(classifier, edited, labels):6.1%}   "
+                f"error inside the mask {error:.3f}"
             )
     if args.image:
-        hole = np.zeros((side, side), bool)
-        hole[third] = True
-        draw(pipe, images[[int(np.argmax(labels == c)) for c in _SHOWN]], hole).save(args.image)
+        mask = np.zeros((side, side), bool)
+        mask[third] = True
+        make_rows(pipe, images[[int(np.argmax(labels == c)) for c in _SHOWN]], mask).save(
+            args.image
+        )
 
 
-def draw(pipe, images, hole):
-    """Before, mask, and the hole filled with each of ten classes: a row for each image (h, w, 3) uint8."""
-    mask = np.repeat(hole[..., None], 3, -1)
+def make_rows(pipe, images, mask):
+    """A row per image (h, w, 3) uint8: before, mask, and filled as each of ten classes."""
+    shown = np.repeat(mask[..., None], 3, -1)
     rows = [
         np.stack(
             [
                 image / 255,
-                mask,
-                *np.asarray(pipe.edit(jax.random.key(1), image, hole, list(range(10)))),
+                shown,
+                *np.asarray(pipe.edit(jax.random.key(1), image, mask, list(range(10)))),
             ]
         )
         for image in images
     ]
-    return image_grid.draw(
+    return image_files.make_grid(
         np.concatenate(rows), columns=12, titles=["before", "mask", *(f"as {c}" for c in range(10))]
     )
 

@@ -1,4 +1,4 @@
-"""Seconds to draw a batch of images after compilation, by schedule, and what another schedule costs the first time.
+"""Seconds to sample a batch of images, by schedule: the first call, and later ones.
 
 python benchmarks/sampling_cpu.py --model=digits [--n=64]
 """
@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--n", type=int, default=64)
     args = parser.parse_args()
     pipe = hmar_jax.load(args.model)
-    ids = np.arange(args.n) % pipe.spec.transformer.num_classes
+    ids = np.arange(args.n) % pipe.spec.num_classes
 
     def seconds(schedule):
         start = time.perf_counter()
@@ -29,13 +29,12 @@ def main():
         return time.perf_counter() - start
 
     print(
-        f"{args.n} images on {jax.devices()[0].device_kind}, seconds: first call, then median of 7"
+        f"{args.n} images on {jax.devices()[0].device_kind}, seconds: first call, median of 7 more"
     )
     for schedule in ("none", "default", "cosine:3", "cosine:9"):
         first = seconds(schedule)
-        print(
-            f"  {schedule:10} {first:6.2f} {statistics.median(seconds(schedule) for _ in range(7)):6.3f}"
-        )
+        later = statistics.median(seconds(schedule) for _ in range(7))
+        print(f"  {schedule:10} {first:6.2f} {later:6.3f}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""Training from tokens on 1, 2, 4 … GPUs of one host: images a second, whether the parameters agree, and a change of GPUs midway.
+"""Training from tokens on 1, 2, 4 … GPUs of one host: speed, agreement, resuming on fewer GPUs.
 
-    python benchmarks/scaling.py --gpus 1 2 4                                   # d16_256; within ten minutes
-    python benchmarks/scaling.py --cpu --gpus 1 2 4 --images 4 \\
-        --config.model.depth=2 --config.model.width=64 --config.model.heads=4 --config.model.dtype=float32
+    python benchmarks/scaling.py --gpus 1 2 4               # d16_256, in less than ten minutes
+    python benchmarks/scaling.py --cpu --gpus 1 2 4 --images 4 --config.model.depth=2 \\
+        --config.model.width=64 --config.model.heads=4 --config.model.dtype=float32
 
-Every row is a run in processes of its own: "data=4" and "fsdp=4" are one process with four GPUs, "data=4,processes=4" four with one
-each. Speed: the same number of images a GPU everywhere. Agreement: --steps steps at the batch of the most GPUs, from the same start,
-on one GPU in as many parts (gradient accumulation); given is |difference of the parameters| / |how far they have moved|, and to
-judge it by, the same between one GPU with so many parts and with twice as many, which differ in nothing but rounding. Stochastic
-depth is off here, since its random numbers depend on the parts. Resume: a checkpoint of the most GPUs goes on with half of them; given is
-the largest difference of the next losses. Tokens are random, so the losses mean nothing; loading them is part of the time.
+Every row is a run in its own processes: "data=4" and "fsdp=4" are one process with four GPUs,
+"data=4,processes=4" four processes with one GPU each.
+
+Speed: every row has the same number of images per GPU.
+Agreement: --steps steps with the batch of the largest number of GPUs, from the same start, against
+one GPU that accumulates the gradients of as many microbatches. The result is |difference of the
+parameters| / |their change since the start|. For comparison, "rounding alone" is the same between
+one GPU with that number of microbatches and one with twice as many. Stochastic depth is off,
+because its random numbers depend on the microbatches.
+Resume: a checkpoint of the largest number of GPUs continues on half of them; the result is the
+largest difference of the next losses.
+
+Tokens are random, so the losses mean nothing. Loading them is part of the time.
 """
 
 import argparse
@@ -33,14 +40,14 @@ def main():
     )
     parser.add_argument("--config", default="configs/hmar.py:d16_256")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--images", type=int, default=32, help="of each GPU in a step")
+    parser.add_argument("--images", type=int, default=32, help="images per GPU and step")
     parser.add_argument(
         "--steps",
         type=int,
         default=20,
-        help="that are timed, and after which parameters are compared",
+        help="steps that are timed, and after which parameters are compared",
     )
-    parser.add_argument("--rows", type=int, default=20_000, help="of random tokens")
+    parser.add_argument("--rows", type=int, default=20_000, help="number of random examples")
     parser.add_argument(
         "--cases",
         nargs="+",
@@ -48,9 +55,9 @@ def main():
         help="such as data=4 fsdp=4 data=4,processes=4 (default: all, the main ones first)",
     )
     parser.add_argument(
-        "--limit_s", type=float, default=570, help="no case begins or goes on after so many seconds"
+        "--limit_s", type=float, default=570, help="seconds after which no case starts or continues"
     )
-    parser.add_argument("--cpu", action="store_true", help="on devices that one CPU plays")
+    parser.add_argument("--cpu", action="store_true", help="use simulated devices of one CPU")
     parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args()
     if args.worker:
@@ -59,7 +66,7 @@ def main():
         drive(args)
 
 
-# The rows, and the processes of each
+# Rows and their processes
 
 
 def default_cases(gpus: list[int]) -> list[str]:
@@ -71,14 +78,14 @@ def default_cases(gpus: list[int]) -> list[str]:
 
 
 def drive(args) -> None:
-    begun, most = time.monotonic(), max(args.gpus)
+    start, most = time.monotonic(), max(args.gpus)
     cases = args.cases or default_cases(args.gpus)
     if args.cases is None and most > 1:
         cases.insert(cases.index(f"data={most}") + 1, f"data={most // 2},resume=1")
     rows = {}
     with tempfile.TemporaryDirectory(prefix="hmar_scaling_") as folder:
         for case in cases:
-            left = args.limit_s - (time.monotonic() - begun)
+            left = args.limit_s - (time.monotonic() - start)
             rows[case] = (
                 run_case(args, case, most, folder, left)
                 if left > 20
@@ -86,11 +93,11 @@ def drive(args) -> None:
             )
             print(json.dumps({case: rows[case]}), flush=True)
         show(args, rows, folder, most)
-    print(f"{time.monotonic() - begun:.0f} s in all")
+    print(f"{time.monotonic() - start:.0f} s in total")
 
 
 def run_case(args, case: str, most: int, folder: str, limit_s: float) -> dict:
-    """What the first of the case's processes printed last, or what went wrong."""
+    """The last line that the first process printed, or an error."""
     options = dict(pair.split("=") for pair in case.split(","))
     processes, resume = int(options.pop("processes", 1)), bool(options.pop("resume", ""))
     sizes = {axis: int(n) for axis, n in options.items()}
@@ -113,7 +120,7 @@ def run_case(args, case: str, most: int, folder: str, limit_s: float) -> dict:
             environment["CUDA_VISIBLE_DEVICES"] = (
                 str(i) if processes > 1 else ",".join(map(str, range(devices)))
             )
-        what = dict(
+        worker = dict(
             case=case,
             sizes=sizes,
             most=most,
@@ -127,7 +134,7 @@ def run_case(args, case: str, most: int, folder: str, limit_s: float) -> dict:
         logs.append(log)
         children.append(
             subprocess.Popen(
-                [sys.executable, __file__, *sys.argv[1:], f"--worker={json.dumps(what)}"],
+                [sys.executable, __file__, *sys.argv[1:], f"--worker={json.dumps(worker)}"],
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -156,19 +163,21 @@ def run_case(args, case: str, most: int, folder: str, limit_s: float) -> dict:
 
 
 def show(args, rows: dict, folder: str, most: int) -> None:
-    alone = rows.get("data=1", {}).get("pictures_per_second")
+    alone = rows.get("data=1", {}).get("images_per_second")
     moved = load(folder, "data=1")
     print(
-        f"\n{args.config}, {args.images} images a GPU, {next((r['device'] for r in rows.values() if 'device' in r), '?')}"
+        f"\n{args.config}, {args.images} images per GPU, "
+        + next((row["device"] for row in rows.values() if "device" in row), "?")
     )
     print(
-        f"{'case':24} {'images/s':>10} {'efficiency':>10} {'MFU':>6} {'wait':>6} {'compile':>8} {'GiB':>6}  parameters after {args.steps} steps, to 1 GPU"
+        f"{'case':24} {'images/s':>10} {'efficiency':>10} {'MFU':>6} {'wait':>6} {'compile':>8} "
+        f"{'GiB':>6}  parameters after {args.steps} steps, against 1 GPU"
     )
     for case, row in rows.items():
         if "error" in row or "resumed" in row:
             continue
         n = row["devices"]
-        efficiency = f"{row['pictures_per_second'] / (n * alone):.1%}" if alone else ""
+        efficiency = f"{row['images_per_second'] / (n * alone):.1%}" if alone else ""
         agreement = ""
         mfu, gib = (
             f"{row['mfu']:.1%}" if row["mfu"] else "?",
@@ -177,19 +186,21 @@ def show(args, rows: dict, folder: str, most: int) -> None:
         if moved is not None and n > 1 and (there := load(folder, case)) is not None:
             agreement = f"{distance(there['params'], moved['params'], moved['start']):.2e}"
         print(
-            f"{case:24} {row['pictures_per_second']:10.1f} {efficiency:>10} {mfu:>6} {row['wait']:6.1%} "
-            f"{row['compile_s']:7.0f}s {gib:>6}  {agreement}"
+            f"{case:24} {row['images_per_second']:10.1f} {efficiency:>10} {mfu:>6} "
+            f"{row['wait']:6.1%} {row['compile_s']:7.0f}s {gib:>6}  {agreement}"
         )
     if moved is not None and moved["again"] is not None:
         print(
-            f"rounding alone (1 GPU in {most} and in {2 * most} parts): {distance(moved['again'], moved['params'], moved['start']):.2e}"
+            f"rounding alone (1 GPU, {most} and {2 * most} microbatches): "
+            f"{distance(moved['again'], moved['params'], moved['start']):.2e}"
         )
     for case, row in rows.items():
         if "resumed" in row:
             known = rows.get(f"data={most}", {}).get("losses", [])[args.steps :]
             worst = max((abs(a - b) for a, b in zip(row["resumed"], known)), default=math.nan)
             print(
-                f"{case}: begun on {most}, resumed at step {row['step']}: losses differ by {worst:.1e} at most over {len(known)} steps"
+                f"{case}: started on {most}, resumed at step {row['step']}: losses differ by at "
+                f"most {worst:.1e} over {len(known)} steps"
             )
         if "error" in row:
             print(f"{case}: {row['error']}")
@@ -211,10 +222,10 @@ def distance(a, b, start) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b - start))
 
 
-# One process of one row
+# One process of a row
 
 
-def work(args, overrides: list[str], what: dict) -> None:
+def work(args, overrides: list[str], worker: dict) -> None:
     import jax
     import numpy as np
 
@@ -227,17 +238,17 @@ def work(args, overrides: list[str], what: dict) -> None:
     from hmar_jax.parallel import processes, sharding
     from hmar_jax.training import compiled_steps
 
-    if what["processes"] > 1:
-        processes.initialize(what["coordinator"], what["processes"], what["process"])
-    mesh = sharding.make_mesh(**{"data": 1} | what["sizes"])
-    devices, most = mesh.size, what["most"]
+    if worker["processes"] > 1:
+        processes.initialize(worker["coordinator"], worker["processes"], worker["process"])
+    mesh = sharding.make_mesh(**{"data": 1} | worker["sizes"])
+    devices, most = mesh.size, worker["most"]
     config = config_files.load_config(args.config)
     for text in overrides:
         config_files.override(config, *text.removeprefix("--config.").split("=", 1))
     config.steps, config.model.drop_path = 1000, 0.0
 
-    def setting(batch_size: int, parts: int = 1):
-        """The program for a batch, and a function that begins its batches anew."""
+    def prepare(batch_size: int, parts: int = 1):
+        """The compiled steps, loader and frozen arrays for a batch size, and FLOPs per image."""
         config.batch_size, config.accumulate = batch_size, parts
         sharding.check_batch(mesh, batch_size, parts)
         shapes = tasks.shapes(config)
@@ -254,7 +265,7 @@ def work(args, overrides: list[str], what: dict) -> None:
         loader = make_token_loader(
             source, batch_size=batch_size // shards, seed=0, shard_index=shard, shard_count=shards
         )
-        # Of the frozen tokenizer only the quantizer takes part.
+        # Of the frozen tokenizer, only the quantizer is used.
         values = jax.tree_util.tree_map_with_path(
             lambda path, x: (
                 rng.normal(size=x.shape).astype(x.dtype)
@@ -269,7 +280,12 @@ def work(args, overrides: list[str], what: dict) -> None:
     key = sharding.place_key(jax.random.key(0), mesh)
 
     def train(made, loader, extra, steps: int, batch_size: int, state=None, at=None):
-        """Steps from the start, or from a state and a place in the data; the losses, and what a step costs after the first ones."""
+        """Trains from the start, or from a state and a position in the data.
+
+        Returns:
+          State, iterator of the data, losses, and seconds in total and waiting for data, of the
+          steps after the first ones.
+        """
         state = made.init(key, *extra) if state is None else state
         batches, losses, waited = iter(loader), [], 0.0
         if at is not None:
@@ -277,73 +293,73 @@ def work(args, overrides: list[str], what: dict) -> None:
         for step in range(steps):
             if step == _WARM_UP:
                 jax.block_until_ready(state)
-                begun, waited = time.perf_counter(), 0.0
+                start, waited = time.perf_counter(), 0.0
             before = time.perf_counter()
             batch = sharding.global_batch(mesh, next(batches), batch_size)
             waited += time.perf_counter() - before
             state, metrics = made.train_step(state, batch, key, *extra)
             losses.append(metrics["loss"])
         jax.block_until_ready(state)
-        seconds = time.perf_counter() - begun if steps > _WARM_UP else math.nan
+        seconds = time.perf_counter() - start if steps > _WARM_UP else math.nan
         return state, batches, [float(x) for x in losses], seconds, waited
 
     def flat(made, state) -> np.ndarray:
-        """All parameters of a state, whole on this host, one after the other."""
+        """All parameters of a state as one vector on this host."""
         whole = jax.jit(lambda p: p, out_shardings=sharding.replicated(mesh))(state.params)
         return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(whole)])
 
-    def say(**figures) -> None:
+    def report(**results) -> None:
         if processes.is_primary():
             print(
                 json.dumps(
                     dict(
-                        case=what["case"],
+                        case=worker["case"],
                         devices=devices,
                         device=jax.devices()[0].device_kind,
-                        **figures,
+                        **results,
                     )
                 ),
                 flush=True,
             )
 
     whole = args.images * most
-    if what["resume"]:
-        made, loader, extra, _ = setting(whole, most // devices)
-        with RunCheckpoints(what["folder"]) as checkpoints:
+    if worker["resume"]:
+        made, loader, extra, _ = prepare(whole, most // devices)
+        with RunCheckpoints(worker["folder"]) as checkpoints:
             restored = checkpoints.restore_latest(made.state)
         _, _, losses, _, _ = train(
             made, loader, extra, _RESUMED, whole, restored.state, restored.extra["data_state"]
         )
-        return say(step=restored.step, resumed=losses)
+        return report(step=restored.step, resumed=losses)
 
     batch = args.images * devices
-    made, loader, extra, work_of_one = setting(batch)
-    begun = time.perf_counter()
+    made, loader, extra, flops_per_image = prepare(batch)
+    start = time.perf_counter()
     train(made, loader, extra, 1, batch)
-    compile_s = time.perf_counter() - begun
+    compile_s = time.perf_counter() - start
     _, _, _, seconds, waited = train(made, loader, extra, _WARM_UP + args.steps, batch)
     rate = args.steps * batch / seconds
     peak = peak_flops(jax.devices()[0])
     memory = jax.local_devices()[0].memory_stats() or {}
-    figures = dict(
+    results = dict(
         images_per_second=rate,
         compile_s=compile_s,
         wait=waited / seconds,
-        mfu=rate * work_of_one / (peak * devices) if peak else None,
+        mfu=rate * flops_per_image / (peak * devices) if peak else None,
         peak_gib=memory["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in memory else None,
     )
-    say(**figures)
+    report(**results)
 
     arrays = {}
-    if devices in (1, most):  # what is compared
+    if devices in (1, most):  # the rows that are compared
         losses = []
         if devices < most:
-            made, loader, extra, _ = setting(whole, most)
+            made, loader, extra, _ = prepare(whole, most)
             arrays["start"] = flat(made, made.init(key, *extra))
         state, batches, losses, _, _ = train(made, loader, extra, args.steps, whole)
         arrays["params"] = flat(made, state)
-        if what["case"] == f"data={most}" and most > 1:
-            with RunCheckpoints(what["folder"]) as checkpoints:
+        if worker["case"] == f"data={most}" and most > 1:
+            with RunCheckpoints(worker["folder"]) as checkpoints:
                 checkpoints.save(args.steps, state, loader_state_to_bytes(batches))
                 state, _, more, _, _ = train(
                     made, loader, extra, _RESUMED, whole, state, loader_state_to_bytes(batches)
@@ -351,11 +367,11 @@ def work(args, overrides: list[str], what: dict) -> None:
             losses += more
         del state
         if devices < most:
-            made, loader, extra, _ = setting(whole, 2 * most)
+            made, loader, extra, _ = prepare(whole, 2 * most)
             arrays["again"] = flat(made, train(made, loader, extra, args.steps, whole)[0])
         if processes.is_primary():
-            np.savez(f"{what['folder']}/{what['case']}.npz", **arrays)
-        say(**figures, losses=losses)
+            np.savez(f"{worker['folder']}/{worker['case']}.npz", **arrays)
+        report(**results, losses=losses)
 
 
 if __name__ == "__main__":

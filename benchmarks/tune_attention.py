@@ -1,9 +1,10 @@
-"""Finds the tile sizes that are written down in the code, for the rows of benchmarks/attention.py.
+"""Finds the tile sizes of the GPU kernels, for the cases of benchmarks/attention.py.
 
-    python benchmarks/tune_attention.py [--rows=TEXT] [--kernels=triton,mosaic]
+    python benchmarks/tune_attention.py [--cases=TEXT] [--kernels=triton,mosaic_gpu]
 
-Prints entries for triton_plan.TUNED and mosaic_gpu.TUNED, and all times that they were chosen by. The Triton kernels are
-timed on PyTorch tensors, the Mosaic kernels as jitted calls, one queued after the other.
+Prints entries for triton_tuning.TUNED and mosaic_gpu.TUNED, and all times behind the choice. The
+Triton kernels are timed on PyTorch tensors, the Mosaic GPU kernels as jitted calls that are queued
+one after the other.
 """
 
 import argparse
@@ -14,153 +15,185 @@ import time
 
 import attention as benchmark
 import jax
-from attention import DIM, ROWS, SCALE, captured, mosaic_call, start, torch_inputs, torch_median
+from attention import (
+    CASES,
+    DIM,
+    SCALE,
+    capture_graph,
+    mosaic_config,
+    require_triton,
+    torch_inputs,
+    torch_median,
+)
 
-from pallas_kernels import mosaic_gpu, triton_plan
-from pallas_kernels.mosaic_gpu import Step
-from pallas_kernels.triton_plan import Tile, Tuning
+from pallas_kernels import mosaic_gpu, triton_launches
+from pallas_kernels.mosaic_gpu import PipelineConfig
+from pallas_kernels.platform import gpu_name
+from pallas_kernels.triton_tuning import TileConfig, TuningConfig
 
-# Tile sizes that ptxas fits on an H100 without spilled registers, for D = 64.
-_SHORT = Tile(64, 64, 4, 1, spread=2)
+# Tile sizes that ptxas compiles for an H100 without register spills, for D = 64.
+_SHORT = TileConfig(64, 64, 4, 1, load_copies=2)
 FORWARD = (
-    (Tile(64, 64, 4, 3),),
-    (Tile(64, 64, 4, 2),),
-    (Tile(64, 64, 4, 4),),
-    (Tile(64, 32, 4, 3),),
-    (Tile(64, 64, 4, 2), Tile(128, 64, 4, 3)),
-    (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
-    (Tile(64, 64, 4, 2), Tile(128, 64, 8, 4)),
-    (Tile(64, 64, 4, 2), Tile(128, 32, 8, 4)),
-    (Tile(64, 64, 4, 2), Tile(128, 128, 8, 3)),
+    (TileConfig(64, 64, 4, 3),),
+    (TileConfig(64, 64, 4, 2),),
+    (TileConfig(64, 64, 4, 4),),
+    (TileConfig(64, 32, 4, 3),),
+    (TileConfig(64, 64, 4, 2), TileConfig(128, 64, 4, 3)),
+    (TileConfig(64, 64, 4, 2), TileConfig(128, 64, 8, 3)),
+    (TileConfig(64, 64, 4, 2), TileConfig(128, 64, 8, 4)),
+    (TileConfig(64, 64, 4, 2), TileConfig(128, 32, 8, 4)),
+    (TileConfig(64, 64, 4, 2), TileConfig(128, 128, 8, 3)),
 )
-WHOLE = (
+BACKWARD_WHOLE = (
     (_SHORT,),
-    (_SHORT, Tile(128, 32, 8, 2, spread=8)),
-    (_SHORT, Tile(128, 128, 8, 1, spread=2)),
-    (Tile(64, 32, 4, 2, spread=4),),
+    (_SHORT, TileConfig(128, 32, 8, 2, load_copies=8)),
+    (_SHORT, TileConfig(128, 128, 8, 1, load_copies=2)),
+    (TileConfig(64, 32, 4, 2, load_copies=4),),
 )
-KEYS = (
-    Tile(64, 64, 4, 3, spread=2),
-    Tile(64, 64, 4, 2, spread=2),
-    Tile(64, 32, 4, 3, spread=4),
-    Tile(64, 32, 4, 4, spread=4),
-    Tile(128, 32, 8, 3, spread=8),
-    Tile(128, 64, 8, 2, spread=4),
-    Tile(128, 64, 8, 3, spread=4),
+BACKWARD_KEYS = (
+    TileConfig(64, 64, 4, 3, load_copies=2),
+    TileConfig(64, 64, 4, 2, load_copies=2),
+    TileConfig(64, 32, 4, 3, load_copies=4),
+    TileConfig(64, 32, 4, 4, load_copies=4),
+    TileConfig(128, 32, 8, 3, load_copies=8),
+    TileConfig(128, 64, 8, 2, load_copies=4),
+    TileConfig(128, 64, 8, 3, load_copies=4),
 )
-QUERIES = (
-    Tile(64, 64, 4, 3),
-    Tile(64, 64, 4, 4),
-    Tile(64, 32, 4, 3),
-    Tile(64, 32, 4, 4),
-    Tile(128, 32, 8, 3),
-    Tile(128, 64, 8, 3),
+BACKWARD_QUERIES = (
+    TileConfig(64, 64, 4, 3),
+    TileConfig(64, 64, 4, 4),
+    TileConfig(64, 32, 4, 3),
+    TileConfig(64, 32, 4, 4),
+    TileConfig(128, 32, 8, 3),
+    TileConfig(128, 64, 8, 3),
 )
-TOGETHER = (1, 2, 4, 8, 16)
+HEADS_PER_GROUP = (1, 2, 4, 8, 16)
 
 
-def tune_triton(row, dtype):
-    """The fastest tile sizes for a row, one field after the other: the Tuning, and {field: [(ms, candidate)]}."""
+def tune_triton(case, dtype):
+    """Finds the fastest tile sizes of the Triton kernels, one field after the other.
+
+    Returns:
+      The TuningConfig, and {field: [(milliseconds, candidate)]}.
+    """
     from torch_launch import TorchAttention
     from triton.runtime.errors import OutOfResources
 
-    q, k, v, d_out = torch_inputs(row, dtype)
-    best = Tuning(
-        FORWARD[0], WHOLE[0], KEYS[0], QUERIES[0], forward_together=4, backward_together=4
+    q, k, v, d_out = torch_inputs(case, dtype)
+    best = TuningConfig(
+        forward=FORWARD[0],
+        backward_whole=BACKWARD_WHOLE[0],
+        backward_keys=BACKWARD_KEYS[0],
+        backward_queries=BACKWARD_QUERIES[0],
+        forward_heads_per_group=4,
+        backward_heads_per_group=4,
     )
-    tried = {}
+    times = {}
 
     def milliseconds(tuning, backward):
-        attention = TorchAttention(triton_plan.Problem(row.sizes, row.pattern, SCALE, tuning), q)
-        run = (
-            (lambda: attention.backward(q, k, v, d_out))
-            if backward
-            else (lambda: attention.forward(q, k, v))
-        )
+        problem = triton_launches.Problem(case.sizes, case.pattern, SCALE, tuning)
+        attention = TorchAttention(problem, q)
+
+        def run():
+            return attention.backward(q, k, v, d_out) if backward else attention.forward(q, k, v)
+
         try:
             attention.forward(q, k, v)
-            return torch_median(captured(run), repeat_ms=40)
-        except (
-            OutOfResources,
-            RuntimeError,
-        ) as error:  # another GPU or Triton than the candidates are made for
-            print(f"{row}: {tuning}: {error}", flush=True)
+            return torch_median(capture_graph(run), repeat_ms=40)
+        except (OutOfResources, RuntimeError) as error:
+            # The candidates are made for another GPU or version of Triton.
+            print(f"{case}: {tuning}: {error}", flush=True)
             return float("inf")
 
-    fields = [("forward", FORWARD, False), ("keys", KEYS, True), ("queries", QUERIES, True)]
-    if row.pattern == "diagonal":
-        # Last, so that keys and queries are chosen where they do most of the work.
-        fields.append(("whole", WHOLE, True))
-    fields += [("forward_together", TOGETHER, False), ("backward_together", TOGETHER, True)]
+    fields = [
+        ("forward", FORWARD, False),
+        ("backward_keys", BACKWARD_KEYS, True),
+        ("backward_queries", BACKWARD_QUERIES, True),
+    ]
+    if case.pattern == "diagonal":
+        # Last, so that the other two are chosen where they do most of the work.
+        fields.append(("backward_whole", BACKWARD_WHOLE, True))
+    fields += [
+        ("forward_heads_per_group", HEADS_PER_GROUP, False),
+        ("backward_heads_per_group", HEADS_PER_GROUP, True),
+    ]
     for field, candidates, backward in fields:
-        tried[field] = []
+        times[field] = []
         for candidate in candidates:
             tuning = dataclasses.replace(best, **{field: candidate})
-            tried[field].append((milliseconds(tuning, backward), candidate))
-        best = dataclasses.replace(
-            best, **{field: min(tried[field], key=lambda result: result[0])[1]}
-        )
-    return best, tried
+            times[field].append((milliseconds(tuning, backward), candidate))
+        best = dataclasses.replace(best, **{field: fastest(times[field])})
+    return best, times
 
 
-# Steps of the Mosaic kernels that fit in shared memory.
+def fastest(results):
+    """The candidate with the least time of [(milliseconds, candidate)]."""
+    return min(results, key=lambda result: result[0])[1]
+
+
+# Pipelines of the Mosaic GPU kernels that fit in shared memory.
 MOSAIC = dict(
-    forward=(Step(128, 4, 64), Step(128, 4), Step(256, 2), Step(256, 2, 128)),
-    queries=(Step(128, 2), Step(128, 3), Step(64, 4)),
-    keys=(Step(128, 2), Step(128, 3), Step(64, 3)),
+    forward=(
+        PipelineConfig(128, 4, 64),
+        PipelineConfig(128, 4),
+        PipelineConfig(256, 2),
+        PipelineConfig(256, 2, 128),
+    ),
+    backward_queries=(PipelineConfig(128, 2), PipelineConfig(128, 3), PipelineConfig(64, 4)),
+    backward_keys=(PipelineConfig(128, 2), PipelineConfig(128, 3), PipelineConfig(64, 3)),
 )
 
 
-def tune_mosaic(row, dtype):
-    """As `tune_triton`, for the Mosaic kernels."""
+def tune_mosaic(case, dtype):
+    """As `tune_triton`, for the Mosaic GPU kernels."""
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, d_out = (jax.random.normal(key, row.shape, dtype) for key in keys)
-    best = mosaic_gpu.Tuning()
-    tried = {}
+    q, k, v, d_out = (jax.random.normal(key, case.shape, dtype) for key in keys)
+    best = mosaic_gpu.TuningConfig()
+    times = {}
 
     def compiled(tuning, backward):
-        """The function with its arguments, or why there is none."""
-        call = mosaic_call(row, tuning)
+        """(function, arrays), or the exception that prevented it."""
+        config = mosaic_config(case, tuning)
         try:
             arrays = q, k, v
-            function = jax.jit(mosaic_gpu.run_forward(call)).lower(*arrays).compile()
+            function = jax.jit(mosaic_gpu.run_forward(config)).lower(*arrays).compile()
             if backward:
                 out, lse = function(*arrays)
                 arrays = q, k, v, out, lse, d_out
-                function = jax.jit(mosaic_gpu.run_backward(call)).lower(*arrays).compile()
+                function = jax.jit(mosaic_gpu.run_backward(config)).lower(*arrays).compile()
             jax.block_until_ready(function(*arrays))
             return function, arrays
-        except (
-            Exception
-        ) as error:  # too much memory for this GPU, or code that its compiler refuses
+        except Exception as error:  # too much memory for this GPU, or rejected by its compiler
             return error
 
     for field, candidates in MOSAIC.items():
         tunings = [dataclasses.replace(best, **{field: candidate}) for candidate in candidates]
-        # Compiled side by side, then timed one after the other.
+        backward = [field != "forward"] * len(tunings)
+        # Compiled in parallel, then timed one after the other.
         with concurrent.futures.ThreadPoolExecutor(len(tunings)) as threads:
-            found = list(threads.map(lambda tuning: compiled(tuning, field != "forward"), tunings))
-        for candidate, result in zip(candidates, found, strict=True):
+            results = list(threads.map(compiled, tunings, backward))
+        runnable = {}
+        for candidate, result in zip(candidates, results, strict=True):
             if isinstance(result, Exception):
-                print(f"{row}: {field} {candidate}: {str(result)[:200]}", flush=True)
-        if all(isinstance(result, Exception) for result in found):
-            raise SystemExit(f"{row}: no {field} of the candidates runs here")
-        fit = {
-            c: result
-            for c, result in zip(candidates, found, strict=True)
-            if not isinstance(result, Exception)
-        }
-        tried[field] = list(zip(queued_medians(fit.values()), fit, strict=True))
-        best = dataclasses.replace(
-            best, **{field: min(tried[field], key=lambda result: result[0])[1]}
-        )
-    return best, tried
+                print(f"{case}: {field} {candidate}: {str(result)[:200]}", flush=True)
+            else:
+                runnable[candidate] = result
+        if not runnable:
+            raise SystemExit(f"{case}: no candidate for {field} runs here")
+        times[field] = list(zip(queued_medians(runnable.values()), runnable, strict=True))
+        best = dataclasses.replace(best, **{field: fastest(times[field])})
+    return best, times
 
 
 def queued_medians(calls, few=2, many=12, repeats=15):
-    """For each (function, arrays): milliseconds of one more call among calls that are queued without waiting.
+    """Milliseconds of one more call of each function, among calls queued without waiting.
 
-    In turns, for a GPU slows down as it warms up.
+    The functions alternate, because a GPU slows down as it warms up.
+
+    Args:
+      calls: (function, arrays) each.
+      few, many: the two numbers of calls whose times are compared.
+      repeats: timed runs of each.
     """
     seconds = [{few: [], many: []} for _ in calls]
     for _ in range(repeats):
@@ -177,37 +210,42 @@ def queued_medians(calls, few=2, many=12, repeats=15):
     ]
 
 
-def print_tuning(row, tuning, tried, kind):
-    gpu = triton_plan.gpu_name(jax.devices()[0].device_kind)
-    dtype = '"half", ' if kind == "triton" else ""
-    print(f'    ("{gpu}", {row.length}, {DIM}, {dtype}"{row.pattern}"): Tuning(  # {kind}')
+def print_tuning(case, tuning, times, kernels):
+    """Prints an entry of TUNED as source, and the times of all candidates as comments."""
+    gpu = gpu_name(jax.devices()[0].device_kind)
+    dtype = '"half", ' if kernels == "triton" else ""
+    key = f'("{gpu}", {case.length}, {DIM}, {dtype}"{case.pattern}")'
+    print(f"    {key}: TuningConfig(  # {kernels}")
     for field in dataclasses.fields(tuning):
         print(f"        {field.name}={_source(getattr(tuning, field.name))},")
     print("    ),")
-    for field, results in tried.items():
-        print(
-            f"    # {field}: {'  '.join(f'{ms:.3f} {_short(candidate)}' for ms, candidate in results)}",
-            flush=True,
-        )
+    for field, results in times.items():
+        listed = "  ".join(f"{ms:.3f} {_short(candidate)}" for ms, candidate in results)
+        print(f"    # {field}: {listed}", flush=True)
 
 
 def _source(value):
-    """Python source of a field of a Tuning."""
+    """Python source of a field of a TuningConfig."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_source, value))},)"
-    if isinstance(value, Tile):
-        spread = f", spread={value.spread}" if value.spread != 1 else ""
-        return f"Tile({value.rows}, {value.columns}, {value.warps}, {value.stages}{spread})"
-    if isinstance(value, Step):
-        return f"Step({value.columns}, {value.stages}{f', {value.grain}' if value.grain else ''})"
+    if isinstance(value, TileConfig):
+        sizes = f"{value.rows}, {value.columns}, {value.num_warps}, {value.num_stages}"
+        copies = f", load_copies={value.load_copies}" if value.load_copies != 1 else ""
+        return f"TileConfig({sizes}{copies})"
+    if isinstance(value, PipelineConfig):
+        granularity = f", {value.granularity}" if value.granularity else ""
+        return f"PipelineConfig({value.columns}, {value.stages}{granularity})"
     return str(value)
 
 
 def _short(candidate):
-    if isinstance(candidate, Step):
-        return f"{candidate.columns}s{candidate.stages}{f'g{candidate.grain}' if candidate.grain else ''}"
-    if isinstance(candidate, Tile):
-        return f"{candidate.rows}x{candidate.columns}w{candidate.warps}s{candidate.stages}p{candidate.spread}"
+    """A candidate in a few letters, for the list of times."""
+    if isinstance(candidate, PipelineConfig):
+        granularity = f"g{candidate.granularity}" if candidate.granularity else ""
+        return f"{candidate.columns}s{candidate.stages}{granularity}"
+    if isinstance(candidate, TileConfig):
+        c = candidate
+        return f"{c.rows}x{c.columns}w{c.num_warps}s{c.num_stages}c{c.load_copies}"
     return "+".join(map(_short, candidate)) if isinstance(candidate, tuple) else str(candidate)
 
 
@@ -216,17 +254,18 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
-    parser.add_argument("--rows", default="", help="only rows whose name holds this text")
-    parser.add_argument("--kernels", default="triton,mosaic")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this text")
+    parser.add_argument("--kernels", default="triton,mosaic_gpu", help="kernels to tune")
     args = parser.parse_args()
-    start(args.dtype)
-    if "triton" in args.kernels and benchmark.torch is None:
-        raise SystemExit("Triton's are timed on PyTorch tensors: pip install torch")
-    for row in ROWS:
-        if row.must and args.rows in str(row):
-            for kind, tune in (("triton", tune_triton), ("mosaic", tune_mosaic)):
-                if kind in args.kernels.split(","):
-                    print_tuning(row, *tune(row, args.dtype), kind)
+    kernels = args.kernels.split(",")
+    require_triton(args.dtype)
+    if "triton" in kernels and benchmark.torch is None:
+        raise SystemExit("timing the Triton kernels requires PyTorch: pip install torch")
+    for case in CASES:
+        if case.required and args.cases in str(case):
+            for name, tune in (("triton", tune_triton), ("mosaic_gpu", tune_mosaic)):
+                if name in kernels:
+                    print_tuning(case, *tune(case, args.dtype), name)
 
 
 if __name__ == "__main__":

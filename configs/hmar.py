@@ -25,9 +25,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from hmar_jax.config_files import override, parse_spec
-from hmar_jax.data.sources import IMAGENET_TRAIN_IMAGES
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.family import TASKS
+from hmar_jax.training.trainable import IMAGENET
 
 
 class Published(NamedTuple):
@@ -113,7 +113,7 @@ def published(depth: int, side: int) -> ConfigDict:
     )
     c.recipe.update(
         learning_rate=p.base_lr * p.batch / 256,
-        warmup_steps=round(p.epochs / 50 * IMAGENET_TRAIN_IMAGES / p.batch),
+        warmup_steps=round(p.epochs / 50 * IMAGENET.num_images / p.batch),
         end_ratio=p.end_ratio,
         weight_decay=p.weight_decay,
         weight_decay_end=p.weight_decay_end,
@@ -142,7 +142,7 @@ def masked(name: str, stage1: ConfigDict) -> ConfigDict:
         c.epochs = 50
     else:
         c.epochs, c.model.masked_depth = 100, 8  # published: 8, the last half of d16
-        c.recipe.warmup_steps = round(100 / 50 * IMAGENET_TRAIN_IMAGES / c.batch_size)
+        c.recipe.warmup_steps = round(100 / 50 * IMAGENET.num_images / c.batch_size)
     return c
 
 

@@ -14,7 +14,7 @@ autoencoders (vq.py, vq_task.py). Here stand the differences alone.
 
 from ml_collections import ConfigDict
 
-from hmar_jax.autoencoders.vq_task import TASKS
+from hmar_jax.autoencoders.vq_training import TASKS
 from hmar_jax.config_files import override, parse_spec
 
 NAMES = ("digits", "photos", "cifar10", "vae_256")

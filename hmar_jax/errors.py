@@ -1,9 +1,10 @@
-"""Mistakes in what the user gave: one clear line, no traceback, exit status 2."""
+"""Errors in what the user gave: one line, no traceback, exit status 2."""
 
 
 class InputError(ValueError):
-    """The user's input is wrong.
+    """The user's input is invalid.
 
-    The message is one line that names the value and says what would be right. The command line prints it and exits
-    with status 2; programs catch it as a ValueError.
+    The message is one line: what must hold, what was given and, where it helps, a command that
+    fixes it. The command line prints it and exits with status 2; programs may catch it as a
+    ValueError.
     """

@@ -1,4 +1,4 @@
-"""From a config to what the training loop runs: data, task, devices. It asks the registry for models.
+"""From a config to what the training loop runs: data, task, devices. It asks the registry.
 
 config -> parent model (if any) -> data -> task -> Experiment
 """
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hmar_jax import autoencoders, families, settings
+from hmar_jax.autoencoders import models
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec, make_encoder
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.encoding import encode_in_memory
@@ -84,7 +85,7 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         kinds = ", ".join(sorted(task.input_kinds))
         raise InputError(f"{config.data.source} gives {data.kind!r}; this task takes {kinds}")
     task.check_mesh(mesh)
-    frozen = trainable.frozen_params(config, parent_params, data.kind)
+    frozen = trainable.frozen_params(config, parent, parent_params, data.kind)
     # Whatever only the networks and the optimizer can find out.
     jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
     return Experiment(
@@ -205,9 +206,9 @@ def _cached_loader(config, source: Source, transform, parent: Parent, params, sh
     encode, _ = make_encoder(autoencoder, params[AUTOENCODER], 1, jax.local_devices()[:1])
     records = encode_in_memory(
         encode,
-        autoencoder.record_spec,
         source,
         transform,
+        record_spec=autoencoder.record_spec,
         copies=config.data.cached_copies,
         seed=config.seed,
         progress=processes.is_primary(),
@@ -247,7 +248,7 @@ def _open_records(config: ConfigDict, mesh: Mesh, parent: Parent, parent_params:
             threads=config.data.threads,
         )
 
-    info, kind = _info(config, source), source.info.record.kind
+    info, kind = _info(config, source), source.info.record_spec.kind
     if not held_out:
         return _Data(info, kind, loader, None, DecodeErrorLog())
     batch = _validation_batch(config, mesh, len(held_out))
@@ -269,8 +270,8 @@ def _check_fingerprint(source: RecordSet, directory: str, parent: Parent, params
     if ours != theirs:
         raise InputError(
             f"the data set {directory} was encoded by another autoencoder: by "
-            f"{source.info.name!r} with fingerprint {theirs}, while {parent.name!r} has {ours}; "
-            "name that one, or encode the images again with hmar tokenize"
+            f"{source.info.autoencoder_name!r} with fingerprint {theirs}, while {parent.name!r} "
+            f"has {ours}; name that one, or encode the images again with hmar tokenize"
         )
 
 
@@ -329,11 +330,8 @@ def task_shapes(
         kind = next(iter(sorted(task.input_kinds - {"image"})), "image")
     params = {}
     if parent is not None:
-        owner = (
-            autoencoders
-            if isinstance(parent.spec, AutoencoderSpec)
-            else families.get_family(parent.spec.family)
-        )
+        alone = isinstance(parent.spec, AutoencoderSpec)
+        owner = models if alone else families.get_family(parent.spec.family)
         params = jax.eval_shape(lambda: owner.init_params(parent.spec, jax.random.key(0)))
-    frozen = trainable.frozen_params(config, params, kind)
+    frozen = trainable.frozen_params(config, parent, params, kind)
     return task, frozen, task.batch_shapes(kind), kind

@@ -1,11 +1,11 @@
-"""The package's log on the terminal."""
+"""Shows the log of the package on the terminal."""
 
 import logging
 import sys
 
 
 class _Terminal(logging.StreamHandler):
-    """Writes to what sys.stderr is at the time."""
+    """Writes to the current sys.stderr, which tests and notebooks replace."""
 
     stream = property(lambda self: sys.stderr)
 
@@ -17,9 +17,9 @@ TERMINAL = _Terminal()
 
 
 def show_log() -> None:
-    """The package's own log goes to stderr; the libraries' only where something is wrong."""
+    """Shows the package's messages of INFO and above on stderr, and errors of other libraries."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     log = logging.getLogger("hmar_jax")
-    log.addHandler(TERMINAL)  # does nothing the second time
-    log.setLevel(logging.DEBUG)  # a run's log.txt has more
+    log.addHandler(TERMINAL)  # has no effect the second time
+    log.setLevel(logging.DEBUG)  # log.txt of a run also has DEBUG
     log.propagate = False

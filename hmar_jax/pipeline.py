@@ -154,7 +154,7 @@ class Pipeline:
           class_id: of the new content: an id or name, a list of B, or None for no class. One image
             and a list of classes gives one edit for each class.
           return_tokens: also return the latents.
-          **options: of the family's EditingConfig and of io.masks.CompositeConfig; None: the model's
+          **options: of the family's EditingConfig and io.masks.CompositeConfig; None: the model's
             own value. See help(pipe.edit) of a loaded model.
 
         Returns:
@@ -289,9 +289,10 @@ class Pipeline:
             count = min(_MAX_BATCH * devices, total - start)
             padded = devices * (1 << (-(-count // devices) - 1).bit_length())
             index = np.minimum(np.arange(start, start + padded), start + count - 1)
-            placed = jax.tree.map(lambda x: jax.device_put(x[index], self._by_image), rows)  # noqa: B023
+            place = lambda x: jax.device_put(x[index], self._by_image)
+            placed = jax.tree.map(place, rows)
             results = function(*placed)
-            turns.append(jax.tree.map(lambda x: x[:count], results))  # noqa: B023
+            turns.append(jax.tree.map(lambda x: x[:count], results))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *turns)
 
 
@@ -401,7 +402,8 @@ def _as_mask(mask, image_shape) -> tuple[np.ndarray, bool]:
         rows = rows >= 128
     elif rows.dtype != bool:
         raise InputError(
-            f"mask must be bool, or uint8 with at least 128 where new content goes; got {mask.dtype}"
+            "mask must be bool, or uint8 with at least 128 where new content goes; "
+            f"got {mask.dtype}"
         )
     return rows, single
 
@@ -439,8 +441,8 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
         directory = _BUNDLED / name
     if not exists(directory):
         raise InputError(
-            f"model must be a bundled model ({', '.join(bundled_models()) or 'none'}) or a directory "
-            f"with a config.json; got {name!r}"
+            f"model must be a bundled model ({', '.join(bundled_models()) or 'none'}) or a "
+            f"directory with a config.json; got {name!r}"
         )
     where = str(directory / "config.json")
     config = files.read_json(directory / "config.json", "the config of a model or a run")

@@ -306,9 +306,8 @@ def describe(cls: type, indent: str = "") -> str:
         default = (
             f"default {field.default!r}" if field.default is not None else "default: see above"
         )
-        lines.append(
-            f"{indent}{field.name}: {declared.help} ({'; '.join(x for x in (limits, default) if x)})"
-        )
+        notes = "; ".join(x for x in (limits, default) if x)
+        lines.append(f"{indent}{field.name}: {declared.help} ({notes})")
     return "\n".join(lines)
 
 

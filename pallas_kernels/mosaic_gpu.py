@@ -1,7 +1,11 @@
-"""Block attention on Hopper by kernels in Pallas' Mosaic GPU: forward, backward, and their batching.
+"""Block attention on Hopper GPUs by kernels in Pallas for Mosaic GPU.
 
-The kernels are in mosaic_gpu_kernels.py, the loops around them in mosaic_gpu_program.py, and their work is listed in
-mosaic_gpu_plan.py.
+This module is the JAX side: support checks, tuning, forward, backward and their batching. The
+arithmetic of the kernels is in mosaic_gpu_kernels.py, the loops and the memory around it are in
+mosaic_gpu_pipeline.py, and the work of their programs is listed in mosaic_gpu_work_lists.py.
+
+Letters in shapes: B batch, L all tokens, H heads, D head dim. In addition to (B, H, L), numbers per
+row have the shapes of a work list: (B, H, tiles, ROWS) and (B, H, steps, columns).
 """
 
 import dataclasses
@@ -13,224 +17,279 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import (
-    calls,
     mosaic_gpu_kernels,
-    mosaic_gpu_plan,
-    mosaic_gpu_program,
-    triton_plan,
+    mosaic_gpu_pipeline,
+    mosaic_gpu_work_lists,
+    platform,
+    transforms,
 )
-from pallas_kernels.mosaic_gpu_plan import ROWS
-from pallas_kernels.mosaic_gpu_program import Layout, Stream
-from pallas_kernels.platform import why_not_nvidia
+from pallas_kernels.mosaic_gpu_pipeline import SharedMemoryLayout, Stream
+from pallas_kernels.mosaic_gpu_work_lists import ROWS
 
-_OLDEST_JAX = (0, 11)  # Pallas' interface to Mosaic GPU still changes
+_MIN_JAX = (0, 11)  # Pallas' interface to Mosaic GPU still changes
 _DTYPES = ("float16", "bfloat16")
-_DIM = 64
-_TOGETHER = 8  # heads that go through the tiles side by side, at most; 1, 4 and 16 are as fast
+_HEAD_DIM = 64
+_HEADS_PER_GROUP = 8  # heads that go through the tiles side by side, at most; 1, 4, 16 are as fast
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """How a kernel takes the other side."""
+class PipelineConfig:
+    """How a kernel streams the rows of the other side."""
 
-    columns: int  # rows at a time, a multiple of 64, at most 256
-    stages: int  # of them in shared memory
-    grain: int | None = (
-        None  # forward: the last step has a multiple of so many columns; None: all of them
-    )
+    columns: int  # rows per step, a multiple of 64, at most 256
+    stages: int  # steps in shared memory
+    # Forward: the last step has a multiple of this many columns; None: all columns.
+    granularity: int | None = None
 
     @property
-    def narrower(self):
-        """The columns that a last step may have, if it has fewer than the others."""
-        return tuple(range(self.grain, self.columns, self.grain)) if self.grain else ()
+    def partial_columns(self) -> tuple[int, ...]:
+        """The columns that a last step may have if it has fewer than the others."""
+        if self.granularity is None:
+            return ()
+        return tuple(range(self.granularity, self.columns, self.granularity))
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
-    """How the kernels cut their work."""
+class TuningConfig:
+    """The pipelines of all kernels of one call, by the names of the kernels."""
 
-    forward: Step = Step(128, 4, 64)
-    queries: Step = Step(128, 2)
-    keys: Step = Step(128, 2)
+    forward: PipelineConfig = PipelineConfig(128, 4, 64)
+    backward_queries: PipelineConfig = PipelineConfig(128, 2)
+    backward_keys: PipelineConfig = PipelineConfig(128, 2)
 
 
-# (GPU, L, D, pattern), of half precision: cases in which these kernels were measured to be faster than Triton's by
-# `benchmarks/attention.py`, with steps found by `benchmarks/tune_attention.py`. At 680 tokens the two are within 5 %.
+# Cases (GPU, L, D, pattern), in half precision, in which `benchmarks/attention.py` measured these
+# kernels to be faster than the Triton ones. The pipelines were found by
+# `benchmarks/tune_attention.py`. At 680 tokens, the two are within 5 %.
 TUNED = {
-    ("H100", 2240, 64, "diagonal"): Tuning(),
-    ("H100", 2240, 64, "causal"): Tuning(),
-    ("H100", 9451, 64, "diagonal"): Tuning(forward=Step(256, 2)),
-    ("H100", 9451, 64, "causal"): Tuning(forward=Step(256, 2)),
+    ("H100", 2240, 64, "diagonal"): TuningConfig(),
+    ("H100", 2240, 64, "causal"): TuningConfig(),
+    ("H100", 9451, 64, "diagonal"): TuningConfig(forward=PipelineConfig(256, 2)),
+    ("H100", 9451, 64, "causal"): TuningConfig(forward=PipelineConfig(256, 2)),
 }
 
 
-def tuning_for(gpu, length, dim, pattern):
-    """The steps measured for this case, or ones that work everywhere."""
-    return TUNED.get((gpu, length, dim, pattern), Tuning())
+def tuning_for(gpu: str, length: int, dim: int, pattern: str) -> TuningConfig:
+    """Returns the pipelines measured for a case, or ones that work everywhere.
+
+    Args:
+      gpu: short name of the GPU, by `platform.gpu_name`.
+      length: L, the number of tokens.
+      dim: D, the head dim.
+      pattern: "diagonal" or "causal".
+    """
+    return TUNED.get((gpu, length, dim, pattern), TuningConfig())
 
 
-def why_not(q):
-    """None if the kernels can run here on arrays like q, otherwise the reason in words."""
-    reason = why_not_nvidia()
+def unsupported_reason(q) -> str | None:
+    """Returns None if the kernels can run here on arrays like q, otherwise the reason in words."""
+    reason = platform.nvidia_unsupported_reason()
     if reason is not None:
         return reason
-    if jax.__version_info__ < _OLDEST_JAX:
-        return f"it needs jax {'.'.join(map(str, _OLDEST_JAX))} or newer, this is {jax.__version__}"
-    if jax.local_devices()[0].compute_capability != "9.0":
-        return f"it needs a Hopper GPU (compute capability 9.0), this is {jax.local_devices()[0].device_kind}"
+    if jax.__version_info__ < _MIN_JAX:
+        oldest = ".".join(map(str, _MIN_JAX))
+        return f"requires jax {oldest} or newer; this is jax {jax.__version__}"
+    device = jax.local_devices()[0]
+    if device.compute_capability != "9.0":
+        kind = device.device_kind
+        return f"requires a Hopper GPU (compute capability 9.0); this process runs on {kind}"
     if q.dtype.name not in _DTYPES:
-        return f"it takes {', '.join(_DTYPES)}; got {q.dtype}"
-    if q.shape[-1] != _DIM:
-        return f"it takes a head dim of {_DIM}; got {q.shape[-1]}"
+        return f"supports {', '.join(_DTYPES)}; got {q.dtype}"
+    if q.shape[-1] != _HEAD_DIM:
+        return f"supports head dim {_HEAD_DIM}; got {q.shape[-1]}"
     return None
 
 
-def is_faster(q, pattern):
-    """Whether it was measured to be faster than the other implementations on this GPU or its like, on arrays like q."""
-    return _case(q, pattern) in TUNED
+def is_faster(q, pattern) -> bool:
+    """Whether this module is measured to be the fastest on this GPU, for arrays like q."""
+    return _tuning_key(q, pattern) in TUNED
 
 
-def _case(q, pattern):
-    return triton_plan.gpu_name(jax.local_devices()[0].device_kind), q.shape[1], q.shape[3], pattern
+def _tuning_key(q, pattern):
+    gpu = platform.gpu_name(jax.local_devices()[0].device_kind)
+    return gpu, q.shape[1], q.shape[3], pattern
 
 
 def attention(q, k, v, block_sizes, pattern, scale):
-    """Block attention; arguments are checked and explained in `pallas_kernels.api.block_attention`."""
-    tuning = tuning_for(*_case(q, pattern))
-    return attend(
-        q, k, v, Call(block_sizes, pattern, scale, tuning, jax.local_devices()[0].core_count)
-    )
+    """Block attention; see `pallas_kernels.api.block_attention`, which validates the arguments."""
+    tuning = tuning_for(*_tuning_key(q, pattern))
+    num_multiprocessors = jax.local_devices()[0].core_count
+    return attend(q, k, v, CallConfig(block_sizes, pattern, scale, tuning, num_multiprocessors))
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """All that is static about a call from JAX."""
+class CallConfig:
+    """Everything static about a call from JAX."""
 
     block_sizes: tuple[int, ...]
     pattern: str
     scale: float
-    tuning: Tuning = Tuning()
-    multiprocessors: int = 132
+    tuning: TuningConfig = TuningConfig()
+    num_multiprocessors: int = 132
 
-    def work(self, q, step):
-        """Arguments of `mosaic_gpu_plan.query_plan` and `key_plan`."""
+    def work_list_args(self, q, pipeline):
+        """The arguments of `query_work_list` and `key_work_list`, for arrays like q."""
         batch, _, heads, _ = q.shape
         return (
             self.block_sizes,
             self.pattern,
             batch,
             heads,
-            step.columns,
-            _TOGETHER,
-            self.multiprocessors,
+            pipeline.columns,
+            _HEADS_PER_GROUP,
+            self.num_multiprocessors,
         )
 
 
 @functools.lru_cache(maxsize=256)
-def run_forward(call):
-    """(q, k, v), each (B, L, H, D) -> out (B, L, H, D), and lse (B, H, L) float32 in base 2."""
+def run_forward(config: CallConfig):
+    """Returns a function (q, k, v) -> (out, lse).
 
-    @calls.batched
+    q, k, v and out are (B, L, H, D); lse, the logsumexp of the scores in base 2, is (B, H, L)
+    float32.
+    """
+
+    @transforms.batched
     def run(q, k, v):
-        step = call.tuning.forward
-        plan = mosaic_gpu_plan.query_plan(*call.work(q, step), step.grain)
-        log2_scale = call.scale * math.log2(math.e)
-        results = mosaic_gpu_program.call(
-            Layout(
+        pipeline = config.tuning.forward
+        work_list = mosaic_gpu_work_lists.query_work_list(
+            *config.work_list_args(q, pipeline), pipeline.granularity
+        )
+        results = mosaic_gpu_pipeline.run_kernel(
+            layout=SharedMemoryLayout(
+                dtype=q.dtype,
+                dim=q.shape[3],
+                columns=pipeline.columns,
+                stages=pipeline.stages,
+                num_resident=1,
+                streams=(Stream(1), Stream(1)),
+                num_outputs=1,
+                num_row_outputs=1,
+                partial_columns=pipeline.partial_columns,
+            ),
+            compute=functools.partial(
+                mosaic_gpu_kernels.forward,
+                config.scale * math.log2(math.e),
                 q.dtype,
-                q.shape[3],
-                step.columns,
-                step.stages,
-                1,
-                (Stream(1), Stream(1)),
-                1,
-                1,
-                step.narrower,
+                pipeline.columns,
+                pipeline.partial_columns,
             ),
-            functools.partial(
-                mosaic_gpu_kernels.forward, log2_scale, q.dtype, step.columns, step.narrower
-            ),
-            plan,
-            call.multiprocessors,
-            dict(q=q, k=k, v=v, own=("q",), streams=(("k",), ("v",))),
-            dict(out=_like(q), lse=_row_results(q, plan)),
+            work_list=work_list,
+            num_programs=config.num_multiprocessors,
+            operands=dict(q=q, k=k, v=v),
+            resident=("q",),
+            streams=(("k",), ("v",)),
+            out_types=dict(out=_like(q), lse=_row_results_type(q, work_list)),
         )
-        return tuple(
-            calls.varying_like(q, x) for x in (results["out"], _from_tiles(results["lse"], plan))
-        )
+        lse = _from_tiles(results["lse"], work_list)
+        return tuple(transforms.varying_like(q, x) for x in (results["out"], lse))
 
     return run
 
 
 @functools.lru_cache(maxsize=256)
-def run_backward(call):
-    """(q, k, v, out, lse, d_out) -> (dq, dk, dv), each (B, L, H, D)."""
+def run_backward(config: CallConfig):
+    """Returns a function (q, k, v, out, lse, d_out) -> (d_q, d_k, d_v), each (B, L, H, D)."""
 
-    @calls.batched
+    @transforms.batched
     def run(q, k, v, out, lse, d_out):
-        ranged = q.dtype == jnp.float16
-        step = call.tuning.queries
-        plan = mosaic_gpu_plan.query_plan(*call.work(q, step))
-        operands = dict(q=q, d_out=d_out, out=out, k=k, v=v, lse=_at(lse, plan.own_rows, jnp.inf))
-        if ranged:
-            top_v = jnp.abs(v).max(axis=(1, 3)).astype(jnp.float32)
-            operands["top_v"] = top_v
-        results = mosaic_gpu_program.call(
-            Layout(q.dtype, q.shape[3], step.columns, step.stages, 3, (Stream(2),), 1, 2),
-            functools.partial(
-                mosaic_gpu_kernels.backward_queries, call.scale, q.dtype, step.columns
-            ),
-            plan,
-            call.multiprocessors,
-            dict(**operands, own=("q", "d_out", "out"), streams=(("k", "v"),)),
-            dict(d_q=_like(q), delta=_row_results(q, plan), top_d_out=_row_results(q, plan)),
+        rescaled = q.dtype == jnp.float16
+        pipeline = config.tuning.backward_queries
+        work_list = mosaic_gpu_work_lists.query_work_list(*config.work_list_args(q, pipeline))
+        operands = dict(
+            q=q, d_out=d_out, out=out, k=k, v=v, lse=_gather(lse, work_list.resident_rows, jnp.inf)
         )
-        delta = _from_tiles(results["delta"], plan)
-        step = call.tuning.keys
-        plan = mosaic_gpu_plan.key_plan(*call.work(q, step))
-        operands = dict(q=q, d_out=d_out, k=k, v=v)
-        if ranged:
-            largest = q.shape[3] * jnp.maximum(results["top_d_out"].max(axis=(2, 3)) * top_v, 1e-30)
-            operands["factor"] = mosaic_gpu_kernels.HALF_RANGE / largest  # (B, H)
-            delta *= operands["factor"][:, :, None]
-        operands |= dict(
-            lse=_at(lse, plan.other_rows, jnp.inf), delta=_at(delta, plan.other_rows, 0.0)
+        if rescaled:
+            v_amax = jnp.abs(v).max(axis=(1, 3)).astype(jnp.float32)  # (B, H)
+            operands["v_amax"] = v_amax
+        results = mosaic_gpu_pipeline.run_kernel(
+            layout=SharedMemoryLayout(
+                dtype=q.dtype,
+                dim=q.shape[3],
+                columns=pipeline.columns,
+                stages=pipeline.stages,
+                num_resident=3,
+                streams=(Stream(2),),
+                num_outputs=1,
+                num_row_outputs=2,
+            ),
+            compute=functools.partial(
+                mosaic_gpu_kernels.backward_queries, config.scale, q.dtype, pipeline.columns
+            ),
+            work_list=work_list,
+            num_programs=config.num_multiprocessors,
+            operands=operands,
+            resident=("q", "d_out", "out"),
+            streams=(("k", "v"),),
+            out_types=dict(
+                d_q=_like(q),
+                delta=_row_results_type(q, work_list),
+                d_out_amax=_row_results_type(q, work_list),
+            ),
         )
         d_q = results["d_q"]
-        results = mosaic_gpu_program.call(
-            Layout(q.dtype, q.shape[3], step.columns, step.stages, 2, (Stream(2, 2),), 2, 0),
-            functools.partial(mosaic_gpu_kernels.backward_keys, call.scale, q.dtype, step.columns),
-            plan,
-            call.multiprocessors,
-            dict(**operands, own=("k", "v"), streams=(("q", "d_out", "lse", "delta"),)),
-            dict(d_k=_like(q), d_v=_like(q)),
+        delta = _from_tiles(results["delta"], work_list)
+
+        pipeline = config.tuning.backward_keys
+        work_list = mosaic_gpu_work_lists.key_work_list(*config.work_list_args(q, pipeline))
+        operands = dict(q=q, d_out=d_out, k=k, v=v)
+        if rescaled:
+            d_out_amax = results["d_out_amax"].max(axis=(2, 3))  # (B, H)
+            largest = q.shape[3] * jnp.maximum(d_out_amax * v_amax, 1e-30)
+            operands["d_scores_scale"] = mosaic_gpu_kernels.FLOAT16_LIMIT / largest  # (B, H)
+            delta *= operands["d_scores_scale"][:, :, None]
+        operands |= dict(
+            lse=_gather(lse, work_list.streamed_rows, jnp.inf),
+            delta=_gather(delta, work_list.streamed_rows, 0.0),
         )
-        return tuple(calls.varying_like(q, x) for x in (d_q, results["d_k"], results["d_v"]))
+        results = mosaic_gpu_pipeline.run_kernel(
+            layout=SharedMemoryLayout(
+                dtype=q.dtype,
+                dim=q.shape[3],
+                columns=pipeline.columns,
+                stages=pipeline.stages,
+                num_resident=2,
+                streams=(Stream(2, 2),),
+                num_outputs=2,
+                num_row_outputs=0,
+            ),
+            compute=functools.partial(
+                mosaic_gpu_kernels.backward_keys, config.scale, q.dtype, pipeline.columns
+            ),
+            work_list=work_list,
+            num_programs=config.num_multiprocessors,
+            operands=operands,
+            resident=("k", "v"),
+            streams=(("q", "d_out", "lse", "delta"),),
+            out_types=dict(d_k=_like(q), d_v=_like(q)),
+        )
+        return tuple(transforms.varying_like(q, x) for x in (d_q, results["d_k"], results["d_v"]))
 
     return run
 
 
-# (q, k, v, call) -> out: `attention`, with tile sizes and GPU given.
-attend = calls.differentiable(run_forward, run_backward)
+# (q, k, v, config) -> out: `attention` with the tuning and the GPU given.
+attend = transforms.differentiable(run_forward, run_backward)
 
 
 def _like(q):
     return jax.ShapeDtypeStruct(q.shape, q.dtype)
 
 
-def _row_results(q, plan):
+def _row_results_type(q, work_list):
+    """The type of one number per resident row: (B, H, tiles, ROWS) float32."""
     batch, _, heads, _ = q.shape
-    return jax.ShapeDtypeStruct((batch, heads, len(plan.own_rows), ROWS), jnp.float32)
+    return jax.ShapeDtypeStruct((batch, heads, len(work_list.resident_rows), ROWS), jnp.float32)
 
 
-def _from_tiles(x, plan):
+def _from_tiles(x, work_list):
     """(B, H, tiles, ROWS) -> (B, H, L)"""
-    rows = plan.own_rows.ravel()
-    place = np.flatnonzero(rows >= 0)
-    place = place[np.argsort(rows[place])]
-    return x.reshape(*x.shape[:2], -1)[:, :, place]
+    rows = work_list.resident_rows.ravel()
+    index = np.flatnonzero(rows >= 0)
+    index = index[np.argsort(rows[index])]
+    return x.reshape(*x.shape[:2], -1)[:, :, index]
 
 
-def _at(x, rows, fill):
-    """(B, H, L) -> (B, H, *rows.shape), fill where rows is -1."""
+def _gather(x, rows, fill):
+    """(B, H, L) -> (B, H, *rows.shape): x at these rows, and fill where a row is -1."""
     return jnp.where(rows >= 0, x[:, :, np.maximum(rows, 0)], fill)

@@ -1,28 +1,34 @@
-"""Static work lists: how consecutive blocks are grouped, so that each group is one dense attention.
+"""Static work lists: how the score matrix of block attention is split into dense pieces.
 
-Block sizes are known at trace time, so all of this is plain Python. A block alone computes no score that its mask
-removes, but every group costs a fixed amount; so small blocks are computed together under a mask, large ones alone.
+Block sizes are known at trace time, so everything here is plain Python and NumPy. Three
+granularities: groups of whole blocks (xla.py), pairs of equal tiles (mosaic_tpu.py), and tiles
+that start and stop at any row (the GPU kernels). All of them skip the scores that the mask
+removes, as block-sparse FlashAttention does (arXiv 2205.14135, section 3.3).
 """
 
 import bisect
 import dataclasses
 import functools
 import heapq
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from pallas_kernels.reference import block_mask
 
-# What one more group costs, as the number of score cells (for one picture and head) that take the same time. Measured
-# by `benchmarks/attention_cpu.py --groups`, forward + backward in float32 on two CPU cores. The optimum is flat: 500
-# to 2000 are within noise of the best; 0 costs lists of 30 tokens a quarter, 4000 merges an 8x8 block with 21 tokens
-# (30 % slower).
-CELLS_PER_GROUP = 1000
+# Groups of blocks.
+
+# The fixed cost of one group, as the number of scores (of one image and head) that take the same
+# time. Measured by `benchmarks/attention_cpu.py --groups`, forward + backward in float32 on two CPU
+# cores. The optimum is flat: 500 to 2000 are within noise of the best. With 0, lists of 30 tokens
+# are 25 % slower; with 4000, an 8x8 block is merged with 21 tokens (30 % slower).
+GROUP_OVERHEAD = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Consecutive blocks computed together: queries [start, stop) against keys [key_start, stop)."""
+    """Consecutive blocks in one dense attention: queries [start, stop), keys [key_start, stop)."""
 
     start: int  # first query
     stop: int  # one past the last query, and one past the last key
@@ -30,22 +36,33 @@ class Group:
     block_sizes: tuple[int, ...]  # the blocks of the group; their sum is stop - start
 
     @property
-    def needs_mask(self):
-        """Whether some score of the group is masked out: not for a block alone, whose queries see every key."""
+    def needs_mask(self) -> bool:
+        """Whether the mask removes some scores. In a single block, every query sees every key."""
         return len(self.block_sizes) > 1
 
     @property
-    def num_keys(self):
+    def num_keys(self) -> int:
+        """Number of keys of the group."""
         return self.stop - self.key_start
 
 
 @functools.lru_cache(maxsize=256)
 def group_blocks(
-    block_sizes: tuple[int, ...], pattern: str, cells_per_group: int = CELLS_PER_GROUP
+    block_sizes: tuple[int, ...], pattern: str, group_overhead: int = GROUP_OVERHEAD
 ) -> tuple[Group, ...]:
-    """Splits the blocks into the consecutive groups of least cost, the sum of queries x keys + cells_per_group.
+    """Splits the blocks into consecutive groups of least total cost.
 
-    Exact, by dynamic programming over the end of the last group.
+    A single block computes no masked score, but each group has a fixed cost; so small blocks are
+    computed together under a mask and large ones alone. The solution is exact, by dynamic
+    programming over the end of the last group.
+
+    Args:
+      block_sizes: lengths of the consecutive blocks.
+      pattern: "diagonal" or "causal".
+      group_overhead: fixed cost of a group, in scores. A group costs queries * keys + this.
+
+    Returns:
+      The groups, in order.
     """
     edges = np.cumsum((0, *block_sizes)).tolist()
     # best[j]: (least cost of the first j blocks, first block of the last group there).
@@ -53,17 +70,17 @@ def group_blocks(
     for last in range(1, len(edges)):
         candidates = []
         for first in reversed(range(last)):
-            rows = edges[last] - edges[first]
-            columns = rows if pattern == "diagonal" else edges[last]
-            candidates.append((best[first][0] + rows * columns + cells_per_group, first))
-            # A longer group that contains this one could be cut behind its first block. Once the cells that the cut
-            # saves outweigh a group, they do so for every longer group too.
-            cells_cut = (
+            num_queries = edges[last] - edges[first]
+            num_keys = num_queries if pattern == "diagonal" else edges[last]
+            candidates.append((best[first][0] + num_queries * num_keys + group_overhead, first))
+            # A longer group that contains this one could be split after its first block. Once the
+            # masked scores that the split saves outweigh a group, they do for longer groups too.
+            scores_saved = (
                 block_sizes[first]
-                * (rows - block_sizes[first])
+                * (num_queries - block_sizes[first])
                 * (2 if pattern == "diagonal" else 1)
             )
-            if cells_cut > cells_per_group:
+            if scores_saved > group_overhead:
                 break
         best.append(min(candidates))
     groups = []
@@ -78,32 +95,53 @@ def group_blocks(
 
 
 def group_mask(group: Group, pattern: str) -> np.ndarray:
-    """(stop - start, stop - key_start) bool: the part of `block_mask` that the group computes."""
-    own = block_mask(group.block_sizes, pattern)
-    return np.pad(own, ((0, 0), (group.start - group.key_start, 0)), constant_values=True)
+    """Returns the part of `block_mask` that a group computes.
+
+    Args:
+      group: one of the groups of a list of blocks.
+      pattern: "diagonal" or "causal".
+
+    Returns:
+      (stop - start, num_keys) bool.
+    """
+    own_blocks = block_mask(group.block_sizes, pattern)
+    earlier = group.start - group.key_start
+    return np.pad(own_blocks, ((0, 0), (earlier, 0)), constant_values=True)
+
+
+# Pairs of equal tiles.
 
 
 @functools.lru_cache(maxsize=256)
 def tile_pairs(
     block_sizes: tuple[int, ...], pattern: str, q_rows: int, k_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which pairs of tiles hold a score that the mask keeps, if queries and keys are cut into tiles of equal length.
+    """Finds the pairs of equal query and key tiles that hold a score which the mask keeps.
 
-    Tiles start at 0, q_rows, 2 q_rows, … and k_rows, 2 k_rows, …; the last ones may reach past the end.
+    Tiles start at 0, q_rows, 2 q_rows, ... and at 0, k_rows, 2 k_rows, ...; the last ones may
+    extend past the end.
+
+    Args:
+      block_sizes: lengths of the consecutive blocks.
+      pattern: "diagonal" or "causal".
+      q_rows: length of a query tile.
+      k_rows: length of a key tile.
 
     Returns:
-      visited: (query tiles, key tiles) bool: the pair has a score to compute. Every tile has one in its row or column.
-      full: the same shape: visited, and the mask keeps every score of the pair. A pair that reaches past the end is
-        not full.
+      visited: (query tiles, key tiles) bool: the pair has a score to compute. Every tile has one in
+        its row or column.
+      full: (query tiles, key tiles) bool: visited, and the mask keeps every score of the pair. A
+        pair that extends past the end is not full.
     """
     length = sum(block_sizes)
-    block = np.repeat(np.arange(len(block_sizes)), block_sizes)
+    block = np.repeat(np.arange(len(block_sizes)), block_sizes)  # (L,)
 
-    def ends(rows):
+    def describe(rows):
+        """(first block, last block, whether it ends within the sequence) of every tile."""
         starts = np.arange(0, length, rows)
         return block[starts], block[np.minimum(starts + rows, length) - 1], starts + rows <= length
 
-    (q_first, q_last, q_whole), (k_first, k_last, k_whole) = ends(q_rows), ends(k_rows)
+    (q_first, q_last, q_whole), (k_first, k_last, k_whole) = describe(q_rows), describe(k_rows)
     visited = k_first[None, :] <= q_last[:, None]
     full = k_last[None, :] <= q_first[:, None]
     if pattern == "diagonal":
@@ -112,12 +150,181 @@ def tile_pairs(
     return visited, full & q_whole[:, None] & k_whole[None, :]
 
 
-def independent_parts(
+# Tiles that start and stop at any row.
+
+
+class TileRange(NamedTuple):
+    """Rows of one tile, and the rows of the other side that its program loops over.
+
+    The resident rows (queries or keys) stay on the chip; the rows of the other side stream past
+    them, tile by tile. Some of the streamed rows need a mask: from `split` to `mask_stop` if the
+    resident rows are queries, before `split` if they are keys.
+    """
+
+    start: int  # resident rows [start, stop)
+    stop: int
+    streamed_start: int  # streamed rows [streamed_start, streamed_stop)
+    split: int  # where streamed rows change between masked and unmasked
+    mask_stop: int  # one past the last streamed row that needs a mask
+    streamed_stop: int
+
+
+# The fixed cost of a tile, in score columns: its resident rows are loaded and stored, and the
+# pipeline of its loop fills.
+_COLUMNS_PER_TILE = 32
+
+
+def query_tiles(
+    block_sizes: tuple[int, ...],
+    pattern: str,
+    tile_shapes: tuple[tuple[int, int], ...],
+    offset: int = 0,
+) -> list[list[TileRange]]:
+    """Partitions the queries into tiles; each streams the keys that its queries see.
+
+    Keys before `split` need neither a mask nor a bounds check: every query of the tile sees them.
+    Those in [split, mask_stop) need both, those from `mask_stop` on only the bounds check.
+
+    Args:
+      block_sizes: lengths of consecutive blocks that see no key outside themselves.
+      pattern: "diagonal" or "causal".
+      tile_shapes: (queries, keys at a time) of each kind of tile.
+      offset: added to all row numbers returned.
+
+    Returns:
+      For each kind of tile, its `TileRange`s.
+    """
+    block_stops, block_starts = _block_edges(block_sizes)
+
+    def visible_keys(start, stop):
+        """(first key, stop of those that all queries see, stop)"""
+        first_block = bisect.bisect_right(block_stops, start)
+        last_block = bisect.bisect_right(block_stops, stop - 1)
+        if pattern == "causal":
+            return 0, block_stops[first_block], block_stops[last_block]
+        first_key = block_starts[first_block]
+        common = block_stops[first_block] if first_block == last_block else first_key
+        return first_key, common, block_stops[last_block]
+
+    def cost(start, stop, kind):
+        rows, columns = tile_shapes[kind]
+        first_key, _, key_stop = visible_keys(start, stop)
+        return rows * (-(-(key_stop - first_key) // columns) * columns + _COLUMNS_PER_TILE)
+
+    found = [[] for _ in tile_shapes]
+    row_options = tuple(rows for rows, _ in tile_shapes)
+    for start, stop, kind in partition_rows(block_sizes, row_options, cost):
+        columns = tile_shapes[kind][1]
+        first_key, common, key_stop = visible_keys(start, stop)
+        split = first_key + (common - first_key) // columns * columns
+        mask_stop = key_stop if common < key_stop else split
+        rows = (start, stop, first_key, split, mask_stop, key_stop)
+        found[kind].append(TileRange(*(offset + row for row in rows)))
+    return found
+
+
+def key_tiles(
+    block_sizes: tuple[int, ...], pattern: str, rows: int, columns: int, offset: int = 0
+) -> list[TileRange]:
+    """Partitions the keys into tiles; each streams the queries that see its keys.
+
+    Queries before `split` need a mask and a bounds check. Those from `split` on need neither: they
+    see every key of the tile, and fill whole tiles of `columns`.
+
+    Args:
+      block_sizes: lengths of consecutive blocks that see no key outside themselves.
+      pattern: "diagonal" or "causal".
+      rows: keys of a tile.
+      columns: queries at a time.
+      offset: added to all row numbers returned.
+
+    Returns:
+      The `TileRange`s, with mask_stop == split.
+    """
+    block_stops, block_starts = _block_edges(block_sizes)
+
+    def visible_queries(start, stop):
+        """(first query, start of those that see all keys, stop)"""
+        first_block = bisect.bisect_right(block_stops, start)
+        last_block = bisect.bisect_right(block_stops, stop - 1)
+        if pattern == "causal":
+            return block_starts[first_block], block_starts[last_block], block_stops[-1]
+        first_query, query_stop = block_starts[first_block], block_stops[last_block]
+        common = first_query if first_block == last_block else query_stop
+        return first_query, common, query_stop
+
+    def cost(start, stop, _kind):
+        first_query, _, query_stop = visible_queries(start, stop)
+        return rows * (-(-(query_stop - first_query) // columns) * columns + _COLUMNS_PER_TILE)
+
+    found = []
+    for start, stop, _ in partition_rows(block_sizes, (rows,), cost):
+        first_query, common, query_stop = visible_queries(start, stop)
+        split = query_stop - (query_stop - common) // columns * columns
+        tile_rows = (start, stop, first_query, split, split, query_stop)
+        found.append(TileRange(*(offset + row for row in tile_rows)))
+    return found
+
+
+def partition_rows(
+    block_sizes: tuple[int, ...],
+    row_options: tuple[int, ...],
+    cost: Callable[[int, int, int], int],
+) -> list[tuple[int, int, int]]:
+    """Partitions all rows into tiles of least total cost.
+
+    A tile may start and stop inside blocks, and hold parts of several. The solution is exact, by
+    dynamic programming over the end of the last tile, among tiles that are full or stop at the end
+    of a block.
+
+    Args:
+      block_sizes: lengths of the consecutive blocks.
+      row_options: the maximum number of rows of each kind of tile.
+      cost: a function of (start, stop, kind) of a tile.
+
+    Returns:
+      (start, stop, kind) of each tile, in order; kind is an index into row_options.
+    """
+    edges = np.cumsum(block_sizes).tolist()
+    length = edges[-1]
+    # best[row]: (least cost of all rows before it, start and kind of the tile that stops there).
+    best = {0: (0, 0, 0)}
+    # A heap of the rows where a tile may start. Every tile that stops at its least row is known.
+    pending = [0]
+    while pending:
+        start = heapq.heappop(pending)
+        if start == length:
+            break
+        for kind, rows in enumerate(row_options):
+            full = min(start + rows, length)
+            within = edges[bisect.bisect_right(edges, start) : bisect.bisect_left(edges, full)]
+            for stop in (*within, full):
+                total_cost = best[start][0] + cost(start, stop, kind)
+                if stop not in best:
+                    heapq.heappush(pending, stop)
+                if stop not in best or total_cost < best[stop][0]:
+                    best[stop] = (total_cost, start, kind)
+    found = []
+    stop = length
+    while stop:
+        _, start, kind = best[stop]
+        found.append((start, stop, kind))
+        stop = start
+    return found[::-1]
+
+
+def independent_segments(
     block_sizes: tuple[int, ...], pattern: str, rows: int
 ) -> list[tuple[int, tuple[int, ...]]]:
-    """(first row, block sizes) of consecutive parts of the sequence that see nothing of each other.
+    """Splits the sequence into consecutive segments that see nothing of each other.
 
-    Of the diagonal pattern as many blocks together as fit in `rows`, and longer blocks alone; else there is one part.
+    Args:
+      block_sizes: lengths of the consecutive blocks.
+      pattern: "diagonal" or "causal". A causal sequence is one segment.
+      rows: a segment holds as many blocks as fit in this many rows, or one longer block.
+
+    Returns:
+      (first row, block sizes) of each segment, in order.
     """
     if pattern == "causal":
         return [(0, block_sizes)]
@@ -130,142 +337,41 @@ def independent_parts(
     return [(edges[first], block_sizes[first:last]) for first, last in zip(cuts, cuts[1:])]
 
 
-def cut_rows(
-    block_sizes: tuple[int, ...], row_options: tuple[int, ...], cost
-) -> list[tuple[int, int, int]]:
-    """Cuts all rows into tiles of least total cost. A tile may begin and end inside blocks, and hold parts of several.
-
-    Exact, by dynamic programming over the end of the last tile, for tiles that are full or end with a block.
-
-    Args:
-      block_sizes: lengths of the consecutive blocks.
-      row_options: how many rows a tile can have, for each kind of tile.
-      cost: a function of (start, stop, kind) of a tile.
-
-    Returns:
-      A list of (start, stop, kind); kind is an index into row_options.
-    """
-    edges = np.cumsum(block_sizes).tolist()
-    length = edges[-1]
-    best = {
-        0: (0, 0, 0)
-    }  # row: (least cost of all rows before it, start and kind of the tile that ends there)
-    ahead = [0]  # rows to cut on from, a heap: every tile that ends at the first of them is known
-    while ahead:
-        start = heapq.heappop(ahead)
-        if start == length:
-            break
-        for kind, rows in enumerate(row_options):
-            full = min(start + rows, length)
-            within = edges[bisect.bisect_right(edges, start) : bisect.bisect_left(edges, full)]
-            for stop in (*within, full):
-                total = best[start][0] + cost(start, stop, kind)
-                if stop not in best:
-                    heapq.heappush(ahead, stop)
-                if stop not in best or total < best[stop][0]:
-                    best[stop] = (total, start, kind)
-    found = []
-    stop = length
-    while stop:
-        _, start, kind = best[stop]
-        found.append((start, stop, kind))
-        stop = start
-    return found[::-1]
-
-
-# What a tile costs beside its scores, as so many columns: its own rows are loaded and stored, and the loop filled.
-_COLUMNS_PER_TILE = 32
-
-
-def query_tiles(
-    block_sizes: tuple[int, ...], pattern: str, options: tuple[tuple[int, int], ...], first: int = 0
-) -> list[list[tuple[int, ...]]]:
-    """Cuts the queries into tiles; the keys that a tile sees are visited in tiles of so many columns.
-
-    Args:
-      block_sizes: lengths of consecutive blocks that see no key outside themselves.
-      pattern: "diagonal" or "causal".
-      options: (rows, columns) of each kind of tile.
-      first: number of the first row; all row numbers returned start from it.
-
-    Returns:
-      For each kind a list of (first query, stop, first key, middle, edge, stop): the key tiles before the middle need
-      neither a mask nor a check against the last key, those from the edge on only that check.
-    """
-    stops, starts = _ends(block_sizes)
-
-    def keys(start, stop):
-        """(first key, end of those that all queries see, end)"""
-        low, high = bisect.bisect_right(stops, start), bisect.bisect_right(stops, stop - 1)
-        if pattern == "causal":
-            return 0, stops[low], stops[high]
-        return starts[low], stops[low] if low == high else starts[low], stops[high]
-
-    def cost(start, stop, kind):
-        rows, columns = options[kind]
-        first_key, _, end = keys(start, stop)
-        return rows * (-(-(end - first_key) // columns) * columns + _COLUMNS_PER_TILE)
-
-    found = [[] for _ in options]
-    for start, stop, kind in cut_rows(block_sizes, tuple(rows for rows, _ in options), cost):
-        columns = options[kind][1]
-        first_key, common, end = keys(start, stop)
-        middle = first_key + (common - first_key) // columns * columns
-        edge = end if common < end else middle
-        found[kind].append(
-            tuple(first + row for row in (start, stop, first_key, middle, edge, end))
-        )
-    return found
-
-
-def key_tiles(
-    block_sizes: tuple[int, ...], pattern: str, rows: int, columns: int, first: int = 0
-) -> list[tuple[int, ...]]:
-    """Cuts the keys into tiles of `rows`; the queries that see a tile are visited in tiles of `columns`.
-
-    Arguments as in `query_tiles`.
-
-    Returns:
-      A list of (first key, stop, first query, middle, middle, stop): the query tiles from the middle on need no mask
-      and are full; those before it end at the middle.
-    """
-    stops, starts = _ends(block_sizes)
-
-    def queries(start, stop):
-        """(first query, where those begin that all see all keys, end)"""
-        low, high = bisect.bisect_right(stops, start), bisect.bisect_right(stops, stop - 1)
-        if pattern == "causal":
-            return starts[low], starts[high], stops[-1]
-        return starts[low], starts[low] if low == high else stops[high], stops[high]
-
-    def cost(start, stop, kind):
-        first_query, _, end = queries(start, stop)
-        return rows * (-(-(end - first_query) // columns) * columns + _COLUMNS_PER_TILE)
-
-    found = []
-    for start, stop, _ in cut_rows(block_sizes, (rows,), cost):
-        first_query, common, end = queries(start, stop)
-        middle = end - (end - common) // columns * columns
-        found.append(tuple(first + row for row in (start, stop, first_query, middle, middle, end)))
-    return found
-
-
-def _ends(block_sizes):
-    """Where the blocks stop, and where they start."""
+def _block_edges(block_sizes):
+    """(stops, starts) of the blocks, as lists of row numbers."""
     stops = np.cumsum(block_sizes).tolist()
     return stops, [0, *stops[:-1]]
 
 
+# Bounds of single rows.
+
+
 def query_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:
-    """(2, L) int32: the first key that each query sees, and one past the last."""
+    """Returns which keys each query sees.
+
+    Args:
+      block_sizes: lengths of the consecutive blocks.
+      pattern: "diagonal" or "causal".
+
+    Returns:
+      (2, L) int32: the first key that each query sees, and one past the last.
+    """
     stops = np.cumsum(block_sizes)
     starts = stops - block_sizes if pattern == "diagonal" else np.zeros_like(stops)
     return np.stack([np.repeat(edge, block_sizes) for edge in (starts, stops)]).astype(np.int32)
 
 
 def key_bounds(block_sizes: tuple[int, ...], pattern: str) -> np.ndarray:
-    """(2, L) int32: the first query that sees each key, and one past the last."""
+    """Returns which queries see each key.
+
+    Args:
+      block_sizes: lengths of the consecutive blocks.
+      pattern: "diagonal" or "causal".
+
+    Returns:
+      (2, L) int32: the first query that sees each key, and one past the last.
+    """
     stops = np.cumsum(block_sizes)
     starts = stops - block_sizes
-    ends = stops if pattern == "diagonal" else np.full_like(stops, stops[-1])
-    return np.stack([np.repeat(edge, block_sizes) for edge in (starts, ends)]).astype(np.int32)
+    stops = stops if pattern == "diagonal" else np.full_like(stops, stops[-1])
+    return np.stack([np.repeat(edge, block_sizes) for edge in (starts, stops)]).astype(np.int32)

@@ -1,10 +1,12 @@
-"""Block attention in plain JAX, for every platform: one dense attention for each group of blocks (see tiles.py).
+"""Block attention in plain JAX, for every platform: one dense attention per group of blocks.
 
-The backward pass is written by hand: it keeps one number a query (the logsumexp of its scores) and recomputes the
-probabilities from it, as FlashAttention does (arXiv 2205.14135), where autodiff would keep (B, H, l, m) arrays. Groups
-with few keys keep their probabilities, which are small there, and are faster for it.
+The groups come from `tiles.group_blocks`. The backward pass is written by hand. Like
+FlashAttention (arXiv 2205.14135), it saves one number per query, the logsumexp of its scores, and
+recomputes the probabilities from it; automatic differentiation would save (B, H, l, m) arrays.
+Groups with few keys save their probabilities instead: these are small, and the backward pass is
+faster for it.
 
-Letters: B batch, H heads, D head dim; l queries and m keys of one group.
+Letters in shapes: B batch, L all tokens, H heads, D head dim; l queries and m keys of one group.
 """
 
 import functools
@@ -14,121 +16,132 @@ import jax.numpy as jnp
 
 from pallas_kernels import tiles
 
-# A group's probabilities are kept for the backward pass while it has at most this many keys for each channel of a head:
-# they are then no larger than its q, k, v and output together. Measured on CPU, forward + backward, against always
-# recomputing (benchmarks/attention_cpu.py): a fifth faster for the 256-pixel list and for lists of 30 tokens.
-_KEPT_KEYS_PER_CHANNEL = 4
+# A group saves its probabilities for the backward pass if it has at most this many keys per head
+# channel: they are then no larger than its q, k, v and output together. Measured on a CPU
+# (benchmarks/attention_cpu.py), forward + backward, against recomputing in every group: 20 % faster
+# for the 256-pixel list and for lists of 30 tokens.
+_MAX_SAVED_KEYS_PER_CHANNEL = 4
 
 
-def why_not(_q):
-    """None: this one runs everywhere, on every shape and dtype that the API accepts."""
+def unsupported_reason(_q):
+    """Returns None: this module supports every platform, shape and dtype that the API accepts."""
     return None
 
 
 def attention(q, k, v, block_sizes, pattern, scale):
-    """Block attention; arguments are checked and explained in `pallas_kernels.api.block_attention`."""
+    """Block attention; see `pallas_kernels.api.block_attention`, which validates the arguments."""
     return attend_groups(q, k, v, tiles.group_blocks(block_sizes, pattern), pattern, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def attend_groups(q, k, v, groups, pattern, scale):
-    """`attention`, with the groups given: `tiles.Group`s in order that cover all tokens."""
+    """`attention` over a given grouping.
+
+    Args:
+      q, k, v: (B, L, H, D) each.
+      groups: `tiles.Group`s in order that cover all tokens.
+      pattern: "diagonal" or "causal".
+      scale: factor of the scores.
+
+    Returns:
+      (B, L, H, D), dtype of q.
+    """
     return _forward(q, k, v, groups, pattern, scale)[0]
 
 
 def _forward(q, k, v, groups, pattern, scale):
-    outputs, kept = [], []
+    outputs, saved = [], []
     for group in groups:
-        q_g = _rows(q, group.start, group.stop)  # (B, H, l, D)
-        k_g, v_g = (_rows(x, group.key_start, group.stop) for x in (k, v))  # (B, H, m, D)
+        q_g = _slice_tokens(q, group.start, group.stop)  # (B, H, l, D)
+        k_g, v_g = (_slice_tokens(x, group.key_start, group.stop) for x in (k, v))  # (B, H, m, D)
         scores = _scores(q_g, k_g, group, pattern, scale)  # (B, H, l, m)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(axis=-1, keepdims=True)
-        if _keeps_probabilities(group, q):
-            probabilities = _as_operand(weights / total, q.dtype)
+        row_max = scores.max(axis=-1, keepdims=True)  # (B, H, l, 1)
+        weights = jnp.exp(scores - row_max)  # (B, H, l, m)
+        row_sum = weights.sum(axis=-1, keepdims=True)  # (B, H, l, 1)
+        if _saves_probabilities(group, q):
+            probabilities = _as_operand(weights / row_sum, q.dtype)
             outputs.append(_dot("BHlm,BHmD->BHlD", probabilities, v_g))
-            kept.append(probabilities)
+            saved.append(probabilities)
         else:
-            outputs.append(_dot("BHlm,BHmD->BHlD", _as_operand(weights, q.dtype), v_g) / total)
-            kept.append(top + jnp.log(total))
-    return _join(outputs, q.dtype), (q, k, v, kept)
+            outputs.append(_dot("BHlm,BHmD->BHlD", _as_operand(weights, q.dtype), v_g) / row_sum)
+            saved.append(row_max + jnp.log(row_sum))  # logsumexp of the scores
+    return _concatenate_groups(outputs, q.dtype), (q, k, v, saved)
 
 
 def _backward(groups, pattern, scale, residuals, d_out):
-    q, k, v, kept = residuals
+    q, k, v, saved = residuals
     d_q, d_k, d_v = [], [], []
-    for group, kept_g in zip(groups, kept, strict=True):
-        q_g, d_out_g = (_rows(x, group.start, group.stop) for x in (q, d_out))
-        k_g, v_g = (_rows(x, group.key_start, group.stop) for x in (k, v))
-        if _keeps_probabilities(group, q):
-            probabilities = kept_g
+    for group, saved_g in zip(groups, saved, strict=True):
+        q_g, d_out_g = (_slice_tokens(x, group.start, group.stop) for x in (q, d_out))
+        k_g, v_g = (_slice_tokens(x, group.key_start, group.stop) for x in (k, v))
+        if _saves_probabilities(group, q):
+            probabilities = saved_g  # (B, H, l, m)
         else:
-            probabilities = jnp.exp(_scores(q_g, k_g, group, pattern, scale) - kept_g)
+            probabilities = jnp.exp(_scores(q_g, k_g, group, pattern, scale) - saved_g)
         d_v.append(_dot("BHlm,BHlD->BHmD", _as_operand(probabilities, q.dtype), d_out_g))
-        d_probabilities = _dot("BHlD,BHmD->BHlm", d_out_g, v_g)
-        mean = (probabilities * d_probabilities).sum(axis=-1, keepdims=True)
-        d_scores = _as_operand(probabilities * (d_probabilities - mean) * scale, q.dtype)
+        d_probabilities = _dot("BHlD,BHmD->BHlm", d_out_g, v_g)  # (B, H, l, m)
+        delta = (probabilities * d_probabilities).sum(axis=-1, keepdims=True)  # (B, H, l, 1)
+        d_scores = _as_operand(probabilities * (d_probabilities - delta) * scale, q.dtype)
         d_q.append(_dot("BHlm,BHmD->BHlD", d_scores, k_g))
         d_k.append(_dot("BHlm,BHlD->BHmD", d_scores, q_g))
     return (
-        _join(d_q, q.dtype),
-        _join(_sum_columns(d_k, groups), q.dtype),
-        _join(_sum_columns(d_v, groups), q.dtype),
+        _concatenate_groups(d_q, q.dtype),
+        _concatenate_groups(_sum_over_groups(d_k, groups), q.dtype),
+        _concatenate_groups(_sum_over_groups(d_v, groups), q.dtype),
     )
 
 
 attend_groups.defvjp(_forward, _backward)
 
 
-def _keeps_probabilities(group, q):
-    return group.num_keys <= _KEPT_KEYS_PER_CHANNEL * q.shape[-1]
+def _saves_probabilities(group, q):
+    return group.num_keys <= _MAX_SAVED_KEYS_PER_CHANNEL * q.shape[-1]
 
 
-def _rows(x, start, stop):
-    """(B, L, H, D) -> (B, H, stop - start, D): batch axes first, as a batched matmul wants them."""
+def _slice_tokens(x, start, stop):
+    """(B, L, H, D) -> (B, H, stop - start, D), the axis order of a batched matmul."""
     return x[:, start:stop].swapaxes(1, 2)
 
 
-def _join(parts, dtype):
-    """Inverse of `_rows` over all groups: list of (B, H, l, D) -> (B, L, H, D)."""
+def _concatenate_groups(parts, dtype):
+    """Inverse of `_slice_tokens` over all groups: list of (B, H, l, D) -> (B, L, H, D)."""
     return jnp.concatenate([part.swapaxes(1, 2) for part in parts], axis=1).astype(dtype)
 
 
 def _scores(q_g, k_g, group, pattern, scale):
+    """(B, H, l, D), (B, H, m, D) -> (B, H, l, m) scaled scores, -inf where masked."""
     scores = _dot("BHlD,BHmD->BHlm", q_g, k_g) * scale
-    return (
-        jnp.where(tiles.group_mask(group, pattern), scores, -jnp.inf)
-        if group.needs_mask
-        else scores
-    )
+    if not group.needs_mask:
+        return scores
+    return jnp.where(tiles.group_mask(group, pattern), scores, -jnp.inf)
 
 
-def _sum_columns(parts, groups):
-    """Adds up what the groups say about the same keys.
+def _sum_over_groups(parts, groups):
+    """Sums the key gradients of all groups that share a key.
 
     Args:
-      parts: one (B, H, m, D) for each group, for its keys [key_start, stop).
+      parts: one (B, H, m, D) per group, for its keys [key_start, stop).
       groups: the groups, in order.
 
     Returns:
-      One (B, H, l, D) for each group, for the tokens [start, stop).
+      One (B, H, l, D) per group, for the tokens [start, stop).
     """
     sums = []
-    later = None  # what the later groups add to the keys before their own start: none if diagonal, [0, stop) if causal
+    # Sum of the later groups for the keys before their start: no keys if diagonal, else [0, start).
+    later = None
     for group, part in zip(reversed(groups), reversed(parts), strict=True):
         if later is not None and later.shape[2]:
             part = part + later
-        own = group.start - group.key_start
-        sums.append(part[:, :, own:])
-        later = part[:, :, :own]
+        num_earlier = group.start - group.key_start
+        sums.append(part[:, :, num_earlier:])
+        later = part[:, :, :num_earlier]
     return sums[::-1]
 
 
 def _as_operand(x, dtype):
-    """Rounds an intermediate for the next matmul: to bfloat16 if the inputs are, as the fast matmul units want.
+    """Rounds an intermediate to bfloat16 for the next matmul if the inputs are bfloat16.
 
-    Not to float16: small probabilities and their gradients would leave its range.
+    Never to float16: small probabilities and their gradients would leave its range.
     """
     return x.astype(jnp.bfloat16) if dtype == jnp.bfloat16 else x
 
@@ -136,7 +149,8 @@ def _as_operand(x, dtype):
 def _dot(spec, a, b):
     """An einsum that sums in float32 (float64 for float64) and does not round its operands."""
     operand = jnp.promote_types(a.dtype, b.dtype)
-    # For float32 the default precision is TF32 on recent GPUs and bfloat16 on TPUs. Operands of 16 bits lose nothing.
+    # For float32 operands, the default precision is TF32 on recent GPUs and bfloat16 on TPUs.
+    # For 16-bit operands, it loses nothing.
     precision = jax.lax.Precision.DEFAULT if operand.itemsize == 2 else jax.lax.Precision.HIGHEST
     return jnp.einsum(
         spec,

@@ -1,25 +1,29 @@
-"""Shared fixtures: where golden numbers and data lie, and what this machine lacks."""
+"""Settings and fixtures that all tests share."""
 
+import lzma
 import os
 import pathlib
 import shutil
 import tempfile
 
-# Compiling for the CPU takes most of the suite's time; the programs are small, and need not be fast.
+# Compilation takes most of the suite's time, and the compiled programs are small.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Numbers recorded from the published code; tests/golden/README.md describes them.
+GOLDEN = pathlib.Path(
+    os.environ.get("HMAR_GOLDEN") or pathlib.Path(__file__).resolve().parent / "golden"
+)
 
 
 def pytest_configure(config):
     marks = config.option.markexpr
     if "gpu" not in marks or "not gpu" in marks:
-        # They are tests for the CPU; JAX would also look for other devices, and where libtpu is installed tell of it at length.
+        # Otherwise JAX looks for accelerators too, and logs at length where libtpu is installed.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Before the worker processes start: they all share what tiny.py makes.
+    # Set before pytest-xdist starts its workers, which share the runs that tiny.py trains.
     if not hasattr(config, "workerinput"):
         os.environ["HMAR_TINY_FOLDER"] = tempfile.mkdtemp(prefix="hmar_tiny_")
 
@@ -29,41 +33,65 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ.pop("HMAR_TINY_FOLDER"), ignore_errors=True)
 
 
-def _folder(variable: str, name: str) -> pathlib.Path:
-    folder = pathlib.Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}: set {variable} to the folder of {name} files")
+@pytest.fixture(scope="session")
+def load_golden():
+    """load_golden("next_scale") -> the arrays of next_scale.npz, by name."""
+    return lambda name: np.load(GOLDEN / f"{name}.npz")
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory):
+    """Path of a folder with the golden files as the published code writes them, .pth included."""
+    torch = pytest.importorskip("torch", reason="reading .pth files needs torch")
+    folder = tmp_path_factory.mktemp("golden")
+    for path in GOLDEN.iterdir():
+        if path.suffix == ".xz":
+            (folder / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
+        else:
+            (folder / path.name).symlink_to(path)
+    if not (folder / "next_scale.pth").exists():
+        combined = torch.load(folder / "hmar.pth", weights_only=True)
+        torch.save(_stage_of(combined, "ns"), folder / "next_scale.pth")
+        torch.save(_stage_of(combined, "mask"), folder / "masked.pth")
     return folder
 
 
-@pytest.fixture(scope="session")
-def golden():
-    """Path of the folder with numbers recorded from the published code."""
-    return _folder("HMAR_GOLDEN", "golden")
+def _stage_of(combined: dict, stage: str) -> dict:
+    """The state dict of stage 1 ("ns") or stage 2 ("mask") from that of the combined model.
 
-
-@pytest.fixture(scope="session")
-def data_folder():
-    return _folder("HMAR_DATA", "data")
-
-
-@pytest.fixture(scope="session")
-def load_golden(golden):
-    """load_golden("next_scale") -> the arrays of next_scale.npz, by name."""
-    return lambda name: np.load(golden / f"{name}.npz")
+    The combined model holds both stages: the blocks that they share as base_blocks, and the blocks
+    and the head of each under the stage's own prefix.
+    """
+    num_base = len({name.split(".")[1] for name in combined if name.startswith("base_blocks.")})
+    other = {"ns": "mask", "mask": "ns"}[stage]
+    state = {}
+    for name, value in combined.items():
+        group, _, rest = name.partition(".")
+        if group.startswith(f"{other}_") or (stage == "ns" and name == "mask_embed.weight"):
+            continue
+        if group == "base_blocks":
+            name = f"blocks.{rest}"
+        elif group == f"{stage}_blocks":
+            index, _, rest = rest.partition(".")
+            name = f"blocks.{num_base + int(index)}.{rest}"
+        elif stage == "ns" and name == "word_embed_bias":
+            name = "word_embed.bias"
+        elif group != "mask_embed":
+            name = name.removeprefix(f"{stage}_")
+        state[name] = value
+    return state
 
 
 @pytest.fixture(scope="session")
 def golden_state(golden):
     """golden_state("vae", "tokenizer") -> the state dict of vae.pth as numpy arrays."""
-    pytest.importorskip("torch", reason="reading .pth files needs torch")
     from hmar_jax.families.hmar import convert
 
     return lambda name, kind: convert.read_state(str(golden / f"{name}.pth"), kind)
 
 
-def relative(actual, wanted) -> float:
-    """|actual - wanted| / |wanted|, both as one vector."""
-    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
-    assert actual.shape == wanted.shape, (actual.shape, wanted.shape)
-    return float(np.linalg.norm(actual - wanted) / max(np.linalg.norm(wanted), 1e-30))
+def relative(actual, expected) -> float:
+    """|actual - expected| / |expected|, both as one vector."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30))

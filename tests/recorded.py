@@ -1,8 +1,9 @@
-"""The command `hmar` in a process of its own, which writes down the images of every training batch that it takes.
+"""The command `hmar` in a process of its own, which records the images of every training batch.
 
     python -m tests.recorded FILE train --config=… --workdir=…
 
-Images are told apart by their colour, see `colours`. Each line of FILE: the batch's number in the run, and its images.
+Images are identified by their colour, see `colours`. Each line of FILE: the batch's number in the
+run, and its images.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ COUNT = len(CLASSES) * EACH
 
 
 def colours(root: pathlib.Path) -> pathlib.Path:
-    """A folder of images of one colour each, to train on, and a few to validate."""
+    """A folder of images of one colour each to train on, and a few to validate."""
     for split, count in (("train", EACH), ("validate", 2)):
         for label, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
@@ -31,7 +32,7 @@ def colours(root: pathlib.Path) -> pathlib.Path:
 
 
 class Recorded:
-    """A loader whose iterator writes down what it gives."""
+    """A loader that records what its iterator gives."""
 
     def __init__(self, loader, path: str):
         self.loader, self.path = loader, path

@@ -1,4 +1,7 @@
-"""Block attention: every implementation against the dense definition in float64, and the transformations around it."""
+"""Block attention: every implementation against the dense definition, and JAX transformations.
+
+The expected values are computed in float64.
+"""
 
 import functools
 import os
@@ -23,41 +26,39 @@ SIZES_256 = squares(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIZES_512 = squares(1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SIZES_1024 = squares(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 PATTERNS = ("diagonal", "causal")
-# Allowed ||out - reference|| / ||reference||, for outputs and gradients alike.
+# Maximum ||x - expected|| / ||expected||, for outputs and gradients.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "float64": 1e-12}
-# Tested on a GPU only (`pytest -m gpu`); elsewhere they are skipped.
-NEED_GPU = ("triton", "mosaic_gpu")
-
-
-# The kernels of mosaic_tpu where there is no TPU, in Pallas' interpret mode.
+# Tested on a GPU only (`pytest -m gpu`), otherwise skipped.
+GPU_IMPLEMENTATIONS = ("triton", "mosaic_gpu")
+# mosaic_tpu in Pallas' interpret mode, which needs no TPU.
 INTERPRETED = "mosaic_tpu_interpreted"
 
 
 def attend_with(implementation):
-    """`block_attention` by one implementation."""
+    """Returns `block_attention` with one implementation."""
     if implementation == INTERPRETED:
-        return interpreted
+        return interpreted_attention
     return functools.partial(block_attention, implementation=implementation)
 
 
-def interpreted(q, k, v, block_sizes, pattern="diagonal", scale=1.0):
+def interpreted_attention(q, k, v, block_sizes, pattern="diagonal", scale=1.0):
     return mosaic_tpu.attention(q, k, v, block_sizes, pattern, scale, interpret=True)
 
 
 def supported(implementation, dtype, dim):
-    """(dtype, dim): those wanted, or the nearest that the implementation takes. Skips what it cannot be tested on."""
+    """Returns the nearest (dtype, dim) that the implementation supports; skips if there is none."""
     if implementation in ("mosaic_tpu", INTERPRETED) and dtype == "float16":
-        pytest.skip("TPU kernels compute in float32 and bfloat16")
+        pytest.skip("the TPU kernels support float32 and bfloat16")
     if implementation == "mosaic_gpu":
         return ("float16" if dtype == "float32" else dtype), 64
     return dtype, dim
 
 
 def implementation_params():
-    """One parameter for each implementation; those that cannot run here are skipped and say why."""
+    """One parameter per implementation. Those that cannot run here are skipped with the reason."""
     params = [pytest.param(INTERPRETED)]
     for name in api.IMPLEMENTATIONS:
-        marks = [pytest.mark.gpu] if name in NEED_GPU else []
+        marks = [pytest.mark.gpu] if name in GPU_IMPLEMENTATIONS else []
         try:
             block_attention(
                 *[jnp.zeros((1, 1, 1, 64), jnp.bfloat16)] * 3, (1,), implementation=name
@@ -69,7 +70,10 @@ def implementation_params():
 
 
 def with_each_implementation(values, interpreted):
-    """(value, implementation) for all of both; interpreted, the values that are not in `interpreted` are slow tests."""
+    """All pairs (value, implementation).
+
+    In interpret mode, the values that are not in `interpreted` are slow tests.
+    """
     params = []
     for param in implementation_params():
         for value in values:
@@ -85,13 +89,13 @@ every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
 def random_inputs(sizes, batch, heads, dim, dtype="float32", spread=1.0):
-    """q, k, v and the cotangent of the output; exactly representable in dtype."""
+    """q, k, v and d_out, (B, L, H, D) each, of dtype."""
     rng = np.random.default_rng(zlib.crc32(repr((sizes, batch, heads, dim)).encode()))
     shape = (batch, sum(sizes), heads, dim)
     return [jnp.asarray(spread * rng.standard_normal(shape), dtype) for _ in range(4)]
 
 
-# Nearly all of the time here is compilation; what LLVM's slow passes gain is not needed for one run.
+# Most of the time of these tests is compilation; one run does not repay LLVM's slow passes.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -107,12 +111,12 @@ def out_and_gradients(function, q, k, v, d_out):
 def relative_error(x, reference):
     x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
     size = np.linalg.norm(reference)
-    # Where every block is one token, dq and dk are zero: then the error itself must be that small.
+    # If every block is one token, d_q and d_k are zero: then this is the absolute error.
     return np.linalg.norm(x - reference) / (size if size > 1e-9 else 1.0)
 
 
 def expected_in_float64(sizes, pattern, scale, q, k, v, d_out=None):
-    """The dense definition in numpy: out or, given its cotangent, [out, dq, dk, dv]. Nothing to compile."""
+    """The dense definition in numpy: out or, given d_out, [out, d_q, d_k, d_v]."""
     q, k, v = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v))
     p = np.where(block_mask(sizes, pattern), scale * (q @ k.swapaxes(2, 3)), -np.inf)
     p = np.exp(p - p.max(-1, keepdims=True))
@@ -130,9 +134,9 @@ def expected_in_float64(sizes, pattern, scale, q, k, v, d_out=None):
 def compare(function, sizes, pattern, batch=2, heads=2, dim=16, dtype="float32"):
     options = dict(block_sizes=sizes, pattern=pattern, scale=dim**-0.5)
     arrays = random_inputs(sizes, batch, heads, dim, dtype)
-    ours = out_and_gradients(functools.partial(function, **options), *arrays)
+    actual = out_and_gradients(functools.partial(function, **options), *arrays)
     expected = expected_in_float64(sizes, pattern, dim**-0.5, *arrays)
-    for name, x, y in zip(("out", "dq", "dk", "dv"), ours, expected, strict=True):
+    for name, x, y in zip(("out", "d_q", "d_k", "d_v"), actual, expected, strict=True):
         assert x.dtype == jnp.dtype(dtype) and x.shape == y.shape
         error = relative_error(x, y)
         assert error < TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
@@ -144,13 +148,13 @@ def check(sizes, pattern, implementation, dtype="float32", dim=16, **options):
 
 
 def random_sizes(seed, length=60):
-    """A drawn list of blocks: some lists of many small blocks, some of a few large ones."""
+    """A random list of blocks: some lists have many small blocks, some a few large ones."""
     rng = np.random.default_rng(seed)
     cuts = rng.choice(np.arange(1, length), size=rng.integers(0, 8), replace=False)
     return tuple(np.diff([0, *sorted(cuts), length]).tolist())
 
 
-# The definition and the static lists.
+# The definition and the groups of blocks.
 
 
 @every_pattern
@@ -190,8 +194,8 @@ def test_mask_of_a_group_after_other_blocks():
     np.testing.assert_array_equal(tiles.group_mask(group, "causal"), np.array(expected, bool))
 
 
-def test_reference_on_numbers_done_by_hand():
-    # Two blocks; equal scores, so that each output is the mean of the values that its query sees.
+def test_reference_on_a_worked_example():
+    # Two blocks. All scores are equal, so each output is the mean of the values its query sees.
     v = jnp.array([2.0, 4.0, 8.0]).reshape(1, 3, 1, 1)
     zero = jnp.zeros_like(v)
     np.testing.assert_allclose(
@@ -220,8 +224,8 @@ def test_groups_of_the_published_list():
 @pytest.mark.parametrize("seed", range(20))
 def test_groups_cover_the_mask_at_least_cost(seed, pattern):
     sizes = random_sizes(seed, length=60)[:8]
-    for cells_per_group in (0, 50, 400):
-        groups = tiles.group_blocks(sizes, pattern, cells_per_group)
+    for group_overhead in (0, 50, 400):
+        groups = tiles.group_blocks(sizes, pattern, group_overhead)
         covered = np.zeros((sum(sizes), sum(sizes)), bool)
         for group in groups:
             covered[group.start : group.stop, group.key_start : group.stop] = tiles.group_mask(
@@ -230,13 +234,12 @@ def test_groups_cover_the_mask_at_least_cost(seed, pattern):
             assert group.needs_mask == (not tiles.group_mask(group, pattern).all())
         np.testing.assert_array_equal(covered, block_mask(sizes, pattern))
 
-        def cost(edges):
-            rows = np.diff(edges)
-            return sum(
-                rows * (rows if pattern == "diagonal" else edges[1:])
-            ) + cells_per_group * len(rows)
+        def cost(edges, group_overhead=group_overhead):
+            num_queries = np.diff(edges)
+            num_keys = num_queries if pattern == "diagonal" else edges[1:]
+            return sum(num_queries * num_keys) + group_overhead * len(num_queries)
 
-        # All ways to cut the list, as bits.
+        # All ways to split the list, as bits.
         edges = np.cumsum((0, *sizes))
         inner = range(1, len(sizes))
         cuts = [
@@ -285,7 +288,7 @@ def test_list_512(pattern, implementation):
 )
 def test_random_lists(seed, implementation):
     dtype = ("float32", "float32", "bfloat16", "float16")[seed % 4]
-    # Head dim 8 lets groups of up to 32 keys keep their probabilities and longer ones recompute them.
+    # With head dim 8, groups of up to 32 keys save their probabilities; longer ones recompute them.
     check(
         random_sizes(seed),
         PATTERNS[seed // 4 % 2],
@@ -317,7 +320,7 @@ def test_float64(pattern):
 @every_pattern
 @every_implementation
 def test_large_scores_stay_finite(pattern, implementation):
-    # Scores in the thousands: exp overflows unless the maximum is subtracted, and softmax is nearly one-hot.
+    # Scores in the thousands: without the subtracted maximum, exp would overflow.
     dtype, dim = supported(implementation, "float32", 16)
     q, k, v, d_out = random_inputs(
         (1, 5, 30, 2), batch=1, heads=1, dim=dim, dtype=dtype, spread=20.0
@@ -330,17 +333,17 @@ def test_large_scores_stay_finite(pattern, implementation):
 
 
 @every_implementation
-def test_float16_keeps_small_gradients(implementation):
+def test_float16_preserves_small_gradients(implementation):
     dtype, dim = supported(implementation, "float16", 16)
-    # Cotangents of 1e-4 over 200 keys: d_scores would vanish in float16.
+    # With d_out of 1e-4 over 200 keys, d_scores would underflow in float16.
     sizes = (1, 200)
     q, k, v, d_out = random_inputs(sizes, batch=1, heads=1, dim=dim, dtype=dtype)
     d_out = (d_out * 1e-4).astype(dtype)
     function = functools.partial(attend_with(implementation), block_sizes=sizes, scale=dim**-0.5)
-    ours = out_and_gradients(function, q, k, v, d_out)
+    actual = out_and_gradients(function, q, k, v, d_out)
     expected = expected_in_float64(sizes, "diagonal", dim**-0.5, q, k, v, d_out)
-    # 1e-2: the results themselves lie where float16 has few digits.
-    assert all(relative_error(x, y) < 1e-2 for x, y in zip(ours, expected, strict=True))
+    # 1e-2: the results themselves are small numbers, of which float16 has few digits.
+    assert all(relative_error(x, y) < 1e-2 for x, y in zip(actual, expected, strict=True))
 
 
 # Transformations.
@@ -349,29 +352,29 @@ SMALL = dict(block_sizes=(1, 4, 40), pattern="causal", scale=0.5)
 
 
 def small_inputs(implementation, batch):
-    """random_inputs for SMALL, and the error allowed for results that are computed in another way."""
+    """random_inputs for SMALL, and a tolerance for the same results computed in another way."""
     dtype, dim = supported(implementation, "float32", 8)
     return random_inputs(SMALL["block_sizes"], batch, 2, dim, dtype), 10 * TOLERANCE[dtype]
 
 
-def assert_close(x, y, error):
-    assert relative_error(x, y) < error
+def assert_close(x, y, tolerance):
+    assert relative_error(x, y) < tolerance
 
 
 @every_implementation
 def test_vmap(implementation):
     function = functools.partial(attend_with(implementation), **SMALL)
-    arrays, error = small_inputs(implementation, 6)
+    arrays, tolerance = small_inputs(implementation, 6)
     expected = out_and_gradients(function, *arrays)
     mapped = out_and_gradients(jax.vmap(function), *(x.reshape(2, 3, *x.shape[1:]) for x in arrays))
     for x, y in zip(mapped, expected, strict=True):
-        assert_close(x.reshape(y.shape), y, error / 100)
+        assert_close(x.reshape(y.shape), y, tolerance / 100)
 
 
 @every_implementation
 def test_vmap_with_shared_keys(implementation):
     function = functools.partial(attend_with(implementation), **SMALL)
-    (q, k, v, _), error = small_inputs(implementation, 2)
+    (q, k, v, _), tolerance = small_inputs(implementation, 2)
 
     def d_k(attend):
         def loss(k):
@@ -383,14 +386,14 @@ def test_vmap_with_shared_keys(implementation):
 
         return jax.jit(jax.grad(loss), compiler_options=QUICK_COMPILE)(k)
 
-    assert_close(d_k(function), d_k(functools.partial(dense_attention, **SMALL)), error)
+    assert_close(d_k(function), d_k(functools.partial(dense_attention, **SMALL)), tolerance)
 
 
 @every_implementation
 def test_remat_and_scan(implementation):
-    # As in a stack of layers: the body is rematerialised, and compiled once by scan.
+    # As in a stack of layers: the body is rematerialized, and scan compiles it once.
     attend = functools.partial(attend_with(implementation), **SMALL)
-    (q, k, v, _), error = small_inputs(implementation, 1)
+    (q, k, v, _), tolerance = small_inputs(implementation, 1)
 
     def d_q(body):
         def loss(q):
@@ -401,20 +404,20 @@ def test_remat_and_scan(implementation):
 
     dense_attend = functools.partial(dense_attention, **SMALL)
     remat, plain, dense = (d_q(f) for f in (jax.checkpoint(attend), attend, dense_attend))
-    assert_close(remat, plain, error / 100)
-    assert_close(plain, dense, error)
+    assert_close(remat, plain, tolerance / 100)
+    assert_close(plain, dense, tolerance)
 
 
-def test_backward_keeps_no_scores_of_long_groups():
+def test_long_groups_save_no_scores_for_the_backward_pass():
     sizes, length = (400, 500), 900
     q, k, v, _ = random_inputs(sizes, batch=1, heads=1, dim=4)
 
     def vjp_function(q, k, v):
         return jax.vjp(lambda *x: xla.attention(*x, sizes, "diagonal", 1.0), q, k, v)[1]
 
-    kept = jax.eval_shape(vjp_function, q, k, v)
-    # q, k, v, and one logsumexp a query; nothing of 400 x 400.
-    assert sum(x.size for x in jax.tree.leaves(kept)) == 3 * length * 4 + length
+    saved = jax.eval_shape(vjp_function, q, k, v)
+    # q, k, v and one logsumexp per query, but nothing of 400 x 400.
+    assert sum(x.size for x in jax.tree.leaves(saved)) == 3 * length * 4 + length
 
 
 _SHARD_MAP = """
@@ -435,12 +438,12 @@ def run(function, *arrays):
     return out, *vjp(arrays[3])
 
 
-alone = jax.jit(functools.partial(run, attend))(q, k, v, d_out)
+unsharded = jax.jit(functools.partial(run, attend))(q, k, v, d_out)
 sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (q, k, v, d_out)]
 mapped = jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
 by_shard_map = jax.jit(functools.partial(run, mapped))(*sharded)
 by_compiler = jax.jit(functools.partial(run, attend))(*sharded)
-for x, y, z in zip(alone, by_shard_map, by_compiler):
+for x, y, z in zip(unsharded, by_shard_map, by_compiler):
     assert len(y.sharding.device_set) == mesh.size
     np.testing.assert_allclose(y, x, rtol={rtol}, atol={rtol})
     np.testing.assert_allclose(z, x, rtol={rtol}, atol={rtol})
@@ -452,12 +455,12 @@ print("agrees")
     "pattern, implementation", with_each_implementation(PATTERNS, interpreted=("causal",))
 )
 def test_shard_map_over_batch_and_heads(pattern, implementation):
-    # In a process of its own: the number of fake devices is fixed when JAX starts.
+    # In its own process: the number of fake devices is fixed when JAX starts.
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     mesh = (4, 2)
-    if implementation in NEED_GPU:
-        # This process may hold most of the memory of the GPUs there are.
+    if implementation in GPU_IMPLEMENTATIONS:
+        # This process may hold most of the memory of the GPUs.
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         mesh = (jax.device_count(), 1)
     dtype, dim = supported(implementation, "float32", 8)
@@ -492,13 +495,13 @@ def call(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(block_sizes=(1, 9)), r"block_sizes \(1, 9\) sum to 10, but q has length 5"),
-        (dict(block_sizes=(5, 0)), r"positive.*\(5, 0\)"),
-        (dict(block_sizes=(6, -1)), r"positive.*\(6, -1\)"),
-        (dict(block_sizes=()), r"at least one.*\(\)"),
+        (dict(block_sizes=(1, 9)), r"must sum to the length of q, 5; got \(1, 9\), sum 10"),
+        (dict(block_sizes=(5, 0)), r"one or more positive ints; got \(5, 0\)"),
+        (dict(block_sizes=(6, -1)), r"one or more positive ints; got \(6, -1\)"),
+        (dict(block_sizes=()), r"one or more positive ints; got \(\)"),
         (dict(block_sizes=(2.5, 2.5)), r"sequence of ints; got \(2.5, 2.5\)"),
         (dict(block_sizes=5), "sequence of ints; got 5"),
-        (dict(shape=(5, 1, 8)), r"\(batch, length, heads, head dim\); got shape \(5, 1, 8\)"),
+        (dict(shape=(5, 1, 8)), r"\(batch, length, heads, head dim\); got \(5, 1, 8\)"),
         (dict(k_shape=(2, 5, 2, 8)), r"one shape; got \(2, 5, 1, 8\), \(2, 5, 2, 8\)"),
         (dict(dtype="int32"), "float32, bfloat16, float16, float64; got int32"),
         (dict(v_dtype="bfloat16"), "one dtype; got float32, float32 and bfloat16"),
@@ -508,36 +511,36 @@ def call(
         (dict(implementation="cudnn"), "xla, triton, mosaic_gpu, mosaic_tpu; got 'cudnn'"),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         call(**arguments)
 
 
-def test_traced_scale_is_refused():
+def test_traced_scale_raises():
     with pytest.raises(ValueError, match="scale must be a finite Python number"):
         jax.jit(lambda scale: call(scale=scale))(1.0)
 
 
 def test_implementation_that_cannot_run_here(monkeypatch):
-    class Elsewhere:
+    class Unsupported:
         @staticmethod
-        def why_not(_q):
-            return "it needs a GPU, this process runs on cpu"
+        def unsupported_reason(_q):
+            return "requires a GPU; this process runs on cpu"
 
-    monkeypatch.setattr(api, "_MODULES", {"triton": Elsewhere, "xla": xla})
-    with pytest.raises(NotImplementedError, match="'triton' cannot run here: it needs a GPU"):
+    monkeypatch.setattr(api, "_MODULES", {"triton": Unsupported, "xla": xla})
+    with pytest.raises(NotImplementedError, match="'triton' cannot run here: requires a GPU"):
         call(implementation="triton")
-    # None does not fail: it takes the best that runs.
+    # None selects another implementation that can run.
     assert call().shape == (2, 5, 1, 8)
 
 
-def test_none_takes_the_best_that_is_faster_here(monkeypatch):
-    class Measured:
-        why_not = staticmethod(lambda q: None)
+def test_default_selects_an_implementation_only_where_it_is_faster(monkeypatch):
+    class FasterIfCausal:
+        unsupported_reason = staticmethod(lambda q: None)
         attention = staticmethod(lambda q, k, v, block_sizes, pattern, scale: q + 1)
         is_faster = staticmethod(lambda q, pattern: pattern == "causal")
 
-    monkeypatch.setattr(api, "_MODULES", {"mosaic_gpu": Measured, "xla": xla})
+    monkeypatch.setattr(api, "_MODULES", {"mosaic_gpu": FasterIfCausal, "xla": xla})
     assert call(pattern="causal").max() == 1 and call(pattern="diagonal").max() == 0
     assert call(pattern="diagonal", implementation="mosaic_gpu").max() == 1
 

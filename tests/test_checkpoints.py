@@ -785,7 +785,7 @@ def test_check_writable(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files.check_writable("new.png")
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "kept"
-    with input_error("there is no folder", tmp_path / "gone"):
+    with input_error("folder", tmp_path / "gone", "does not exist"):
         files.check_writable(tmp_path / "gone" / "out.png")
     with input_error("is a file, not a folder", tmp_path / "file"):
         files.check_writable(tmp_path / "file" / "out.png")

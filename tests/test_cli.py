@@ -202,7 +202,7 @@ def test_evaluate(hmar, elsewhere):
     )
     assert status == 0 and "read" in out
     figures = json.loads(pathlib.Path("figures.json").read_text())
-    assert figures["samples"] == 12 and 0 <= figures["read_as_asked"] <= 1
+    assert figures["samples"] == 12 and 0 <= figures["class_accuracy"] <= 1
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(hmar, elsewhere, tmp_path):

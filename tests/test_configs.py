@@ -1,6 +1,5 @@
-"""The shipped configs, overriding single values, and what the package's modules import."""
+"""The shipped configs, their schemas, and overriding and comparing values."""
 
-import ast
 import math
 import pathlib
 
@@ -8,14 +7,14 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from hmar_jax import config_files
+from hmar_jax import config_files, settings
+from hmar_jax.autoencoders.base import AutoencoderSpec
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
 from hmar_jax.autoencoders.vq import TokenizerConfig
-from hmar_jax.autoencoders.vq_task import TokenizerTask
 from hmar_jax.errors import InputError
-from hmar_jax.families.hmar.masked_task import MaskedTask
-from hmar_jax.families.hmar.next_scale_task import NextScaleTask
+from hmar_jax.experiment import task_kind
 from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
+from hmar_jax.training.trainable import IMAGENET, Parent
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HMAR, TOKENIZER = (str(ROOT / "configs" / name) for name in ("hmar.py", "tokenizer.py"))
@@ -30,16 +29,27 @@ NAMES = (
     "d36_512",
     "d16_1024",
 )
-IMAGENET = 1_281_167  # images to train
 
 
-def transformer(config, scales=PUBLISHED_SIDES[256], num_classes=1000) -> TransformerConfig:
-    return config_files.build(
-        TransformerConfig, config.model, scales=scales, num_classes=num_classes
-    )
+def setup_of(config, parent_config=None):
+    """What a config trains, on a tokenizer with the published scales."""
+    trainable, kind = task_kind(config)
+    kind.schema.check(config)
+    parent = None
+    if kind.parent_key is not None:
+        side = config.image_side if config.image_side in PUBLISHED_SIDES else 256
+        config.image_side = 0  # digits and cifar10 have other tokenizers
+        parent = Parent("", AutoencoderSpec(TokenizerConfig(scales=PUBLISHED_SIDES[side])))
+        if parent_config is not None:
+            parent = Parent("", setup_of(parent_config).spec)
+    return trainable.make_task(config, parent, IMAGENET)
 
 
-def parameters(model: TransformerConfig) -> int:
+def transformer(config) -> TransformerConfig:
+    return setup_of(config).spec.transformer
+
+
+def num_parameters(model: TransformerConfig) -> int:
     shapes = jax.eval_shape(NextScaleTransformer(model).init, jax.random.key(0))
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
@@ -51,19 +61,14 @@ def parameters(model: TransformerConfig) -> int:
 def test_transformers(name):
     for spec, pattern in ((name, "diagonal"), (f"{name},pattern=causal", "causal")):
         config = config_files.load_config(f"{HMAR}:{spec}")
-        side = config.image_side if config.image_side in PUBLISHED_SIDES else 256
-        model = transformer(config, PUBLISHED_SIDES[side])
-        assert model.pattern == pattern and config.task == "next_scale"
-        assert name in ("digits", "cifar10") or side == config.image_side == 16 * model.scales[-1]
-        task = config_files.build(
-            NextScaleTask,
-            config.recipe,
-            transformer=model,
-            tokenizer=TokenizerConfig(scales=model.scales),
-            steps=config.steps or config.epochs * IMAGENET // config.batch_size,
-            batch_size=config.batch_size,
-        )
-        assert task.optimizer() and 0 < task.warmup_steps < task.steps
+        side = config.image_side
+        assert config.task == "next_scale" and config.family == "hmar"
+        task = setup_of(config).task
+        model = task.transformer
+        assert model.pattern == pattern
+        assert name in ("digits", "cifar10") or side == 16 * model.scales[-1]
+        assert task.optimizer.make(task.steps, task.decay_mask)
+        assert 0 < task.optimizer.warmup_steps < task.steps
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,63 +76,38 @@ def test_stage_2_of_transformers(name):
     stage1, config = (
         config_files.load_config(f"{HMAR}:{name}{more}") for more in ("", ",stage=masked")
     )
-    assert (
-        config.task == "masked"
-        and config.init_from == ""
-        and (config.batch_size, config.data) == (stage1.batch_size, stage1.data)
-    )
-    model = transformer(stage1)
-    depth = config.model.masked_depth
-    assert depth == (
-        8 if name in PUBLISHED else max(1, model.depth // 2) if name in ("digits", "cifar10") else 8
-    )
-    task = config_files.build(
-        MaskedTask,
-        config.recipe,
-        transformer=model,
-        tokenizer=TokenizerConfig(scales=model.scales),
-        masked_depth=depth,
-        steps=config.steps or config.epochs * IMAGENET // config.batch_size,
-        batch_size=config.batch_size,
-    )
-    assert task.optimizer() and 0 < task.warmup_steps < task.steps
-    assert (task.loss_weights, task.mask_ratios, task.shared_mask) == (
+    assert (config.task, config.init_from, config.stage1_config) == ("masked", "", name)
+    assert (config.batch_size, config.data) == (stage1.batch_size, stage1.data)
+    small = name in ("digits", "cifar10")
+    assert config.model.masked_depth == (max(1, stage1.model.depth // 2) if small else 8)
+    task = setup_of(config, stage1).task
+    assert 0 < task.optimizer.warmup_steps < task.steps
+    recipe = task.recipe
+    assert (recipe.loss_weights, recipe.mask_ratios, recipe.shared_mask) == (
         "unweighted",
         "uniform",
         False,
     )
     if name in PUBLISHED:
         assert config.epochs == 100
-    total = parameters(model)
-    stage2 = jax.eval_shape(
-        task.model.init,
-        jax.random.key(0),
-        jax.eval_shape(NextScaleTransformer(model).init, jax.random.key(0)),
-    )
-    added = sum(math.prod(x.shape) for x in jax.tree.leaves(stage2))
     if name == "d16_256":
-        assert (
-            0.45 < added / total < 0.55
-        )  # the paper's 465 M are half as much again as VAR's 310 M
+        model = task.transformer
+        below = jax.eval_shape(NextScaleTransformer(model).init, jax.random.key(0))
+        stage2 = jax.eval_shape(task.model.init, jax.random.key(0), below)
+        added = sum(math.prod(x.shape) for x in jax.tree.leaves(stage2))
+        # The paper's 465 M are half as much again as VAR's 310 M.
+        assert 0.45 < added / num_parameters(model) < 0.55
 
 
 @pytest.mark.parametrize("name", ["digits", "photos", "cifar10", "vae_256"])
 def test_tokenizers(name):
     config = config_files.load_config(f"{TOKENIZER}:{name}")
-    model = config_files.build(TokenizerConfig, config.model)
-    task = config_files.build(
-        TokenizerTask,
-        config.recipe,
-        tokenizer=model,
-        steps=config.steps,
-        batch_size=config.batch_size,
-    )
-    assert task.optimizer() and 0 < task.unquantized_steps < task.steps
-    assert model.image_side == {"digits": 32, "photos": 64, "cifar10": 32, "vae_256": 256}[name]
-    if name == "vae_256":
-        assert model == TokenizerConfig(
-            dtype="bfloat16"
-        )  # whose defaults are the published architecture
+    task = setup_of(config).task
+    assert 0 < task.recipe.vq_start_step < task.steps
+    side = {"digits": 32, "photos": 64, "cifar10": 32, "vae_256": 256}[name]
+    assert task.tokenizer.image_side == side
+    if name == "vae_256":  # the defaults are the published architecture
+        assert task.tokenizer == TokenizerConfig(dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +115,8 @@ def test_tokenizers(name):
     [("d16_256", 2, 0.31), ("d20_256", 2, 0.60), ("d24_256", 1, 1.0), ("d30_256", 1, 2.0)],
 )
 def test_parameter_counts_of_var(name, digits, published):
-    """In thousand millions, rounded as VAR's README gives them."""
-    count = parameters(transformer(config_files.load_config(f"{HMAR}:{name},pattern=causal")))
+    """In billions, rounded as VAR's README gives them."""
+    count = num_parameters(transformer(config_files.load_config(f"{HMAR}:{name},pattern=causal")))
     assert round(count / 1e9, digits) == published, count
 
 
@@ -164,7 +144,7 @@ def test_published_recipes(name):
     assert (c.model.init_adaln_gamma, c.model.init_adaln, c.model.init_head) == (gamma, 0.5, 0.02)
     r = c.recipe
     assert math.isclose(r.learning_rate, base_lr * batch / 256)
-    assert r.warmup_steps == round(epochs / 50 * IMAGENET / batch)
+    assert r.warmup_steps == round(epochs / 50 * IMAGENET.num_images / batch)
     assert (r.schedule, r.start_ratio, r.end_ratio) == ("lin0", 0.005, end)
     assert (r.weight_decay, r.weight_decay_end, r.b1, r.b2, r.clip) == (
         decay,
@@ -182,26 +162,37 @@ def test_published_recipes(name):
 def test_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config_files.load_config("configs/hmar.py:digits").task == "next_scale"
-    (tmp_path / "mine.py").write_text(
-        "from ml_collections import ConfigDict\ndef get_config(spec):\n  return ConfigDict({'task': spec})\n"
+    assert config_files.load_config("hmar:digits").task == "next_scale"  # by its name alone
+    text = (
+        "from ml_collections import ConfigDict\n"
+        "def get_config(spec):\n  return ConfigDict({'task': spec})\n"
     )
+    (tmp_path / "mine.py").write_text(text)
     assert config_files.load_config("mine.py:x=1").task == "x=1"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/hmar.py").write_text(text)
+    assert config_files.load_config("other/hmar.py:x").task == "x"
 
 
 @pytest.mark.parametrize(
     "argument, words",
     [
         ("configs/nope.py:digits", "config 'configs/nope.py': no such"),
+        # Another folder must have the file: it is not looked for by its last name.
+        ("elsewhere/hmar.py:digits", "config 'elsewhere/hmar.py': no such"),
         ("README.md:digits", "no such Python file"),
         ("x" * 300, "no such"),
         ("a\0b.py:digits", "no such"),
-        ("configs/hmar.py:nope", "'nope': known are digits, cifar10, d16_256"),
-        ("configs/tokenizer.py:nope", "'nope': known are digits, photos, cifar10, vae_256"),
+        ("configs/hmar.py:nope", "'nope' must be one of digits, cifar10, d16_256"),
+        ("configs/tokenizer.py:nope", "'nope' must be one of digits, photos, cifar10, vae_256"),
         ("configs/hmar.py", "config name ''"),
         ("configs/hmar.py:digits,seed", "'seed' after the config name"),
-        ("configs/hmar.py:digits,nope=1", "'nope': unknown; there are accumulate, batch_size, "),
-        ("configs/hmar.py:digits,model.nope=1", "'model.nope': unknown; there are depth, "),
-        ("configs/empty.py:digits", "has no get_config"),
+        ("configs/hmar.py:digits,nope=1", "unknown config key 'nope'; known: batch_size, "),
+        (
+            "configs/hmar.py:digits,model.nope=1",
+            "unknown config key 'model.nope'; known: attention, depth, ",
+        ),
+        ("configs/empty.py:digits", "must define get_config"),
     ],
 )
 def test_wrong_names(argument, words, tmp_path, monkeypatch):
@@ -263,11 +254,11 @@ def test_overrides_keep_types(config, key, text, value):
 @pytest.mark.parametrize(
     "key, text, words",
     [
-        ("nope", "1", "'nope': unknown; there are data, flag, group"),
-        ("group.nope", "1", "'group.nope': unknown; there are log, steps"),
-        ("steps.nope", "1", "'steps.nope': unknown"),
-        ("", "1", "unknown"),
-        ("group", "1", "is a group; its keys are group.log, group.steps"),
+        ("nope", "1", "unknown config key 'nope'; known: data, flag, group"),
+        ("group.nope", "1", "unknown config key 'group.nope'; known: log, steps"),
+        ("steps.nope", "1", "unknown config key 'steps.nope'"),
+        ("", "1", "unknown config key"),
+        ("group", "1", "is a group; its keys: group.log, group.steps"),
         ("steps", "1.5", "type int"),
         ("steps", "abc", "type int"),
         ("steps", "", "type int"),
@@ -288,75 +279,91 @@ def test_wrong_overrides(config, key, text, words):
     assert words in str(caught.value) and config.to_json() == before
 
 
-def test_a_group_with_unknown_keys(config):
-    with pytest.raises(InputError, match="'log': unknown; there are .*learning_rate"):
-        config_files.build(TokenizerTask, config.group)
-
-
 def test_first_difference(config):
     other = config_files.to_dict(config)
-    difference = lambda: config_files.first_difference(config_files.to_dict(config), other)
+    harmless = ("log_every", "data.threads")
+    difference = lambda: config_files.first_difference(
+        config_files.to_dict(config), other, harmless
+    )
     assert difference() is None
     other["log_every"], other["data"]["threads"] = 99, 99
     assert difference() is None
     other["steps"] = 6
     assert difference() == "steps is 5 there and 6 here"
-    other["group"]["steps"] = 9
+    other["steps"], other["group"]["steps"] = 5, 9
     assert difference() == "group.steps is 7 there and 9 here"
     del other["flag"]
     assert difference() == "flag is False there and missing (another version) here"
 
 
-# Who imports whom
+# Schemas
 
 
-def imports(path: pathlib.Path) -> tuple[set[str], set[str]]:
-    """Modules that a file imports: at its top level, and anywhere."""
-
-    def found(nodes):
-        names = set()
-        for node in nodes:
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}: relative import"
-                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        return names
-
-    tree = ast.parse(path.read_text())
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
-    return found(n for n in ast.walk(tree) if id(n) not in inside), found(ast.walk(tree))
+def schema():
+    return task_kind(config_files.load_config(f"{HMAR}:digits,stage=masked"))[1].schema
 
 
-def modules(folder: str) -> list[pathlib.Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+def test_an_older_config_gets_present_names_and_defaults():
+    config = config_files.to_dict(config_files.load_config(f"{HMAR}:digits,stage=masked"))
+    older = {**config, "sampling": {**config["sampling"]}, "accumulate": 2}
+    del older["grad_accum_steps"], older["model"], older["sampling"]["temperature"]
+    older["sampling"]["confidence_noise"] = older["sampling"].pop("choice_temperature")
+    found = schema().upgrade(older)
+    assert found["grad_accum_steps"] == 2 and "accumulate" not in found
+    assert found["sampling"]["choice_temperature"] == 4.0
+    assert found["sampling"]["temperature"] == 1.0 and found["model"]["masked_depth"] == 8
 
 
-def offenders(paths, forbidden, allowed=()) -> list[str]:
-    begins = lambda name, prefixes: any(name == p or name.startswith(f"{p}.") for p in prefixes)
-    return [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in paths
-        for name in imports(path)[1]
-        if begins(name, forbidden) and not begins(name, allowed) and name != "hmar_jax"
-    ]
+def test_former_names_are_accepted_with_a_warning():
+    config = config_files.load_config(f"{HMAR}:digits,stage=masked")
+    former = schema().former_names()
+    with pytest.warns(FutureWarning, match="sampling.confidence_noise is deprecated"):
+        config_files.override(config, "sampling.confidence_noise", "2", former)
+    assert config.sampling.choice_temperature == 2.0
 
 
-def test_no_import_runs_upward():
-    ground = ["hmar_jax.errors", "hmar_jax.settings", "hmar_jax.parallel"]
-    assert not offenders(modules("hmar_jax/parallel"), ["hmar_jax"], ground)
-    assert not offenders(modules("hmar_jax/io"), ["hmar_jax"], [*ground, "hmar_jax.io"])
-    above_data = ["training", "families", "pipeline", "experiment", "evaluation", "cli"]
-    assert not offenders(modules("hmar_jax/data"), [f"hmar_jax.{name}" for name in above_data])
-    assert not offenders(modules("hmar_jax/families"), ["hmar_jax.cli", "hmar_jax.experiment"])
-    assert not offenders(modules("pallas_kernels"), ["hmar_jax"])
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("batch_size", 0, "config.batch_size must be an integer of at least 1; got 0"),
+        ("ema_decay", 1.0, "config.ema_decay must be a number in \\[0, 1\\); got 1.0"),
+        ("sampling.top_p", 2.0, "config.sampling.top_p must be a number in \\[0, 1\\]; got 2.0"),
+        ("model.remat", "some", "config.model.remat must be one of none, matmuls, blocks"),
+        ("data.transform.kind", "x", "config.data.transform.kind must be one of resize_crop"),
+    ],
+)
+def test_values_out_of_range(key, value, words):
+    config = config_files.load_config(f"{HMAR}:digits,stage=masked")
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    with pytest.raises(InputError, match=words):
+        schema().check(config)
 
 
-def test_large_libraries_are_imported_where_they_are_needed():
-    package = [*modules("hmar_jax"), *modules("pallas_kernels")]
-    assert {p.name for p in package if any(n.split(".")[0] == "torch" for n in imports(p)[1])} == {
-        "convert.py"
-    }
-    for path in package:
-        at_the_top = {name.split(".")[0] for name in imports(path)[0]}
-        assert not at_the_top & {"torch", "sklearn", "tensorflow", "tensorflow_datasets"}, path
+def test_unknown_and_missing_keys():
+    config = config_files.load_config(f"{HMAR}:digits,stage=masked")
+    with config.unlocked():
+        config.model.nope = 1
+    with pytest.raises(InputError, match="unknown config key 'model.nope'; known: attention, "):
+        schema().check(config)
+    with config.unlocked():
+        del config.model.nope, config.recipe.clip
+    with pytest.raises(InputError, match="config key recipe.clip is missing"):
+        schema().check(config)
+
+
+def test_what_may_differ_between_the_starts_of_a_run():
+    harmless = schema().harmless()
+    assert {"log_every", "data.threads", "mesh.fsdp", "grad_accum_steps", "model.remat"} <= harmless
+    assert not {"seed", "batch_size", "model.dtype", "sampling.guidance"} & harmless
+
+
+def test_every_setting_has_a_help_text():
+    for name in ("digits", "digits,stage=masked"):
+        found = task_kind(config_files.load_config(f"{HMAR}:{name}"))[1].schema
+        for group in found.groups:
+            for key, (_, field) in found.fields(group).items():
+                assert settings.declaration(field).help.endswith("."), (group, key)

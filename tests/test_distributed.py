@@ -1,4 +1,4 @@
-"""Several processes on one machine that train one run, are killed, and go on as others; what they read, and what they end with."""
+"""Several processes on one machine: a run that they train, kills, resuming on others, agreement."""
 
 import json
 import os
@@ -24,7 +24,7 @@ STEPS = 80
 
 
 class Hosts:
-    """A run in so many processes, each with so many devices; `name` of its directory beside `folder`."""
+    """The processes of a run in `folder`/run, each with some devices."""
 
     def __init__(
         self, folder: pathlib.Path, arguments: list[str], processes: int = 1, devices: int = 1
@@ -38,7 +38,7 @@ class Hosts:
         }
         self.processes, self.logs = [], []
         for i in range(processes):
-            meet = (
+            flags = (
                 [
                     f"--coordinator=127.0.0.1:{port}",
                     f"--num_processes={processes}",
@@ -49,7 +49,7 @@ class Hosts:
             )
             self.logs.append(open(folder / f"log_{time.monotonic_ns()}", "w+"))
             record = folder / f"record_{time.monotonic_ns()}_{i}.jsonl"
-            command = [sys.executable, "-m", "tests.recorded", str(record), *arguments, *meet]
+            command = [sys.executable, "-m", "tests.recorded", str(record), *arguments, *flags]
             self.processes.append(
                 subprocess.Popen(
                     command,
@@ -60,13 +60,13 @@ class Hosts:
                 )
             )
 
-    def said(self, process: int = 0) -> str:
+    def log(self, process: int = 0) -> str:
         self.logs[process].seek(0)
         return self.logs[process].read()
 
     def wait_for_checkpoint(self, step: int) -> None:
         while not (self.workdir / f"checkpoints/{step}").exists():
-            assert all(p.poll() is None for p in self.processes), self.said()
+            assert all(p.poll() is None for p in self.processes), self.log()
             time.sleep(0.002)
 
     def kill(self) -> None:
@@ -77,7 +77,7 @@ class Hosts:
 
     def finish(self, status: int = 0) -> None:
         for i, process in enumerate(self.processes):
-            assert process.wait(200) == status, self.said(i)
+            assert process.wait(200) == status, self.log(i)
 
 
 def seen(folder: pathlib.Path) -> dict[int, list[int]]:
@@ -88,7 +88,7 @@ def seen(folder: pathlib.Path) -> dict[int, list[int]]:
             try:
                 batch, images = json.loads(line)
             except ValueError:
-                continue  # cut by a kill
+                continue  # cut off by a kill
             attempts.setdefault(batch, []).append(images)
     batches = {}
     for batch, parts in attempts.items():
@@ -112,49 +112,52 @@ def assert_every_image_once_an_epoch(folder: pathlib.Path) -> None:
 
 
 def assert_close_end(workdir: pathlib.Path, other: pathlib.Path) -> None:
-    (step, state), (other_step, wanted) = (
+    (step, state), (other_step, expected) = (
         checkpoints.load_params_of_run(w, "opt_state", "skipped") for w in (workdir, other)
     )
     assert step == other_step == STEPS
     for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(wanted), strict=True
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
     ):
         assert np.allclose(a, b, rtol=1e-3, atol=2e-4), jax.tree_util.keystr(path)
 
 
 @pytest.fixture
 def command(tmp_path):
-    """Arguments of a run in tmp_path/run."""
+    """Returns the arguments of a run in tmp_path/run."""
     data = f"folder:{recorded.colours(tmp_path / 'images')}"
     return lambda **changes: tiny.train(tmp_path / "run", data__source=data, **changes)
 
 
 @pytest.mark.parametrize("signalled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_hosts_are_killed_and_go_on_as_one(tmp_path, command, signalled):
-    """Killed and ended by one process; the slow test between them restarts and stops them by a signal to one,
-    ends on another mesh, and compares with a run that was left alone."""
+def test_two_hosts_are_killed_and_one_resumes(tmp_path, command, signalled):
+    """Two processes are killed, and one finishes the run.
+
+    In between, the slow test restarts both and stops them by a signal to one of them. It finishes
+    on another mesh, and compares with an uninterrupted run.
+    """
     hosts = Hosts(tmp_path, command(), processes=2)
     hosts.wait_for_checkpoint(20)
     time.sleep(random.uniform(0, 0.3))
     hosts.kill()
     if signalled:
         hosts = Hosts(tmp_path, command(), processes=2)
-        while "step 30 of 80" not in hosts.said():
-            assert all(p.poll() is None for p in hosts.processes), hosts.said()
+        while "step 30 of 80" not in hosts.log():
+            assert all(p.poll() is None for p in hosts.processes), hosts.log()
             time.sleep(0.01)
         hosts.processes[1].send_signal(signal.SIGTERM)
         hosts.finish()
-        said = hosts.said()
-        assert "resuming from step 20" in said and "stopped by a signal after step" in said, said
-        assert "step" not in hosts.said(1)  # the first process speaks for all
+        log = hosts.log()
+        assert "resuming from step 20" in log and "stopped by a signal after step" in log, log
+        assert "step" not in hosts.log(1)  # only the first process logs
 
-    alone = (
+    single = (
         Hosts(tmp_path, command(mesh__fsdp=2), devices=2)
         if signalled
         else Hosts(tmp_path, command())
     )
-    alone.finish()
-    assert "resuming from step" in alone.said() and "run complete" in alone.said()
+    single.finish()
+    assert "resuming from step" in single.log() and "run complete" in single.log()
     assert_every_image_once_an_epoch(tmp_path)
     steps = [
         json.loads(line)["step"]
@@ -172,7 +175,7 @@ def test_two_hosts_are_killed_and_go_on_as_one(tmp_path, command, signalled):
 
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path, command):
-    """At random moments, from starting up to the last step; every other attempt is of two hosts."""
+    """At random moments, from start to last step; every other attempt runs in two processes."""
     kills, attempt = 0, 0
     while kills < 20:
         hosts = Hosts(tmp_path, command(checkpoint_every=4), processes=1 + attempt % 2)
@@ -182,9 +185,9 @@ def test_killed_twenty_times(tmp_path, command):
             time.sleep(0.01)
         hosts.kill()
         killed = any(p.returncode == -signal.SIGKILL for p in hosts.processes)
-        assert killed or all(p.returncode == 0 for p in hosts.processes), hosts.said()
+        assert killed or all(p.returncode == 0 for p in hosts.processes), hosts.log()
         kills += killed
-        if not killed:  # it was over: the rest of the kills is a run of its own
+        if not killed:  # it was done: a new run gets the remaining kills
             assert_every_image_once_an_epoch(tmp_path)
             for path in tmp_path.glob("record_*.jsonl"):
                 path.unlink()
@@ -200,25 +203,158 @@ def test_hosts_that_do_not_divide_the_batch(tmp_path, command):
     hosts = Hosts(tmp_path, command(batch_size=7), processes=2)
     hosts.finish(status=2)
     for i in range(2):
-        lines = [line for line in hosts.said(i).splitlines() if "Gloo" not in line]
+        lines = [line for line in hosts.log(i).splitlines() if "Gloo" not in line]
         assert lines == [
-            "hmar train: batch_size=7 cannot be divided over 2 devices (mesh.data=2 x mesh.fsdp=1) of 2 hosts: a "
-            "multiple of 2 is wanted"
+            "hmar train: batch_size must be a multiple of 2 to be divided over 2 devices "
+            "(mesh.data=2 x mesh.fsdp=1) of 2 hosts; got 7"
         ]
     assert not (tmp_path / "run").exists()
 
 
+# Connecting
+
+
 def test_flags_that_do_not_fit(tmp_path, capfd):
     for flags, words in (
-        (["--coordinator=here:1"], "--num_processes and --process_id missing"),
-        (["--coordinator=here", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
-        (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "from 0 to 1"),
+        (
+            ["--coordinator=here:1"],
+            "must be given together; missing: --num_processes, --process_id",
+        ),
+        (["--coordinator=here", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
+        (
+            ["--coordinator=here:1", "--num_processes=2", "--process_id=2"],
+            "below --num_processes=2; got 2",
+        ),
     ):
         assert cli.main([*tiny.train(tmp_path / "run", tokenizer="unused"), *flags]) == 2
         assert words in capfd.readouterr().err
     with pytest.raises(InputError, match="alone"):
         processes.raise_on_all_processes(InputError("alone"))
     processes.raise_on_all_processes(None)
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "environment, cluster",
+    [
+        ({}, None),
+        (SLURM, ("SLURM", 4, "SLURM_NTASKS=4")),
+        (SLURM | {"SLURM_NTASKS": "1"}, ("SLURM", 1, "SLURM_NTASKS=1")),
+        (SLURM | {"SLURM_NTASKS": "?"}, ("SLURM", None, "SLURM_NTASKS=?")),
+        ({"SLURM_NTASKS": "4"}, None),
+        (SLURM | {"OMPI_COMM_WORLD_SIZE": "1"}, ("SLURM", 4, "SLURM_NTASKS=4")),
+        (SLURM | {"OMPI_COMM_WORLD_SIZE": "2"}, ("Open MPI", 2, "OMPI_COMM_WORLD_SIZE=2")),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ("Cloud TPU", 1, "TPU_WORKER_HOSTNAMES=localhost")),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ("Cloud TPU", 2, "TPU_WORKER_HOSTNAMES=a,b")),
+        (
+            {"TPU_PROCESS_ADDRESSES": "a:1,b:1", "MEGASCALE_NUM_SLICES": "3"},
+            ("Cloud TPU", 6, "TPU_PROCESS_ADDRESSES=a:1,b:1, MEGASCALE_NUM_SLICES=3"),
+        ),
+        (KUBERNETES, None),
+        (
+            KUBERNETES | {"JOB_COMPLETION_INDEX": "0"},
+            ("Kubernetes", None, "JOB_COMPLETION_INDEX=0"),
+        ),
+        (
+            KUBERNETES | {"JOB_COMPLETION_INDEX": "0", "TPU_WORKER_HOSTNAMES": "a"},
+            ("Cloud TPU", 1, "TPU_WORKER_HOSTNAMES=a"),
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1"},
+            ("JAX", None, "JAX_COORDINATOR_ADDRESS=a:1"),
+        ),
+    ],
+)
+def test_clusters_of_the_environment(environment, cluster):
+    assert processes.find_cluster(environment) == cluster
+
+
+def test_jax_reads_the_same_variables(monkeypatch):
+    """A new version of JAX may read others: then find_cluster must follow."""
+    from jax._src import clusters
+
+    step = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    mpi = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
+    for cls, environment in (
+        (clusters.SlurmCluster, SLURM | step),
+        (clusters.OmpiCluster, mpi | {"OMPI_COMM_WORLD_SIZE": "2"}),
+        (clusters.GkeTpuCluster, {"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"}),
+    ):
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            patched.setattr(clusters.cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+            assert cls.is_env_present()
+            assert cls.get_process_count() == processes.find_cluster().num_processes
+    assert not clusters.GceTpuCluster.is_env_present()  # asks no server where there is no TPU
+
+
+@pytest.fixture
+def connect(monkeypatch):
+    """connect(error, **environment): calls initialize(); returns how often JAX was called."""
+
+    def connect(error, flags=(), **environment):
+        calls = []
+
+        def initialize(*args, **kwargs):
+            calls.append(args)
+            if error is not None:
+                raise error
+
+        with monkeypatch.context() as patched:
+            for name in list(os.environ):
+                if name.startswith(
+                    ("SLURM_", "OMPI_", "TPU_", "KUBERNETES_", "JOB_", "JAX_COORDINATOR")
+                ):
+                    patched.delenv(name)
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            patched.setattr(jax.distributed, "initialize", initialize)
+            processes.initialize(*flags)
+        return len(calls)
+
+    return connect
+
+
+# What JAX raises if it detects no cluster, after a first computation, and on a timeout.
+ERRORS = (
+    ValueError("coordinator_address should be defined."),
+    RuntimeError("jax.distributed.initialize() must be called before any JAX calls"),
+    RuntimeError("DEADLINE_EXCEEDED"),
+)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_process_of_a_cluster_is_never_alone_by_mistake(connect, error):
+    for environment in (SLURM, {"OMPI_COMM_WORLD_SIZE": "2"}, {"TPU_WORKER_HOSTNAMES": "a,b"}):
+        with pytest.raises(InputError) as caught:
+            connect(error, **environment)
+        message = str(caught.value)
+        evidence = [f"{name}={value}" for name, value in environment.items()][-1]
+        assert evidence in message and str(error) in message and "--num_processes=1" in message
+    with pytest.raises(InputError, match="JOB_COMPLETION_INDEX=1"):
+        connect(error, **KUBERNETES, JOB_COMPLETION_INDEX="1")
+    with pytest.raises(InputError, match="here:1"):
+        connect(error, ("here:1", 2, 0))
+
+
+def test_a_process_is_alone_without_a_cluster(connect):
+    assert connect(ERRORS[0]) == 0
+    assert connect(ERRORS[0], **KUBERNETES) == 0
+    assert connect(ERRORS[0], (None, 1), **SLURM) == 0
+    assert connect(ERRORS[1], **SLURM | {"SLURM_NTASKS": "1"}) == 1, "nobody else to connect to"
+    assert connect(None, **SLURM) == 1
+
+
+def test_a_task_that_srun_did_not_start(tmp_path, capfd, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(tiny.train(tmp_path / "run", tokenizer="unused")) == 2
+    message = capfd.readouterr().err
+    assert message.count("\n") == 1 and "SLURM (SLURM_NTASKS=4)" in message
 
 
 # What the processes of a run agree on

@@ -1,4 +1,4 @@
-"""The perceptual distance: by hand, by its properties, and what is said of a wrong file."""
+"""The perceptual distance: against loops and by hand, its properties, and errors about files."""
 
 import zipfile
 
@@ -47,9 +47,8 @@ def network(save):
 
 @pytest.fixture
 def images():
-    return (
-        np.random.default_rng(1).uniform(-1, 1, (2, 3, 9, 8, 3)).astype("float32")
-    )  # two batches of three
+    """Two batches of three."""
+    return np.random.default_rng(1).uniform(-1, 1, (2, 3, 9, 8, 3)).astype("float32")
 
 
 def test_file_round_trip(network):
@@ -72,7 +71,7 @@ def test_without_linear_weights_channels_are_averaged(save):
 
 
 def by_loops(arrays, x, y):
-    """The distance of two images (h, w, 3), from the paper's formula, in float64 and one number at a time."""
+    """The distance of two images (h, w, 3) by the paper's formula, in float64, without batches."""
 
     def features(x):
         x, found = (x - arrays["shift"]) / arrays["scale"], []
@@ -102,15 +101,14 @@ def by_loops(arrays, x, y):
 
 def test_against_loops(network, images):
     x, y = images
-    wanted = [
-        by_loops(small_arrays(), a, b) for a, b in zip(x.astype("float64"), y.astype("float64"))
-    ]
+    pairs = zip(x.astype("float64"), y.astype("float64"))
+    expected = [by_loops(small_arrays(), a, b) for a, b in pairs]
     actual = jax.jit(perceptual_distance)(network, x, y)
-    assert actual.dtype == jnp.float32 and relative(actual, wanted) < 1e-5
+    assert actual.dtype == jnp.float32 and relative(actual, expected) < 1e-5
 
 
 def test_by_hand(save):
-    """One convolution that copies red and green: pixels become directions in a plane, and distances follow by hand."""
+    """One convolution that copies red and green: a pixel becomes a direction in a plane."""
     kernel = np.zeros((3, 3, 3, 2))
     kernel[1, 1, 0, 0] = kernel[1, 1, 1, 1] = 1
     network = load_perceptual(
@@ -126,15 +124,12 @@ def test_by_hand(save):
             }
         )
     )
-    x = jnp.array(
-        [[[[0.8, 0.8, -1.0], [1.0, 0.0, 0.3]]]]
-    )  # enters as (.3, .4), (.5, 0): directions (.6, .8), (1, 0)
-    y = jnp.array(
-        [[[[1.0, 0.0, 0.9], [0.7, 0.0, 0.0]]]]
-    )  # (.5, 0), (.2, 0): directions (1, 0), (1, 0)
-    assert float(perceptual_distance(network, x, y)[0]) == pytest.approx(
-        (1 * 0.4**2 + 3 * 0.8**2) / 2, rel=1e-5
-    )
+    # Enters as (.3, .4), (.5, 0): directions (.6, .8), (1, 0).
+    x = jnp.array([[[[0.8, 0.8, -1.0], [1.0, 0.0, 0.3]]]])
+    # Enters as (.5, 0), (.2, 0): directions (1, 0), (1, 0).
+    y = jnp.array([[[[1.0, 0.0, 0.9], [0.7, 0.0, 0.0]]]])
+    expected = (1 * 0.4**2 + 3 * 0.8**2) / 2
+    assert float(perceptual_distance(network, x, y)[0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_properties(network, images):
@@ -144,9 +139,8 @@ def test_properties(network, images):
     assert distance.shape == (3,) and (distance > 0).all()
     np.testing.assert_allclose(of(network, x, x), 0, atol=1e-12)
     np.testing.assert_allclose(of(network, y, x), distance, rtol=1e-5)
-    np.testing.assert_allclose(
-        of(network, x[[2, 0, 1]], y[[2, 0, 1]]), distance[jnp.array([2, 0, 1])], rtol=1e-5
-    )
+    order = jnp.array([2, 0, 1])
+    np.testing.assert_allclose(of(network, x[order], y[order]), distance[order], rtol=1e-5)
     nearer = of(network, x, x + 0.1 * (y - x))
     assert (nearer < distance).all()
 
@@ -157,14 +151,14 @@ def test_gradients(network, images):
     distance, grad = total(x, network)
     assert np.isfinite(grad).all() and all(abs(g).max() > 0 for g in grad)
     assert total(x - 1e-2 * grad, network)[0] < distance
-    # Equal images are a minimum, and features that are all zero have no slope that is not a number.
+    # Equal images are a minimum; where all features are zero, gradients are finite.
     np.testing.assert_allclose(total(y, network)[1], 0, atol=1e-7)
     dead = network.replace(biases=tuple(b - 100 for b in network.biases))
     np.testing.assert_array_equal(total(x, dead)[1], 0)
 
 
-def test_images_that_do_not_fit(network):
-    with pytest.raises(InputError, match="side 3 .* side 4 or more"):
+def test_invalid_images(network):
+    with pytest.raises(InputError, match="need images of side 4 or more; got side 3"):
         perceptual_distance(network, jnp.zeros((1, 8, 3, 3)), jnp.zeros((1, 8, 3, 3)))
     fits = jnp.zeros((1, 4, 4, 3))
     assert jax.eval_shape(perceptual_distance, network, fits, fits).shape == (1,)
@@ -175,10 +169,10 @@ def test_images_that_do_not_fit(network):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"conv1/bias": None}, ["lacks conv1/bias"]),
-        ({"conv1/bias": None, "conv1/kernel": None}, ["lacks conv1/kernel, conv1/bias"]),
-        ({"taps": None}, ["lacks taps"]),
-        ({"lin1": None}, ["lacks lin1"]),
+        ({"conv1/bias": None}, ["missing conv1/bias"]),
+        ({"conv1/bias": None, "conv1/kernel": None}, ["missing conv1/kernel, conv1/bias"]),
+        ({"taps": None}, ["missing taps"]),
+        ({"lin1": None}, ["missing lin1"]),
         ({"lin2": np.ones(8)}, ["unknown lin2"]),
         ({"conv2_kernel": np.ones(8)}, ["unknown conv2_kernel"]),
         (
@@ -190,10 +184,10 @@ def test_images_that_do_not_fit(network):
             ["conv1/kernel", "(3, 3, 5, 6)", "(3, 3, 4, any)"],
         ),
         ({"conv2/bias": np.ones(7)}, ["conv2/bias", "(7,)", "(8)"]),
-        ({"conv2/bias": np.array(["a"] * 8)}, ["conv2/bias", "not numbers"]),
-        ({"conv2/bias": np.full(8, np.nan)}, ["conv2/bias", "not finite"]),
+        ({"conv2/bias": np.array(["a"] * 8)}, ["conv2/bias", "must contain numbers"]),
+        ({"conv2/bias": np.full(8, np.nan)}, ["conv2/bias", "must be finite"]),
         ({"lin0": np.ones((1, 4, 1, 1))}, ["lin0", "(1, 4, 1, 1)", "(4)"]),
-        ({"lin1": -np.ones(8)}, ["lin1", "negative"]),
+        ({"lin1": -np.ones(8)}, ["lin1", "must not be negative; got -1"]),
         ({"taps": np.array([0, 3])}, ["taps", "0 to 2"]),
         ({"taps": np.array([2, 0])}, ["taps", "ascending"]),
         ({"pools": np.array([0.5])}, ["pools", "0 to 2"]),
@@ -201,7 +195,7 @@ def test_images_that_do_not_fit(network):
         ({"scale": np.zeros(3)}, ["scale", "zero"]),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(save, changes, words):
+def test_invalid_files(save, changes, words):
     arrays = {
         name: array for name, array in (small_arrays() | changes).items() if array is not None
     }
@@ -218,7 +212,7 @@ def test_empty_taps(save):
         load_perceptual(save(**arrays | {"taps": []}))
 
 
-def test_files_that_are_no_networks(tmp_path):
+def test_unreadable_files(tmp_path):
     np.save(tmp_path / "array.npy", np.ones(3))
     (tmp_path / "text.npz").write_text("weights")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 cut short")

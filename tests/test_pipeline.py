@@ -1,6 +1,6 @@
 """Pipelines: images do not depend on their neighbours, and what was saved comes back."""
 
-import dataclasses
+import inspect
 import shutil
 import subprocess
 import sys
@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 import hmar_jax
+from hmar_jax import pipeline
 from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import build_experiment
-from hmar_jax.families.hmar import sampler
-from hmar_jax.pipeline import load_spec_and_params
 from tests import tiny
 
 KEY = jax.random.key(3)
@@ -52,7 +51,7 @@ def test_shapes(pipe):
     assert np.array_equal(pipe.sample(KEY, ("circle", "cross", "stripes")), images)
 
 
-def test_a_image_is_the_same_alone_and_in_any_batch(pipe):
+def test_an_image_is_the_same_alone_and_in_any_batch(pipe):
     ids = [2, 0, 1, 1, 0, 2, 2]
     _, seven = pipe.sample(KEY, ids, return_tokens=True)
     _, three = pipe.sample(KEY, ids[:3], return_tokens=True)
@@ -69,26 +68,26 @@ def test_a_image_is_the_same_alone_and_in_any_batch(pipe):
 
 _SHARDED = """
 import sys, jax, numpy as np, hmar_jax
-from hmar_jax.families.hmar import sampler
+from hmar_jax import pipeline
 
 pipe, key = hmar_jax.load(sys.argv[1]), jax.random.key(11)
-ids = [i % pipe.spec.transformer.num_classes for i in (7, 0, 3, 3, 9, 5, 1)]
+ids = [i % pipe.spec.num_classes for i in (7, 0, 3, 3, 9, 5, 1)]
 assert jax.device_count() == 8
 images, seven = pipe.sample(key, ids, return_tokens=True)
 spread = hmar_jax.load(sys.argv[1], devices=jax.devices())
 many_images, many = spread.sample(key, ids + ids[::-1] + ids[:2], return_tokens=True)
 assert len(many.sharding.device_set) == 8
 assert np.array_equal(many[:7], seven) and np.allclose(many_images[:7], images, atol=1e-5)
-image_keys = sampler.image_keys
+image_keys = pipeline.image_keys
 for i in range(7):
-    sampler.image_keys = lambda rng, count: image_keys(rng, 7)[i:i + 1]
+    pipeline.image_keys = lambda rng, count: image_keys(rng, 7)[i:i + 1]
     assert np.array_equal(pipe.sample(key, ids[i], return_tokens=True)[1], seven[i])
 print("agrees")
 """
 
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param("digits", marks=pytest.mark.slow)])
-def test_a_image_is_the_same_on_eight_devices(model):
+def test_an_image_is_the_same_on_eight_devices(model):
     """Masked passes and guidance included; in a process of its own: JAX counts its devices when it starts."""
     if model == "digits" and "digits" not in hmar_jax.pipeline.bundled_models():
         pytest.skip("no bundled model digits")
@@ -102,50 +101,52 @@ def test_a_image_is_the_same_on_eight_devices(model):
     assert result.stdout == "agrees\n", result.stderr
 
 
-def test_more_than_one_turn(pipe, monkeypatch):
-    """70 images are drawn as 64 and 6; each is the one that its own key gives in a batch of 7."""
+def test_more_than_one_batch(pipe, monkeypatch):
+    """70 images are sampled as 64 and 6; each is what its own key gives in a batch of 7."""
     ids = np.arange(70) % 3
     images, tokens = pipe.sample(KEY, ids, return_tokens=True)
     assert images.shape[0] == tokens.shape[0] == 70
-    keys = sampler.image_keys(KEY, 70)
+    keys = pipeline.image_keys(KEY, 70)
     for start in range(0, 70, 7):
         part = slice(start, start + 7)
-        monkeypatch.setattr(sampler, "image_keys", lambda rng, count: keys[part])
+        monkeypatch.setattr(pipeline, "image_keys", lambda rng, count: keys[part])
         some_images, some_tokens = pipe.sample(KEY, ids[part], return_tokens=True)
         assert np.array_equal(some_tokens, tokens[part])
         assert np.allclose(some_images, images[part], atol=1e-5)
 
 
-def test_other_strength_compiles_nothing(pipe):
+def test_other_numbers_compile_nothing(pipe):
     pipe.sample(KEY, 1, guidance=1.0)
-    compiled = pipe._sample._cache_size()
+    compiled = pipe._sampler._sample._cache_size()
     images = [pipe.sample(KEY, 1, guidance=g) for g in (0.5, 2, 30.0)]
-    assert pipe._sample._cache_size() == compiled
+    assert pipe._sampler._sample._cache_size() == compiled
     assert not np.array_equal(images[0], images[2])
     assert np.array_equal(
         pipe.sample(KEY, 1, top_k=0, top_p=0.0), pipe.sample(KEY, 1, top_p=1.0)
     )  # both off
-    assert pipe._sample._cache_size() == compiled
+    assert pipe._sampler._sample._cache_size() == compiled
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(class_id=3), "class 3: ids of this model go from 0 to 2"),
-        (dict(class_id=-1), "class -1"),
-        (dict(class_id=[0, 7]), "class 7"),
+        (dict(class_id=3), r"class must be an id in \[0, 2\]; got 3"),
+        (dict(class_id=-1), "got -1"),
+        (dict(class_id=[0, 7]), "got 7"),
         (dict(class_id=[]), "empty"),
-        (dict(class_id="dog"), "'dog'.*circle, cross"),
+        (dict(class_id="dog"), "circle, cross.*'dog'"),
         (dict(class_id=1.5), "'1.5'"),
         (dict(class_id=True), "'True'"),
-        (dict(class_id=1, guidance=-1), "guidance=-1"),
-        (dict(class_id=1, top_p=1.1), "top_p=1.1"),
-        (dict(class_id=1, top_k=17), "top_k=17: a whole number from 0 to 16"),
+        (dict(class_id=1, guidance=-1), "guidance must be a number of at least 0; got -1"),
+        (dict(class_id=1, top_p=1.1), r"top_p must be a number in \[0, 1\]; got 1.1"),
+        (dict(class_id=1, top_k=17), r"top_k must be in \[0, 16\]; got 17"),
+        (dict(class_id=1, strength=1), "unknown option 'strength'; known: "),
+        (dict(class_id=1, rng=0), "rng must be a random key"),
     ],
 )
-def test_wrong_wishes(pipe, options, words):
+def test_wrong_options(pipe, options, words):
     with pytest.raises(InputError, match=words):
-        pipe.sample(KEY, **options)
+        pipe.sample(options.pop("rng", KEY), **options)
 
 
 def test_the_short_call_keeps_its_pipe():
@@ -177,14 +178,11 @@ def test_encode_and_decode(pipe, sample_images):
 def test_decoding_what_was_encoded_is_the_tokenizers_reconstruction(pipe, sample_images):
     with tiny.cached():
         task = build_experiment(tiny.config_of(tiny.train_tokenizer("unused"))).task
-        state = jax.eval_shape(task.init, KEY).replace(
-            params=pipe.params["tokenizer"], step=jax.numpy.int32(80)
-        )
-        wanted = jax.jit(
-            lambda params: task.reconstruct(state.replace(params=params), sample_images)
-        )(state.params)
+        preview = jax.jit(lambda params: task.preview(params, {}, sample_images, KEY, 80))
+        originals, reconstructions = preview(pipe.params["tokenizer"])
+    assert np.allclose(originals, sample_images / 255, atol=1e-6)
     images = pipe.decode(pipe.encode(sample_images))
-    assert np.allclose(images, (wanted + 1) / 2, atol=1e-4)
+    assert np.allclose(images, reconstructions, atol=1e-4)
 
 
 def test_sampled_images_are_their_tokens_decoded(pipe):
@@ -194,7 +192,9 @@ def test_sampled_images_are_their_tokens_decoded(pipe):
 
 def test_images_of_another_size_are_resized_with_a_warning(pipe, sample_images):
     large = sample_images[0].repeat(3, axis=0).repeat(2, axis=1)
-    with pytest.warns(UserWarning, match="resizing a image of 16x24 to the model's 8x8") as caught:
+    with pytest.warns(
+        UserWarning, match="resizing an image of 16x24 to 8x8, the model's size"
+    ) as caught:
         tokens = pipe.encode(large)
     assert tokens.shape == (tiny.LENGTH,) and caught[0].filename == __file__
     with warnings.catch_warnings():
@@ -208,8 +208,8 @@ def test_images_of_another_size_are_resized_with_a_warning(pipe, sample_images):
         (np.zeros((8, 8), np.uint8), r"shape \(8, 8\)"),
         (np.zeros((8, 8, 4), np.uint8), "shape"),
         (np.zeros((1, 1, 8, 8, 3), np.uint8), "shape"),
-        (np.zeros((8, 8, 3), np.int32), "type int32"),
-        (np.full((8, 8, 3), 1.5), "1.5: float images lie in"),
+        (np.zeros((8, 8, 3), np.int32), "got int32"),
+        (np.full((8, 8, 3), 1.5), r"float images must lie in \[0, 1\]; got .*1.5"),
         (np.full((8, 8, 3), -0.1), "-0.1"),
         (np.full((8, 8, 3), np.nan), "nan"),
     ],
@@ -222,10 +222,10 @@ def test_wrong_images(pipe, image, words):
 @pytest.mark.parametrize(
     "tokens, words",
     [
-        (np.zeros(4, int), r"\(4,\).*\(5,\) or \(B, 5\)"),
+        (np.zeros(4, int), r"shape \(5,\) or \(B, 5\); got int64 of shape \(4,\)"),
         (np.zeros((1, 1, 5), int), "shape"),
         (np.zeros(5), "float64"),
-        (np.full(5, 16), "16: the codebook has 0 to 15"),
+        (np.full(5, 16), r"tokens must be in \[0, 15\]; got values in \[16, 16\]"),
         (np.full(5, -1), "-1"),
     ],
 )
@@ -275,14 +275,14 @@ def test_a_tokenizer_alone(sample_images):
     with tiny.cached():
         alone = hmar_jax.load(str(tiny.tokenizer_run()))
         assert alone.encode(sample_images).shape == (6, tiny.LENGTH)
-        with pytest.raises(InputError, match="tokenizer alone"):
+        with pytest.raises(InputError, match="an autoencoder alone"):
             alone.sample(KEY, 1)
 
 
 def test_what_cannot_be_loaded(tmp_path):
     fails = lambda name, words: pytest.raises(InputError, match=words)
     for name in ("nope", "", str(tmp_path), str(tmp_path / "a/b"), "x" * 300, "a\0b"):
-        with fails(name, "neither a bundled model"):
+        with fails(name, "must be a bundled model"):
             hmar_jax.load(name)
     copy = shutil.copytree(tiny.model_run(), tmp_path / "copy")
     for step in (60, 80):
@@ -302,7 +302,6 @@ def test_what_cannot_be_loaded(tmp_path):
 
 
 def test_classes_by_name():
-    spec, _ = load_spec_and_params("digits")
     names = (
         "golden_retriever",
         "crane",
@@ -315,8 +314,8 @@ def test_classes_by_name():
         "z",
         "CRANE",
     )
-    spec = dataclasses.replace(spec, class_names=names)
-    for given, wanted in (
+    resolve = lambda given: pipeline.resolve_class(given, 10, names)
+    for given, expected in (
         ("golden_retriever", 0),
         ("Golden Retriever", 0),
         (" golden-retriever ", 0),
@@ -327,19 +326,27 @@ def test_classes_by_name():
         (3, 3),
         ("0", 0),
     ):
-        assert spec.resolve_class(given) == wanted, given
+        assert resolve(given) == expected, given
     with pytest.raises(
-        InputError, match="class 'crane': 2 classes have this name, give an id: 1, 3"
+        InputError, match="class 'crane': 2 classes have this name; give an id: 1, 3"
     ):
-        spec.resolve_class("crane")
-    with pytest.raises(
-        InputError, match="class 'Crane': 3 classes have this name, give an id: 1, 3, 9"
-    ):
-        spec.resolve_class("Crane")
-    with pytest.raises(
-        InputError,
-        match="class 'retriever': an id from 0 to 9 is wanted, or a name such as golden_retriever",
-    ):
-        spec.resolve_class("retriever")
-    with pytest.raises(InputError, match="class -1: ids"):
-        spec.resolve_class("-1")
+        resolve("crane")
+    with pytest.raises(InputError, match="'Crane': 3 classes have this name; give an id: 1, 3, 9"):
+        resolve("Crane")
+    message = r"id in \[0, 9\], or a name such as golden_retriever, .*; got 'retriever'"
+    with pytest.raises(InputError, match=message):
+        resolve("retriever")
+    with pytest.raises(InputError, match=r"id in \[0, 9\]; got -1"):
+        resolve("-1")
+
+
+# What a loaded model says of itself
+
+
+def test_a_pipeline_documents_the_options_of_its_family(pipe):
+    parameters = inspect.signature(pipe.sample).parameters
+    assert list(parameters)[:2] == ["rng", "class_id"]
+    assert {"guidance", "temperature", "top_k", "schedule", "choice_temperature"} <= set(parameters)
+    assert "temperature: Temperature of next-scale passes" in pipe.sample.__doc__
+    assert {"dilation", "feather", "paste"} <= set(inspect.signature(pipe.edit).parameters)
+    assert "HMAR, next-scale prediction, 8 x 8 pixels" in repr(pipe)

@@ -1,4 +1,4 @@
-"""Scale lists: offsets, resize matrices, which residual convolution a scale uses."""
+"""Scale lists: offsets, resize matrices, and the residual convolution of each scale."""
 
 import numpy as np
 import pytest
@@ -8,15 +8,15 @@ from hmar_jax.autoencoders.scales import (
     ScaleList,
     area_matrix,
     bicubic_matrix,
-    published_list,
+    find_published_list,
 )
 from hmar_jax.errors import InputError
 
 
-def test_published_lengths():
+def test_published_lists():
     assert [ScaleList(s).length for s in PUBLISHED_SIDES.values()] == [680, 2240, 9451]
-    assert published_list(10, 2240).sides == PUBLISHED_SIDES[512]
-    assert published_list(5, 66) is None
+    assert find_published_list(10, 2240).sides == PUBLISHED_SIDES[512]
+    assert find_published_list(5, 66) is None
 
 
 def test_offsets_and_levels():
@@ -28,13 +28,13 @@ def test_offsets_and_levels():
 
 
 @pytest.mark.parametrize("sides", [(), (0, 1), (1, 1), (2, 1), ("a",), (1, None)])
-def test_bad_sides(sides):
-    with pytest.raises(InputError, match="scales"):
+def test_invalid_sides(sides):
+    with pytest.raises(InputError, match="scales must be"):
         ScaleList(sides)
 
 
 @pytest.mark.parametrize("size", [256, 512, 1024])
-def test_resizes_agree_with_recorded(load_golden, size):
+def test_resizing_agrees_with_recorded(load_golden, size):
     z = load_golden("resize")
     scales = ScaleList(PUBLISHED_SIDES[size])
     checked = 0
@@ -43,12 +43,12 @@ def test_resizes_agree_with_recorded(load_golden, size):
             continue
         checked += 1
         for kind, matrix, source in (
-            ("area", scales.area(k), "area_in"),
-            ("bicubic", scales.bicubic(k), f"bicubic_in_{side}"),
+            ("area", scales.downsample_matrix(k), "area_in"),
+            ("bicubic", scales.upsample_matrix(k), f"bicubic_in_{side}"),
         ):
-            x, wanted = z[f"{size}/{source}"], z[f"{size}/{kind}_{side}"]
-            np.testing.assert_allclose(matrix @ x @ matrix.T, wanted, atol=1e-5)
-            if f"{size}/{kind}_grad_{side}" in z:  # the gradient of a linear map is its transpose
+            x, expected = z[f"{size}/{source}"], z[f"{size}/{kind}_{side}"]
+            np.testing.assert_allclose(matrix @ x @ matrix.T, expected, atol=1e-5)
+            if f"{size}/{kind}_grad_{side}" in z:  # of a linear map: its transpose
                 cotangent = z[f"{size}/{kind}_cot_{side}"]
                 np.testing.assert_allclose(
                     matrix.T @ cotangent @ matrix, z[f"{size}/{kind}_grad_{side}"], atol=1e-5
@@ -57,7 +57,7 @@ def test_resizes_agree_with_recorded(load_golden, size):
 
 
 @pytest.mark.parametrize("source,target", [(1, 4), (3, 3), (5, 16), (7, 64)])
-def test_resizes_keep_constants(source, target):
+def test_resizing_preserves_constants(source, target):
     np.testing.assert_allclose(bicubic_matrix(source, target).sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(area_matrix(target, source).sum(1), 1, atol=1e-6)
     assert np.array_equal(area_matrix(target, target), np.eye(target))
@@ -67,6 +67,6 @@ def test_resizes_keep_constants(source, target):
 @pytest.mark.parametrize("num_scales", [5, 10, 14])
 @pytest.mark.parametrize("num_phi", [4, 1, 0])
 def test_phi_index_agrees_with_recorded(load_golden, num_scales, num_phi):
-    wanted = load_golden("tokenizer")[f"phi_index_K{num_scales}_share{num_phi}"]
+    expected = load_golden("tokenizer")[f"phi_index_K{num_scales}_share{num_phi}"]
     scales = ScaleList(tuple(range(1, num_scales + 1)))
-    assert [scales.phi_index(k, num_phi) for k in range(num_scales)] == wanted.tolist()
+    assert [scales.phi_index(k, num_phi) for k in range(num_scales)] == expected.tolist()

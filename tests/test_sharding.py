@@ -1,6 +1,11 @@
-"""Meshes, rules and batches; and that a step on 8 devices computes what it computes on one (in a process that has 8: on_a_mesh.py)."""
+"""Meshes, rules and batches; a step on 8 devices equals that on one.
 
+The process with 8 devices runs on_a_mesh.py.
+"""
+
+import dataclasses
 import json
+import logging
 import pathlib
 import subprocess
 import sys
@@ -41,14 +46,13 @@ def on_eight_devices(*cases: str) -> dict:
 
 
 def check(found: dict) -> None:
-    for case, figures in found.items():
-        assert (
-            figures["loss"] < 1e-5 and figures["gradient"] < 1e-5 and figures["largest"] > 1e-4
-        ), (case, figures)
-        assert not figures["metrics"] and not figures["evaluated"], (case, figures)
+    for case, result in found.items():
+        assert result["loss"] < 1e-5 and result["gradient"] < 1e-5, (case, result)
+        assert result["largest"] > 1e-4, (case, result)
+        assert not result["metrics"] and not result["evaluated"], (case, result)
 
 
-def test_a_step_on_a_mixed_mesh_is_that_of_one_device():
+def test_a_step_on_a_mixed_mesh_equals_that_on_one_device():
     found = on_eight_devices("stage1:data=2,fsdp=2,tensor=2,remat=matmuls")
     check(found)
     assert 0.25 < next(iter(found.values()))["held"] < 0.3
@@ -56,7 +60,7 @@ def test_a_step_on_a_mixed_mesh_is_that_of_one_device():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["stage1", "stage2", "tokenizer"])
-def test_a_step_on_every_mesh_is_that_of_one_device(task):
+def test_a_step_on_every_mesh_equals_that_on_one_device(task):
     cases = [
         f"{task}:{mesh}"
         for mesh in (
@@ -79,7 +83,7 @@ def test_a_step_on_every_mesh_is_that_of_one_device(task):
 
 
 def test_every_large_parameter_is_divided():
-    """Of the published architecture: what is copied is under 2 % of it."""
+    """In the published architecture, less than 2 % of the parameters are copied."""
     config = TransformerConfig(
         scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, width=1024, heads=16
     )
@@ -93,7 +97,7 @@ def test_every_large_parameter_is_divided():
     assert sum(copied.values()) < 0.02 * sum(x.size for x in jax.tree.leaves(params)), copied
 
 
-def test_the_first_rule_that_fits_counts():
+def test_the_first_rule_that_matches_applies():
     mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 2, "tensor": 3})
     rules = (
         (r"b/kernel$", ("fsdp", None)),
@@ -112,8 +116,8 @@ def test_the_first_rule_that_fits_counts():
 @pytest.mark.parametrize(
     "sizes, words",
     [
-        (dict(data=3), "data=3 x fsdp=1 x tensor=1: there are 1 devices"),
-        (dict(data=-1, fsdp=2), "there are 1 devices"),
+        (dict(data=3), "data=3 x fsdp=1 x tensor=1: the sizes must multiply to 1 devices"),
+        (dict(data=-1, fsdp=2), "must multiply to 1 devices"),
         (dict(data=0), "1 or more"),
         (dict(data=-1, fsdp=-1), "one of them may be -1"),
     ],
@@ -125,9 +129,41 @@ def test_a_mesh_that_does_not_fit(sizes, words):
 
 def test_a_mesh_that_does_not_fit_on_the_command_line(tmp_path, capfd):
     assert cli.main(tiny.train_tokenizer(tmp_path / "run", mesh__data=3)) == 2
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and "mesh data=3" in said and "there are 1 devices" in said
+    message = capfd.readouterr().err
+    assert message.count("\n") == 1 and "mesh data=3" in message and "to 1 devices" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_mesh_config():
+    config = sharding.MeshConfig()
+    assert dataclasses.asdict(config) == {"data": -1, "fsdp": 1, "tensor": 1}
+    assert sharding.make_mesh(**dataclasses.asdict(config)).size == 1
+    with pytest.raises(InputError, match=r"config.mesh.fsdp must be an integer .* got 1.5"):
+        sharding.MeshConfig(fsdp=1.5)
+
+
+def test_what_a_mesh_cannot_divide_is_logged_with_its_bytes(caplog):
+    mesh = jax.sharding.AbstractMesh((1, 4, 2), sharding.AXES)
+    tree = {
+        "opt_state": ({"kernel": jax.ShapeDtypeStruct((6, 8), jnp.bfloat16)},),
+        "kernel": jax.ShapeDtypeStruct((8, 3), jnp.float32),
+        "divided": {"kernel": jax.ShapeDtypeStruct((4, 2), jnp.float32)},
+        "no rule": jax.ShapeDtypeStruct((3,), jnp.float32),
+    }
+    with caplog.at_level(logging.INFO, logger="hmar_jax"):
+        placed = sharding.with_shardings(tree, ((r"kernel$", ("fsdp", "tensor")),), mesh)
+        specs = jax.tree.map(lambda x: x.sharding.spec, placed)
+        assert specs["opt_state"][0]["kernel"] == P(None, "tensor")
+        assert specs["kernel"] == P("fsdp", None)
+        assert specs["divided"]["kernel"] == P("fsdp", "tensor") and specs["no rule"] == P()
+        (record,) = caplog.records
+        assert record.levelno == logging.INFO
+        assert record.getMessage().endswith(
+            "2 arrays as their rules say, and copies them (0.0 MB): "
+            "opt_state/0/kernel (96 bytes), kernel (96 bytes)"
+        )
+        sharding.with_shardings(tree, (), mesh)
+        assert len(caplog.records) == 1
 
 
 def test_a_batch_that_does_not_divide():
@@ -135,14 +171,14 @@ def test_a_batch_that_does_not_divide():
     mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2, "tensor": 1}, devices=devices)
     sharding.check_batch(mesh, 32, accumulate=4)
     with pytest.raises(
-        InputError, match=r"batch_size=12 .* 8 devices .* of 2 hosts: a multiple of 8"
+        InputError, match=r"batch_size must be a multiple of 8 .* 8 devices .* of 2 hosts; got 12"
     ):
         sharding.check_batch(mesh, 12)
-    with pytest.raises(InputError, match=r"in 4 parts \(accumulate=4\): a multiple of 32"):
+    with pytest.raises(InputError, match=r"multiple of 32 .*in 4 microbatches \(accumulate=4\)"):
         sharding.check_batch(mesh, 48, accumulate=4)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch():
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
     params = {"w": jnp.arange(3.0)}
     rows = {"x": jax.random.normal(jax.random.key(0), (12, 3)), "weight": jnp.arange(12.0)}
 

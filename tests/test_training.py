@@ -1,4 +1,4 @@
-"""Runs through the real command line: they learn, and no interruption changes what they end with."""
+"""Runs through the real command line: they learn, and interruptions do not change their results."""
 
 import concurrent.futures
 import json
@@ -18,12 +18,13 @@ from hmar_jax import config_files
 from hmar_jax.cli import main as cli
 from hmar_jax.data import loader
 from hmar_jax.experiment import build_experiment
-from hmar_jax.io import checkpoints
+from hmar_jax.io import checkpoints, runs
+from hmar_jax.io.models import load_model
 from hmar_jax.pipeline import load_spec_and_params
 from hmar_jax.training import loop, metrics
 from tests import tiny
 
-# tensorboardX imports torch where it finds it: two seconds that these processes need not take.
+# tensorboardX imports torch where it is installed, which takes two seconds.
 _HMAR = [
     sys.executable,
     "-c",
@@ -38,13 +39,13 @@ def quick():
 
 
 def lines(workdir) -> tuple[list[dict], list[dict]]:
-    """What metrics.jsonl has of training and of validation."""
+    """The lines of metrics.jsonl of training, and those of validation."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [x for x in found if "lr" in x], [x for x in found if "lr" not in x]
 
 
 def assert_same_end(workdir, uninterrupted):
-    """The same saved state, bit for bit, and each logged step exactly once, with the same last figures."""
+    """The same saved state, bit for bit; each step logged once; the same last metrics."""
     (step, state), (other_step, other) = (
         checkpoints.load_params_of_run(w, "opt_state", "step") for w in (workdir, uninterrupted)
     )
@@ -84,12 +85,12 @@ class Process:
             stderr=self.log,
         )
 
-    def said(self) -> str:
+    def output(self) -> str:
         self.log.seek(0)
         return self.log.read()
 
     def finish(self):
-        assert self.process.wait(200) == 0, self.said()
+        assert self.process.wait(200) == 0, self.output()
 
 
 def kill_after_first_checkpoint(arguments):
@@ -105,9 +106,9 @@ def kill_after_first_checkpoint(arguments):
             and not (run.workdir / "checkpoints/80").exists()
         ):
             return
-        assert run.process.returncode in (0, -signal.SIGKILL), run.said()
-        shutil.rmtree(run.workdir)  # it was over before the signal came: again
-    raise AssertionError("the run is always over before it can be killed")
+        assert run.process.returncode in (0, -signal.SIGKILL), run.output()
+        shutil.rmtree(run.workdir)  # it had ended before the signal came
+    raise AssertionError("the run always ended before it could be killed")
 
 
 # Learning
@@ -155,7 +156,7 @@ def test_stage_2_learns_and_nothing_else_changes():
 
 
 def test_stage_2_of_a_model_without_class_names(tmp_path):
-    """As converted weights are: the data set's names are taken."""
+    """Converted weights have none: the data set's names are taken."""
     nameless = shutil.copytree(tiny.model_run(), tmp_path / "nameless")
     config = json.loads((nameless / "config.json").read_text())
     config["model"]["class_names"] = []
@@ -164,14 +165,14 @@ def test_stage_2_of_a_model_without_class_names(tmp_path):
     assert experiment.spec.class_names == tiny.CLASSES
 
 
-def test_what_is_frozen_has_no_optimizer_state():
+def test_frozen_parameters_have_no_optimizer_state():
     _, state = checkpoints.load_params_of_run(tiny.masked_run(), "opt_state")
     sizes = lambda tree: sum(np.size(x) for x in jax.tree.leaves(tree))
     assert set(state["params"]) == {"mask_embed", "blocks", "head"}
     assert 2 * sizes(state["params"]) < sizes(state["opt_state"]) < 2 * sizes(state["params"]) + 10
 
 
-def test_what_a_run_directory_has():
+def test_contents_of_a_run_directory():
     training, validation = lines(tiny.model_run())
     assert {
         "step",
@@ -189,7 +190,7 @@ def test_what_a_run_directory_has():
         "accuracy/2x2",
     } <= training[0].keys()
     assert {"validation/loss", "validation/accuracy", "validation/loss/2x2"} <= validation[0].keys()
-    assert {"l1", "l2", "psnr", "usage/1x1", "usage/2x2", "usage/any", "revived"} <= lines(
+    assert {"l1", "l2", "psnr", "usage/1x1", "usage/2x2", "usage/any", "codes_reset"} <= lines(
         tiny.tokenizer_run()
     )[0][0].keys()
     config = json.loads((tiny.model_run() / "config.json").read_text())
@@ -216,7 +217,7 @@ def test_what_a_run_directory_has():
 # Interruptions
 
 
-def test_killed_and_started_again_ends_as_if_nothing_had_happened(tmp_path):
+def test_a_killed_run_resumes_to_the_same_result(tmp_path):
     uninterrupted = [tiny.tokenizer_run(), tiny.model_run(), tiny.masked_run()]
     commands = [
         tiny.train_tokenizer(tmp_path / "tokenizer"),
@@ -228,27 +229,27 @@ def test_killed_and_started_again_ends_as_if_nothing_had_happened(tmp_path):
     runs = [Process(command) for command in commands]
     for run, other in zip(runs, uninterrupted):
         run.finish()
-        assert "resuming from step" in run.said()
+        assert "resuming from step" in run.output()
         assert_same_end(run.workdir, other)
 
 
-def test_goes_on_with_tokens_made_beforehand():
-    """The tokens are made anew by the second process, and the batches go on where they were."""
+def test_resumes_with_cached_tokens():
+    """The second process encodes the images again, and the batches continue where they were."""
     config = tiny.config_of(tiny.train("unused", data__cached_copies=2))
     batches = iter(build_experiment(config).loader())
     first = [next(batches) for _ in range(7)]
     state = loader.loader_state_to_bytes(batches)
-    wanted = [next(batches) for _ in range(12)]  # beyond an epoch of 72 rows
+    expected = [next(batches) for _ in range(12)]  # beyond an epoch of 72 rows
     again = iter(build_experiment(config).loader())
     loader.restore_loader_state(again, state)
-    for batch in wanted:
+    for batch in expected:
         found = next(again)
         assert all(np.array_equal(found[name], batch[name]) for name in ("tokens", "label"))
-    assert not any(np.array_equal(first[0]["tokens"], batch["tokens"]) for batch in wanted)
+    assert not any(np.array_equal(first[0]["tokens"], batch["tokens"]) for batch in expected)
 
 
 @pytest.mark.slow
-def test_killed_with_tokens_made_beforehand(tmp_path):
+def test_killed_with_cached_tokens(tmp_path):
     commands = [
         tiny.train(tmp_path / name, data__cached_copies=2) for name in ("run", "uninterrupted")
     ]
@@ -258,28 +259,28 @@ def test_killed_with_tokens_made_beforehand(tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")
 
 
-def test_sigterm_saves_and_ends_well(tmp_path, monkeypatch, capfd):
-    report = loop._report
+def test_sigterm_saves_and_exits_normally(tmp_path, monkeypatch, capfd):
+    report = loop._Reporter.report
 
-    def report_and_signal(writer, bar, step, *more):
-        report(writer, bar, step, *more)
+    def report_and_signal(self, step, means):
+        report(self, step, means)
         if step == 30:
             signal.raise_signal(signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(loop, "_report", report_and_signal)
+    monkeypatch.setattr(loop._Reporter, "report", report_and_signal)
     assert cli.main(tiny.train(tmp_path / "run")) == 0
-    said = capfd.readouterr()
-    assert "stopped by a signal after step 30; the same command goes on from there" in said.err
-    assert said.out == f"{tmp_path}/run: next_scale run stopped at step 30 of 80\n"
+    output = capfd.readouterr()
+    assert "stopped by a signal after step 30; rerun the command to resume" in output.err
+    assert output.out == f"{tmp_path}/run: next_scale run stopped at step 30 of 80\n"
     assert (tmp_path / "run/checkpoints/30").is_dir() and signal.getsignal(signal.SIGTERM) == before
 
     monkeypatch.undo()
     assert cli.main(tiny.train(tmp_path / "run")) == 0
-    said = capfd.readouterr()
+    output = capfd.readouterr()
     assert (
-        "resuming from step 30" in said.err
-        and said.out == f"{tmp_path}/run: next_scale run complete\n"
+        "resuming from step 30" in output.err
+        and output.out == f"{tmp_path}/run: next_scale run complete\n"
     )
     assert_same_end(tmp_path / "run", tiny.model_run())
 
@@ -291,7 +292,7 @@ def test_a_finished_run_does_nothing_and_says_so(tmp_path, capfd):
     }
     before = files()
     assert cli.main(tiny.train_tokenizer(run)) == 0
-    assert "this run is done: step 80 of 80" in capfd.readouterr().err
+    assert "this run is complete: step 80 of 80" in capfd.readouterr().err
     assert files() == before
 
 
@@ -303,15 +304,17 @@ def test_what_does_not_change_the_result_may_change(tmp_path):
     assert json.loads((run / "config.json").read_text())["config"]["log_every"] == 7
 
 
-def test_goes_on_from_the_last_good_checkpoint(tmp_path, capfd):
+def test_resumes_from_the_last_good_checkpoint(tmp_path, capfd):
     run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
     damage(run / "checkpoints/80")
     assert cli.main(tiny.train_tokenizer(run)) == 0
-    said = capfd.readouterr().err
+    output = capfd.readouterr().err
     assert (
-        "checkpoint of step 80" in said and "is damaged" in said and "resuming from step 60" in said
+        "checkpoint of step 80" in output
+        and "is damaged" in output
+        and "resuming from step 60" in output
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert_same_end(run, tiny.tokenizer_run())
 
 
@@ -326,7 +329,7 @@ def test_a_kill_while_the_directory_is_made(tmp_path):
     run = shutil.copytree(tiny.model_run(), tmp_path / "run")
     shutil.rmtree(run / "tokenizer")
     assert cli.main(tiny.train(run)) == 0
-    _, kept = checkpoints.load_model(run / "tokenizer")
+    _, kept = load_model(run / "tokenizer")
     _, trained = checkpoints.load_params_of_run(tiny.tokenizer_run())
     assert np.array_equal(
         kept["tokenizer"]["quantizer"]["codebook"], trained["params"]["quantizer"]["codebook"]
@@ -335,13 +338,14 @@ def test_a_kill_while_the_directory_is_made(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new/.config.json.0123abcd.tmp").write_text("{")
     config = tiny.config_of(tiny.train_tokenizer("unused"))
-    loop._prepare(tmp_path / "new", config, build_experiment(config))
+    experiment = build_experiment(config)
+    runs.prepare(tmp_path / "new", config, experiment.spec.to_json(), experiment.schema)
     assert json.loads((tmp_path / "new/config.json").read_text())["config"] == config_files.to_dict(
         config
     )
 
 
-def test_a_run_keeps_what_it_was_begun_with(tmp_path, capfd):
+def test_a_run_keeps_its_parent(tmp_path, capfd):
     gone = tmp_path / "gone"
     for source, frozen, command in (
         (tiny.model_run(), tiny.tokenizer_run(), lambda run: tiny.train(run, tokenizer=gone)),
@@ -351,16 +355,17 @@ def test_a_run_keeps_what_it_was_begun_with(tmp_path, capfd):
         config = (run / "config.json").read_text()
         (run / "config.json").write_text(config.replace(str(frozen), str(gone)))
         assert cli.main(command(run)) == 0
-        assert "this run is done" in capfd.readouterr().err
+        assert "this run is complete" in capfd.readouterr().err
 
 
-# Figures
+# Metrics
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        '{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 0.5}\n{"step": 30, "loss": 0.2}\n{"step": 40, "lo'
+        '{"step": 10, "loss": 1.0}\n{"step": 20, "loss": 0.5}\n{"step": 30, "loss": 0.2}\n'
+        '{"step": 40, "lo'
     )
     writer = metrics.MetricsWriter(tmp_path, 20)
     writer.write(30, {"loss": 0.25})
@@ -373,12 +378,12 @@ def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):
     ]
 
 
-def test_what_is_not_finite_is_left_out_of_the_means():
+def test_means_leave_out_skipped_steps():
     meter = loop._Meter(batch_size=4)
     meter.add(7, {"loss": np.float32(1), "skipped": 0, "skipped_in_row": 0})
     meter.add(8, {"loss": np.float32(np.nan), "skipped": 1, "skipped_in_row": 1})
-    figures = meter.read()
-    assert figures["loss"] == 1 and figures["skipped"] == 1 and "skipped_in_row" not in figures
+    means = meter.read()
+    assert means["loss"] == 1 and means["skipped"] == 1 and "skipped_in_row" not in means
     with pytest.raises(FloatingPointError, match="last 10 steps, up to step 18"):
         for step in range(9, 30):
             meter.add(step, {"loss": np.float32(np.nan), "skipped": 1, "skipped_in_row": step - 8})

@@ -1,7 +1,7 @@
-"""The Triton kernels against float64 without a GPU, in Triton's interpreter, on short lists and small tiles.
+"""The Triton kernels against float64 in Triton's interpreter, on short lists and small tiles.
 
-The interpreter computes in numpy: it checks indices, masks and formulas, not what the compiler makes of them. It cannot
-multiply bfloat16 matrices (numpy has no such type), which is left to the tests on a GPU.
+Needs no GPU. The interpreter computes in numpy: it checks indices, masks and formulas, but not the
+compiled code. It cannot multiply bfloat16 matrices, a type that numpy lacks; the tests on a GPU do.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 MISSING = [name for name in ("triton", "torch") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"requires {' and '.join(MISSING)}")
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
 
@@ -37,8 +37,8 @@ CASES = [
         case(random_sizes(n), ("diagonal", "causal")[n % 2], list(TOLERANCE)[n // 2 % 2])
         for n in range(4)
     ),
-    case([1, 4, 40], "causal", dim=8),  # fewer columns than the matrix units take
-    case([5, 40], "diagonal", dim=24, batch=3, heads=3),  # columns that fill no power of two
+    case([1, 4, 40], "causal", dim=8),  # fewer columns than the matrix units need
+    case([5, 40], "diagonal", dim=24, batch=3, heads=3),  # columns that are not a power of two
     case([1, 4, 40], "causal", scale=-0.5),
     case([1, 4, 40], "diagonal", scale=0.0),
     case([1, 5, 30, 2], "diagonal", spread=20.0),  # scores in the thousands
@@ -53,7 +53,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def errors():
-    """Relative errors of out, dq, dk, dv for each case, from one process that runs them all."""
+    """Relative errors of out, d_q, d_k, d_v of each case, from one process for all."""
     script = pathlib.Path(__file__).with_name("triton_interpreted.py")
     result = subprocess.run(
         [sys.executable, str(script), json.dumps(CASES)],
@@ -66,12 +66,14 @@ def errors():
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(c) for c in CASES])
-def test_errors(number, errors):
+def test_errors_against_float64(number, errors):
     options = CASES[number]
     tolerance = TOLERANCE[options["dtype"]]
     if options.get("d_out_size", 1.0) < 1:
-        tolerance = 1e-2  # the results themselves lie where float16 has few digits
+        tolerance = (
+            1e-2  # the results themselves are small numbers, of which float16 has few digits
+        )
     if "spread" in options:
-        tolerance = 0.1  # nearly one-hot rows: what is left of the gradients is made of rounding
-    for name, error in zip(("out", "dq", "dk", "dv"), errors[number], strict=True):
+        tolerance = 0.1  # softmax is nearly one-hot, and the gradients are mostly rounding errors
+    for name, error in zip(("out", "d_q", "d_k", "d_v"), errors[number], strict=True):
         assert error < tolerance, f"{name}: relative error {error:.1e}"

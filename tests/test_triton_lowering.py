@@ -1,6 +1,7 @@
-"""The Triton kernels compiled to PTX for GPUs that this machine need not have, through JAX and all its transformations.
+"""The Triton kernels compiled to PTX through JAX and its transformations, without a GPU.
 
-Nothing is run. Needs jax_triton to be importable, which wants JAX's CUDA plugin installed, but no GPU.
+Nothing runs. Requires that jax_triton can be imported, which requires JAX's CUDA plugin, but no
+GPU.
 """
 
 import functools
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import triton, triton_plan
+from pallas_kernels import triton, triton_launches, triton_tuning
 
 try:
     import jax_triton  # noqa: F401
@@ -28,12 +29,12 @@ LISTS = {
     2240: squares(1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
     9451: squares(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 }
-GPUS = {80: "A100", 90: "H100"}
+GPUS = {80: "A100", 90: "H100"}  # by compute capability
 
 
-def problem(sizes, pattern, gpu, dtype, dim):
-    tuning = triton_plan.tuning_for(GPUS[gpu], sum(sizes), dim, dtype, pattern)
-    return triton_plan.Problem(sizes, pattern, dim**-0.5, tuning)
+def make_problem(sizes, pattern, gpu, dtype, dim):
+    tuning = triton_tuning.tuning_for(GPUS[gpu], sum(sizes), dim, dtype, pattern)
+    return triton_launches.Problem(sizes, pattern, dim**-0.5, tuning)
 
 
 def forward_backward(attend, q, k, v, d_out):
@@ -46,23 +47,23 @@ def lower(function, *arrays):
 
 
 def check(sizes, pattern, gpu=90, dtype="float16", dim=64):
-    """Lowers forward and backward, and looks for one call for each launch of the plan."""
-    plan = problem(sizes, pattern, gpu, dtype, dim)
-    attend = functools.partial(triton.attend, call=triton.Call(plan, compute_capability=gpu))
+    """Lowers forward and backward, and expects one call per launch."""
+    problem = make_problem(sizes, pattern, gpu, dtype, dim)
+    config = triton.CallConfig(problem, compute_capability=gpu)
+    attend = functools.partial(triton.attend, config=config)
     shape = (2, sum(sizes), 4, dim)
     text = lower(
         functools.partial(forward_backward, attend), *[jax.ShapeDtypeStruct(shape, dtype)] * 4
     )
-    launches = triton_plan.forward_launches(plan, shape, dtype) + triton_plan.backward_launches(
-        plan, shape, dtype
-    )
-    assert text.count("@triton_kernel_call") == len(launches)
+    forward = triton_launches.forward_launches(problem, shape, dtype)
+    backward = triton_launches.backward_launches(problem, shape, dtype)
+    assert text.count("@triton_kernel_call") == len(forward) + len(backward)
 
 
 @pytest.mark.parametrize("pattern", ["diagonal", "causal"])
 @pytest.mark.parametrize("length", LISTS)
 @pytest.mark.parametrize("gpu", GPUS)
-def test_lists(gpu, length, pattern):
+def test_published_lists(gpu, length, pattern):
     check(LISTS[length], pattern, gpu)
 
 
@@ -74,8 +75,9 @@ def test_dtypes_and_head_dims(dtype, dim):
 
 
 def test_transformations():
-    call = triton.Call(problem((1, 4, 40), "causal", 90, "float16", 64), compute_capability=90)
-    attend = functools.partial(triton.attend, call=call)
+    problem = make_problem((1, 4, 40), "causal", 90, "float16", 64)
+    config = triton.CallConfig(problem, compute_capability=90)
+    attend = functools.partial(triton.attend, config=config)
     x = jnp.zeros((2, 3, 45, 4, 64), jnp.float16)
     mesh = jax.make_mesh((1, 1), ("batch", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = jax.P("batch", None, "heads", None)

@@ -1,7 +1,7 @@
-"""Tiny images and the three runs on them that many tests share, made once a test run through the real command line.
+"""Tiny images and three runs on them, shared by many tests: made once, by the real command line.
 
-Nearly all their time is compilation, so every run here uses one compilation cache, which processes that the tests start
-share too: `cached` for this process, ENVIRONMENT for others.
+Nearly all their time is compilation, so every run uses one compilation cache, which processes that
+the tests start share too: `cached` for this process, ENVIRONMENT for others.
 """
 
 import contextlib
@@ -49,10 +49,10 @@ TOKENIZER = _STEPS | {
     "model.channel_multipliers": "1",
     "model.groups": 2,
     "model.num_res_blocks": 0,
-    "recipe.unquantized_steps": 15,
+    "recipe.vq_start_step": 15,
     "recipe.warmup_steps": 5,
     "recipe.learning_rate": 5e-3,
-    "recipe.revive_after": 60,
+    "recipe.reset_after": 60,
     "recipe.usage_window": 60,
 }
 TRANSFORMER = _STEPS | {
@@ -75,7 +75,7 @@ MASKED = _STEPS | {
 
 
 def made_once(make):
-    """A function of no arguments that makes FOLDER / its name: in the first process that calls it, while others wait."""
+    """Calls `make` with FOLDER / its name, once: in the first process; the others wait."""
     name = make.__name__
 
     @functools.cache
@@ -93,7 +93,7 @@ def made_once(make):
 
 @contextlib.contextmanager
 def cached():
-    """Programs are compiled quickly and kept in CACHE, or taken from there; the log is put back as it was."""
+    """Compiles quickly, with programs in CACHE; restores the log on exit."""
     wanted = dict(
         jax_compilation_cache_dir=str(CACHE),
         jax_persistent_cache_min_compile_time_secs=0.0,
@@ -128,7 +128,7 @@ def image(label: int, rng: np.random.Generator, side: int = 10) -> np.ndarray:
 
 @made_once
 def images(root: pathlib.Path) -> None:
-    """A folder for --config.data.source=folder:… with three classes, 12 images each to train and 3 to validate."""
+    """A folder of images: three classes, 12 images each to train and 3 to validate."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("validate", 3)):
         for label, name in enumerate(CLASSES):
@@ -142,7 +142,7 @@ def overrides(values: dict) -> list[str]:
 
 
 def train_tokenizer(workdir, **changes) -> list[str]:
-    """Arguments of the command; a change's dots are written as two underscores."""
+    """Arguments of the command. Dots in the names of changes are written as two underscores."""
     values = TOKENIZER | {"data.source": f"folder:{images()}"} | _dotted(changes)
     return [
         "train-tokenizer",
@@ -172,7 +172,7 @@ def train_masked(workdir, **changes) -> list[str]:
 
 
 def config_of(arguments: list[str]) -> ConfigDict:
-    """The config that the command makes of these arguments."""
+    """The config of these arguments."""
     config = config_files.load_config(arguments[1].removeprefix("--config="))
     for text in arguments:
         if text.startswith("--config."):

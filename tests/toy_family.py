@@ -61,6 +61,9 @@ class Pixels:
     def decode(self, params, latents):
         return (latents["pixels"] + 1) / 2
 
+    def describe(self, num_params):
+        return [("images", f"{SIDE} x {SIDE} pixels")]
+
 
 @dataclasses.dataclass(frozen=True)
 class PixelsConfig:
@@ -199,7 +202,7 @@ def make_task(config, parent, data):
     return TaskSetup(task, spec)
 
 
-def frozen_params(config, parent_params, kind):
+def frozen_params(config, parent, parent_params, kind):
     return {}
 
 
@@ -216,7 +219,9 @@ def make_sampler(spec):
 
 
 def describe(spec, params):
-    return [("toy", f"rank {spec.rank}, {sum(np.size(x) for x in jax.tree.leaves(params))} numbers")]
+    return [
+        ("toy", f"rank {spec.rank}, {sum(np.size(x) for x in jax.tree.leaves(params))} numbers")
+    ]
 
 
 def assemble_params(spec, trained, parent_params):

@@ -1,6 +1,7 @@
-"""Runs the Triton kernels in Triton's interpreter (TRITON_INTERPRET=1) and prints their errors against float64 as JSON.
+"""Runs the Triton kernels in Triton's interpreter and prints their errors against float64 as JSON.
 
-Started by test_triton_interpreted.py: Triton reads the variable when it is imported, so this needs its own process.
+test_triton_interpreted.py starts this script. Triton reads TRITON_INTERPRET=1 on import, so it
+needs its own process.
 """
 
 import json
@@ -14,34 +15,34 @@ from triton.runtime import interpreter
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 from torch_launch import TorchAttention
 
-from pallas_kernels import triton_plan
+from pallas_kernels import triton_launches
 from pallas_kernels.reference import block_mask
-from pallas_kernels.triton_plan import Tile, Tuning
+from pallas_kernels.triton_tuning import TileConfig, TuningConfig
 
 _patch_tensor = interpreter._patch_lang_tensor
 
 
 def _patch_tensor_for_numpy_2_4(tensor, scope):
-    """Triton 3.6 takes int() of arrays of one element for loop bounds, which numpy refuses since 2.4."""
+    """For loop bounds, Triton 3.6 takes int() of one-element arrays, which numpy 2.4 rejects."""
     _patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy_2_4
 
-# Tiles small enough for short lists to be cut, packed and masked in every way.
-SMALL_TILES = Tuning(
-    forward=(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)),
-    whole=(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1, spread=8)),
-    keys=Tile(16, 32, 4, 1, spread=4),
-    queries=Tile(32, 16, 4, 1),
-    forward_together=2,
-    backward_together=1,
+# Tiles small enough that short lists are split, packed and masked in every way.
+SMALL_TILES = TuningConfig(
+    forward=(TileConfig(16, 16, 4, 1), TileConfig(32, 16, 4, 1)),
+    backward_whole=(TileConfig(16, 16, 4, 1), TileConfig(32, 16, 4, 1, load_copies=8)),
+    backward_keys=TileConfig(16, 32, 4, 1, load_copies=4),
+    backward_queries=TileConfig(32, 16, 4, 1),
+    forward_heads_per_group=2,
+    backward_heads_per_group=1,
 )
 
 
 def expected(sizes, pattern, scale, q, k, v, d_out):
-    """out, dq, dk, dv of the dense definition in float64."""
+    """out, d_q, d_k, d_v of the dense definition in float64."""
     q, k, v, d_out = (x.double().numpy().swapaxes(1, 2) for x in (q, k, v, d_out))
     p = np.where(block_mask(sizes, pattern), scale * (q @ k.swapaxes(2, 3)), -np.inf)
     p = np.exp(p - p.max(-1, keepdims=True))
@@ -52,26 +53,33 @@ def expected(sizes, pattern, scale, q, k, v, d_out):
     return [x.swapaxes(1, 2) for x in results]
 
 
-def errors(sizes, pattern, scale, dim, dtype, tuning, spread=1.0, d_out_size=1.0, batch=1, heads=2):
-    """Relative L2 errors of out, dq, dk, dv; every element is checked to have been written."""
+def compute_errors(
+    sizes, pattern, scale, dim, dtype, tuning, spread=1.0, d_out_size=1.0, batch=1, heads=2
+):
+    """Relative L2 errors of out, d_q, d_k, d_v. An element that is not written makes them NaN."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, sum(sizes), heads, dim)
     q, k, v, d_out = (spread * torch.randn(shape, generator=generator) for _ in range(4))
     q, k, v, d_out = (x.to(getattr(torch, dtype)) for x in (q, k, v, d_out * d_out_size))
-    attention = TorchAttention(triton_plan.Problem(sizes, pattern, scale, tuning), q)
-    ours = [attention.forward(q, k, v), *attention.backward(q, k, v, d_out)]
-    found = []
-    for x, y in zip(ours, expected(sizes, pattern, scale, q, k, v, d_out), strict=True):
+    attention = TorchAttention(triton_launches.Problem(sizes, pattern, scale, tuning), q)
+    results = [attention.forward(q, k, v), *attention.backward(q, k, v, d_out)]
+    errors = []
+    for x, y in zip(results, expected(sizes, pattern, scale, q, k, v, d_out), strict=True):
         size = np.linalg.norm(y)
-        found.append(float(np.linalg.norm(x.double().numpy() - y) / (size if size > 1e-9 else 1.0)))
-    return found
+        error = np.linalg.norm(x.double().numpy() - y) / (size if size > 1e-9 else 1.0)
+        errors.append(float(error))
+    return errors
 
 
 def main():
     cases = json.loads(sys.argv[1])
-    small = dict(tuning=SMALL_TILES)
     print(
-        json.dumps([errors(**{**small, **case, "sizes": tuple(case["sizes"])}) for case in cases])
+        json.dumps(
+            [
+                compute_errors(**{"tuning": SMALL_TILES, **case, "sizes": tuple(case["sizes"])})
+                for case in cases
+            ]
+        )
     )
 
 

@@ -1,18 +1,22 @@
-"""Perceptual distance of images, by the features of a network that you bring.
+"""Perceptual distance of images, from the features of a network that you provide.
 
-LPIPS (arXiv 1801.03924, section 3, equation 1): both images go through a classifier; at some of its layers the
-features are scaled to unit length over the channels, subtracted, squared, weighted by channel, averaged over
-positions; the layers are summed. The weights are not ours to ship, so they come from an .npz file with these arrays,
-i = 0..n-1, j = 0..taps-1:
+LPIPS (arXiv 1801.03924, section 3, equation 1): both images pass a classifier. At some of its
+layers the features are normalized to unit length over the channels, subtracted, squared, weighted
+by channel and averaged over positions; the layers are summed. This package contains no weights of
+such a network: they come from an .npz file with these arrays, i = 0..n-1, j = 0..taps-1:
 
-    conv{i}/kernel  (3, 3, in, out)  convolutions, stride 1, zero padding 1, each followed by ReLU; conv0 takes RGB
+    conv{i}/kernel  (3, 3, in, out)  convolutions, stride 1, zero padding 1, each followed by ReLU;
+                                     conv0 takes RGB
     conv{i}/bias    (out,)
     taps            (taps,) int      convolutions after whose ReLU features are compared, ascending
-    pools           (pools,) int     convolutions before which a 2x2 max pool of stride 2 stands, ascending; or empty
-    lin{j}          (C_j,)           weights of tap j's channels, not negative; without any lin, every weight is 1 / C_j
+    pools           (pools,) int     convolutions that follow a 2x2 max pool of stride 2, ascending;
+                                     may be empty
+    lin{j}          (C_j,)           weights of tap j's channels, not negative; without any lin,
+                                     every weight is 1 / C_j
     shift, scale    (3,) each        images x in [-1, 1] enter as (x - shift) / scale
 
-LPIPS with VGG16, from torchvision's weights and the linear weights that its authors publish (vgg.pth, version 0.1):
+LPIPS with VGG16, from torchvision's weights and the linear weights that its authors publish
+(vgg.pth, version 0.1):
 
     import numpy as np, torch, torchvision
 
@@ -32,13 +36,16 @@ LPIPS with VGG16, from torchvision's weights and the linear weights that its aut
         arrays[f"lin{j}"] = linear[f"lin{j}.model.1.weight"].numpy().ravel()  # from (1, C_j, 1, 1)
     np.savez("lpips_vgg16.npz", **arrays)
 
-Without the linear weights leave out the last loop: this is then a feature distance, not LPIPS, and its numbers are
-its own.
+Without the linear weights leave out the last loop: this is then a feature distance, not LPIPS,
+and its values cannot be compared with LPIPS.
+
+Letters: B images, h w sides of an image, C_j channels of tap j.
 """
 
 import os
 import re
 import zipfile
+from typing import NoReturn
 
 import flax.struct
 import jax
@@ -47,12 +54,12 @@ import numpy as np
 
 from hmar_jax.errors import InputError
 
-_EPS = 1e-10  # of the unit length; under the root, so that features that are all zero have a finite gradient
+_EPS = 1e-10  # of the unit length; under the root, so that all-zero features have a finite gradient
 
 
 @flax.struct.dataclass
 class PerceptualNetwork:
-    """The arrays of the file, a frozen pytree: pass it to jitted functions as an argument. Never trained."""
+    """The arrays of the file, never trained: a pytree to pass to jitted functions."""
 
     kernels: tuple[jax.Array, ...]  # (3, 3, in, out) each
     biases: tuple[jax.Array, ...]  # (out,) each
@@ -69,70 +76,66 @@ class PerceptualNetwork:
 
 
 def load_perceptual(path: str | os.PathLike) -> PerceptualNetwork:
-    """Reads the .npz file that the module's docstring describes. Arrays become float32.
+    """Reads an .npz file of the format that the module's docstring describes.
+
+    Arrays become float32.
 
     Raises:
-      InputError: no such file, not an .npz, a name missing or unknown, or an array that does not fit, by name.
+      InputError: there is no such file, it is no .npz file, an array is missing or unknown, or an
+        array does not fit the others.
     """
     arrays = _read(path)
 
-    def fail(message):
+    def fail(message: str) -> NoReturn:
         raise InputError(f"{path}: {message}")
 
-    def get(name, shape):
-        """The array as float32; `shape` has None where any size will do."""
+    def get(name: str, shape: tuple[int | None, ...]) -> jax.Array:
+        """The array as float32; None in `shape` stands for any size."""
         array = arrays[name]
         if array.dtype.kind not in "fiu":
-            fail(f"{name} is {array.dtype}, not numbers")
-        if array.ndim != len(shape) or any(
-            want not in (None, size) for want, size in zip(shape, array.shape)
-        ):
-            fail(
-                f"{name} has shape {array.shape}, not ({', '.join('any' if n is None else str(n) for n in shape)})"
-            )
+            fail(f"{name} must contain numbers; got dtype {array.dtype}")
+        fits = array.ndim == len(shape) and all(
+            size in (None, actual) for size, actual in zip(shape, array.shape)
+        )
+        if not fits:
+            sizes = ", ".join("any" if size is None else str(size) for size in shape)
+            fail(f"{name} must have shape ({sizes}); got {array.shape}")
         if not np.isfinite(array).all():
-            fail(f"{name} has values that are not finite")
+            fail(f"{name} must be finite; got NaN or infinite values")
         return jnp.asarray(array, jnp.float32)
 
-    def get_indices(name):
+    def get_indices(name: str) -> tuple[int, ...]:
         array = arrays[name]
-        indices = (
-            array.tolist()
-            if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
-            else None
-        )
-        if (
-            indices is None
-            or indices != sorted(set(indices))
-            or not all(0 <= i < num_convs for i in indices)
-        ):
-            fail(f"{name} is not an ascending list of convolutions, 0 to {num_convs - 1}")
+        integers = array.dtype.kind in "iu" or not array.size
+        indices = array.tolist()
+        ascending = array.ndim == 1 and integers and indices == sorted(set(indices))
+        if not ascending or not all(0 <= i < num_convs for i in indices):
+            fail(
+                f"{name} must be an ascending list of convolutions from 0 to {num_convs - 1}; "
+                f"got {str(indices):.80}"
+            )
         return tuple(indices)
 
-    convs = [
-        int(m[1])
-        for m in (re.fullmatch(r"conv(\d+)/(?:kernel|bias)", name) for name in arrays)
-        if m
-    ]
-    num_convs = max(convs, default=0) + 1
+    matches = (re.fullmatch(r"conv(\d+)/(?:kernel|bias)", name) for name in arrays)
+    num_convs = max((int(m[1]) for m in matches if m), default=0) + 1
     names = [f"conv{i}/{part}" for i in range(num_convs) for part in ("kernel", "bias")]
     names += ["taps", "pools", "shift", "scale"]
     if "taps" in arrays and any(name.startswith("lin") for name in arrays):  # all of them or none
         names += [f"lin{j}" for j in range(arrays["taps"].size)]
     if missing := [name for name in names if name not in arrays]:
-        fail(f"lacks {_some(missing)}")
+        fail(f"missing {_join(missing)}")
     if unknown := sorted(set(arrays) - set(names)):
-        fail(f"has unknown {_some(unknown)}")
+        fail(f"unknown {_join(unknown)}; the docstring of {__name__} describes the format")
 
-    kernels, biases = [], []
+    kernels: list[jax.Array] = []
+    biases: list[jax.Array] = []
     for i in range(num_convs):
-        kernels.append(
-            get(f"conv{i}/kernel", (3, 3, kernels[-1].shape[-1] if kernels else 3, None))
-        )
+        inputs = kernels[-1].shape[-1] if kernels else 3
+        kernels.append(get(f"conv{i}/kernel", (3, 3, inputs, None)))
         biases.append(get(f"conv{i}/bias", (kernels[-1].shape[-1],)))
     taps, pools = get_indices("taps"), get_indices("pools")
     if not taps:
-        fail("taps is empty: nothing would be compared")
+        fail("taps is empty; name at least one convolution whose features are compared")
     widths = [kernels[i].shape[-1] for i in taps]
     if "lin0" in arrays:
         lins = [get(f"lin{j}", (width,)) for j, width in enumerate(widths)]
@@ -140,18 +143,21 @@ def load_perceptual(path: str | os.PathLike) -> PerceptualNetwork:
         lins = [jnp.full(width, 1 / width) for width in widths]
     for j, lin in enumerate(lins):
         if (lin < 0).any():
-            fail(f"lin{j} has negative weights")
+            fail(f"lin{j} must not be negative; got {lin.min():g}")
     shift, scale = get("shift", (3,)), get("scale", (3,))
     if (scale == 0).any():
-        fail("scale has a zero")
+        fail("scale must not contain zero")
     return PerceptualNetwork(tuple(kernels), tuple(biases), tuple(lins), shift, scale, taps, pools)
 
 
-def perceptual_distance(network: PerceptualNetwork, x, y):
-    """The distance of each pair of images: 0 for equal ones, else positive unless the features agree.
+def perceptual_distance(network: PerceptualNetwork, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The distance of each pair of images, 0 where their features agree.
+
+    Symmetric. Each image passes the network in a forward pass of its own, so a target costs no
+    backward pass.
 
     Args:
-      x, y: (B, h, w, 3) in [-1, 1]; symmetric. Each takes its own forward pass, so a target costs no backward pass.
+      x, y: (B, h, w, 3) in [-1, 1].
 
     Returns:
       (B,) float32.
@@ -160,22 +166,20 @@ def perceptual_distance(network: PerceptualNetwork, x, y):
       InputError: the shapes differ, or the images are too small for the network's pools.
     """
     if x.shape != y.shape:
-        raise InputError(
-            f"images of shapes {x.shape} and {y.shape} have no distance: they must be equal"
-        )
+        raise InputError(f"images must have equal shapes; got {x.shape} and {y.shape}")
     if min(x.shape[1:3]) < network.min_side:
         raise InputError(
-            f"images of side {min(x.shape[1:3])} are too small for the pools of the perceptual network: "
-            f"it needs side {network.min_side} or more"
+            f"the pools of the perceptual network need images of side {network.min_side} or more; "
+            f"got side {min(x.shape[1:3])}"
         )
-    distance = 0.0
+    distance = jnp.zeros(x.shape[0])
     for lin, a, b in zip(network.lins, _features(network, x), _features(network, y)):
         distance += jnp.mean(jnp.sum(lin * (_unit(a) - _unit(b)) ** 2, axis=-1), axis=(1, 2))
     return distance
 
 
-def _features(network, x):
-    """(B, h, w, 3) -> for each tap, (B, h_j, w_j, C_j)."""
+def _features(network: PerceptualNetwork, x: jax.Array) -> list[jax.Array]:
+    """(B, h, w, 3) -> (B, h_j, w_j, C_j) for each tap."""
     x = (x.astype(jnp.float32) - network.shift) / network.scale
     taps = []
     for i in range(network.taps[-1] + 1):
@@ -194,29 +198,30 @@ def _features(network, x):
     return taps
 
 
-def _unit(features):
+def _unit(features: jax.Array) -> jax.Array:
     """Unit length over the last axis; zero stays zero."""
     return features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + _EPS)
 
 
-def _read(path) -> dict[str, np.ndarray]:
+def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such file (hmar_jax/models/perceptual.py says how to make one)"
+            f"{path}: no such file (the docstring of {__name__} shows how to make one)"
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    # np.load gives a bare array for .npy, and a file that is none of its kinds is taken for a pickle, which is refused
+    # np.load gives a bare array for .npy files. It takes other files for pickles and refuses them.
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
         raise InputError(f"{path}: not an .npz file of arrays") from None
-    if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # some other zip
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # another kind of zip
         raise InputError(f"{path}: not an .npz file of arrays")
     return arrays
 
 
-def _some(names) -> str:
+def _join(names: list[str]) -> str:
+    """The first four names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,11 +1,13 @@
-"""Training a tokenizer: state, step, evaluation, as pure functions.
+"""Training a multi-scale VQ tokenizer: recipe, state, update, evaluation.
 
-The losses are VQGAN's (arXiv 2012.09841) around VAR's multi-scale quantizer (arXiv 2404.02905, algorithm 1). What keeps the
-codebook alive, which neither paper spells out: the encoder first trains without quantizing; then the codebook is drawn from
-the residuals that the encoder gives at every scale; from then on entries that no scale has used for a while are replaced by
-current residuals.
+The losses are VQGAN's (arXiv 2012.09841) around VAR's multi-scale quantizer (arXiv 2404.02905,
+algorithm 1). Neither paper says how to keep the codebook in use. Here, the encoder first trains
+without quantizing. Then the codebook is initialized with the residuals that the encoder yields at
+all scales. From then on, entries that no scale has used for a while are reset to current
+residuals.
 
-Letters: B images, h w sides, S side of the features, Z channels, V entries, K scales, L tokens.
+Letters: B images, h w sides of an image, S side of the features, Z channels of the code, V codebook
+entries, K scales, L tokens.
 """
 
 import dataclasses
@@ -16,335 +18,444 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hmar_jax.autoencoders import adversarial
 from hmar_jax.autoencoders.discriminator import PatchDiscriminator
-from hmar_jax.autoencoders.perceptual import PerceptualNetwork, perceptual_distance
-from hmar_jax.autoencoders.vq import PARTITION_RULES, Tokenizer, TokenizerConfig, to_float
-from hmar_jax.autoencoders.vq_losses import quantizer_loss, straight_through
+from hmar_jax.autoencoders.losses import (
+    adaptive_weight,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    psnr,
+    quantizer_loss,
+    straight_through,
+)
+from hmar_jax.autoencoders.perceptual import perceptual_distance
+from hmar_jax.autoencoders.vq import (
+    PARTITION_RULES,
+    Quantized,
+    Tokenizer,
+    TokenizerConfig,
+    apply_tokenizer,
+    to_float,
+)
 from hmar_jax.parallel.sharding import Rules, constrain_batch, constrain_like_params
+from hmar_jax.settings import setting
 from hmar_jax.training.metrics import Mean
-from hmar_jax.training.optimizer import adamw, lr_schedule
+from hmar_jax.training.optimizer import OptimizerConfig
 from hmar_jax.training.state import TrainState
+from hmar_jax.training.task import Batch, Params, TaskDefaults
 
-_NEVER = -(2**30)  # images ago: an entry that was never hit
+_NEVER = -(2**30)  # in place of a number of images: the entry was never used
+
+Metrics = dict[str, jax.Array]  # scalars
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VQRecipe(OptimizerConfig):
+    """How a tokenizer is trained. A loss whose weight is 0 is left out of the compiled step."""
+
+    learning_rate: float = setting(1e-3, "Peak learning rate.", at_least=0)
+    schedule: str = setting("cos", "Learning-rate schedule, see training/optimizer.py.")
+    warmup_steps: int = setting(50, "Steps of linear warm-up.", at_least=0)
+    end_ratio: float = setting(0.01, "Last learning rate, relative to the peak.", at_least=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay at the first step.", at_least=0)
+    b2: float = setting(0.99, "Decay of Adam's second moment.", at_least=0, below=1)
+    clip: float = setting(1.0, "Largest global norm of a gradient; 0: no clipping.", at_least=0)
+
+    l2_weight: float = setting(1.0, "Weight of the mean squared error.", at_least=0)
+    l1_weight: float = setting(0.2, "Weight of the mean absolute error.", at_least=0)
+    quantizer_weight: float = setting(
+        1.0, "Weight of the codebook and commitment loss.", at_least=0
+    )
+    beta: float = setting(0.25, "Weight of the commitment term within that loss.", at_least=0)
+    perceptual_weight: float = setting(
+        0.0, "Weight of the perceptual distance; needs config.perceptual_network.", at_least=0
+    )
+    adversarial_weight: float = setting(
+        0.0, "Factor of the adaptive weight of the adversarial loss.", at_least=0
+    )
+    adversarial_start: int = setting(
+        0, "First step at which the adversarial loss counts.", at_least=0
+    )
+    discriminator_channels: int = setting(
+        64, "Channels of the discriminator's first layer.", at_least=1
+    )
+    discriminator_layers: int = setting(3, "Discriminator layers of stride 2.", at_least=1)
+    discriminator_learning_rate: float = setting(
+        1e-4, "Learning rate of the discriminator.", at_least=0
+    )
+
+    vq_start_step: int = setting(
+        100,
+        "First step that quantizes; the codebook is initialized with data just before it.",
+        at_least=1,
+        former_name="unquantized_steps",
+    )
+    reset_every: int = setting(
+        20,
+        "Steps between resets of unused codebook entries; 0: never.",
+        at_least=0,
+        former_name="revive_every",
+    )
+    reset_after: int = setting(
+        2000,
+        "Images after which an entry that no scale used is reset.",
+        at_least=0,
+        former_name="revive_after",
+    )
+    usage_window: int = setting(10000, "Images over which codebook usage is reported.", at_least=1)
 
 
 @flax.struct.dataclass
-class TokenizerState(TrainState):
-    """Everything a tokenizer run must save to go on exactly; params are the tokenizer's."""
+class VQTrainState(TrainState):
+    """Everything a run must save to resume exactly; params are the tokenizer's."""
 
     discriminator: Any  # parameters, or {} where there is none
     discriminator_opt_state: Any
-    last_hit: (
-        jax.Array
-    )  # (K, V) int32: how many images had been seen when scale k last used the entry
-    images_seen: jax.Array  # () int32, images seen
+    last_used: jax.Array  # (K, V) int32: value of images_seen when scale k last used the entry
+    images_seen: jax.Array  # () int32
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerTask:
-    """The recipe. Weights are factors in the sum of losses; a weight of 0 leaves that loss out of the program."""
+class VQTask(TaskDefaults):
+    """Trains a tokenizer; a CustomUpdateTask, see training/task.py.
+
+    `frozen` is {}, or {"perceptual": PerceptualNetwork} where the recipe's perceptual_weight is
+    not 0.
+    """
 
     tokenizer: TokenizerConfig
     steps: int
     batch_size: int
-    learning_rate: float = 1e-3
-    schedule: str = "cos"
-    warmup_steps: int = 50  # of the learning rate
-    end_ratio: float = 0.01
-    b2: float = 0.99
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    l2_weight: float = 1.0
-    l1_weight: float = 0.2
-    quantizer_weight: float = 1.0
-    beta: float = 0.25
-    perceptual_weight: float = 0.0
-    adversarial_weight: float = 0.0
-    adversarial_start: int = 0  # step from which the discriminator's opinion counts
-    discriminator_channels: int = 64
-    discriminator_layers: int = 3
-    discriminator_learning_rate: float = 1e-4
-    unquantized_steps: int = 100  # before the codebook is drawn from data, 1 or more
-    revive_every: int = 20  # steps; 0 never
-    revive_after: int = 2000  # images without a hit at any scale
-    usage_window: int = 10000  # images over which usage is reported
+    recipe: VQRecipe = VQRecipe()
 
     partition_rules: ClassVar[Rules] = PARTITION_RULES
+    input_kinds: ClassVar[frozenset[str]] = frozenset({"image"})
+    num_preview_images: ClassVar[int] = 8
 
     @property
-    def flops_per_image(self) -> None:
-        """Not counted: convolutions of many shapes."""
-
-    @property
-    def model(self) -> Tokenizer:
-        return Tokenizer(self.tokenizer)
+    def optimizer(self) -> OptimizerConfig:
+        return self.recipe
 
     @property
     def discriminator(self) -> PatchDiscriminator | None:
-        if not self.adversarial_weight:
+        if not self.recipe.adversarial_weight:
             return None
-        return PatchDiscriminator(self.discriminator_channels, self.discriminator_layers)
-
-    def optimizer(self) -> optax.GradientTransformation:
-        return adamw(
-            self.learning_rates(), lambda it: self.weight_decay, b1=0.9, b2=self.b2, clip=self.clip
+        return PatchDiscriminator(
+            self.recipe.discriminator_channels, self.recipe.discriminator_layers
         )
 
-    def learning_rates(self):
-        return lr_schedule(
-            self.schedule,
-            peak=self.learning_rate,
-            warmup=self.warmup_steps,
-            total=self.steps,
-            end_ratio=self.end_ratio,
-        )
-
+    @property
     def discriminator_optimizer(self) -> optax.GradientTransformation:
-        return optax.adam(self.discriminator_learning_rate, b1=0.5, b2=0.9)
+        return optax.adam(self.recipe.discriminator_learning_rate, b1=0.5, b2=0.9)
 
-    def init(self, rng: jax.Array, perceptual: PerceptualNetwork | None = None) -> TokenizerState:
-        del perceptual  # frozen: not part of the state
-        side = self.tokenizer.image_side
-        images = jnp.zeros((1, side, side, 3))
-        rng, key = jax.random.split(rng)
-        params = self.model.init(rng, images)["params"]
-        discriminator = self.discriminator.init(key, images)["params"] if self.discriminator else {}
-        return TokenizerState.start(
+    def batch_shapes(self, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch of all hosts; the label is not used."""
+        del kind  # images
+        batch, side = self.batch_size, self.tokenizer.image_side
+        return {
+            "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
+            "image": jax.ShapeDtypeStruct((batch, side, side, 3), jnp.uint8),
+        }
+
+    # Before the first step.
+
+    def init_params(self, rng: jax.Array, frozen: Params) -> Params:
+        """The tokenizer's parameters before the first step."""
+        del frozen
+        return Tokenizer(self.tokenizer).init(jax.random.split(rng)[0], self._example())["params"]
+
+    def init_state(self, rng: jax.Array, frozen: Params) -> VQTrainState:
+        """The state before the first step, without the moving average."""
+        params = self.init_params(rng, frozen)
+        discriminator = {}
+        if self.discriminator:
+            key = jax.random.split(rng)[1]
+            discriminator = self.discriminator.init(key, self._example())["params"]
+        return VQTrainState.start(
             params,
-            self.optimizer().init(params),
+            self._make_optimizer().init(params),
             discriminator=discriminator,
-            discriminator_opt_state=self.discriminator_optimizer().init(discriminator),
-            last_hit=jnp.full(
+            discriminator_opt_state=self.discriminator_optimizer.init(discriminator),
+            last_used=jnp.full(
                 (len(self.tokenizer.scales), self.tokenizer.vocab_size), _NEVER, jnp.int32
             ),
             images_seen=jnp.zeros((), jnp.int32),
         )
 
+    def _example(self) -> jax.Array:
+        side = self.tokenizer.image_side
+        return jnp.zeros((1, side, side, 3))
+
+    def _make_optimizer(self) -> optax.GradientTransformation:
+        return self.optimizer.make(self.steps, self.decay_mask)
+
+    # The update.
+
     def train_step(
-        self,
-        state: TokenizerState,
-        batch: dict[str, jax.Array],
-        rng: jax.Array,
-        perceptual: PerceptualNetwork | None = None,
-    ) -> tuple[TokenizerState, dict[str, jax.Array]]:
+        self, state: VQTrainState, frozen: Params, batch: Batch, rng: jax.Array
+    ) -> tuple[VQTrainState, Metrics]:
         """One step of the tokenizer and, where there is one, of the discriminator.
 
         Args:
+          frozen: see the class.
           batch: {"image": (B, h, w, 3) uint8}.
-          rng: key of the run; the step's own key is folded from it.
-          perceptual: network of the perceptual term, where perceptual_weight is not 0.
+          rng: the key of the run; the step's own key is folded from it.
 
         Returns:
           The next state and scalar metrics.
         """
+        recipe = self.recipe
         images = constrain_batch(to_float(batch["image"]))  # (B, h, w, 3) in [-1, 1]
-        dropout_key, draw_key, revive_key = jax.random.split(jax.random.fold_in(rng, state.step), 3)
-        quantizing = (state.step >= self.unquantized_steps).astype(jnp.float32)
+        step_key = jax.random.fold_in(rng, state.step)
+        dropout_key, codebook_key, reset_key = jax.random.split(step_key, 3)
+        quantizing = (state.step >= recipe.vq_start_step).astype(jnp.float32)
 
-        (painted, codebook), pull_back, (f, quantized) = jax.vjp(
-            lambda params: self._forward(params, images, quantizing, dropout_key),
+        (reconstructions, codebook_loss), pull_back, (f, quantized) = jax.vjp(
+            lambda params: self._reconstruct_for_training(params, images, quantizing, dropout_key),
             state.params,
             has_aux=True,
         )
-        (reconstruction, metrics), to_image = jax.value_and_grad(
+        (reconstruction_loss, metrics), image_grad = jax.value_and_grad(
             self._reconstruction_loss, has_aux=True
-        )(painted, images, perceptual)
+        )(reconstructions, images, frozen)
         metrics |= {
-            "loss": reconstruction + quantizing * self.quantizer_weight * codebook,
-            "quantizer_loss": codebook,
+            "loss": reconstruction_loss + quantizing * recipe.quantizer_weight * codebook_loss,
+            "quantizer_loss": codebook_loss,
         }
         if self.discriminator:
-            more, to_image = self._adversarial(state, painted, to_image, pull_back)
+            image_grad, more = self._add_adversarial_grad(
+                state, reconstructions, image_grad, pull_back
+            )
             metrics |= more
-        (grads,) = pull_back((to_image, quantizing * self.quantizer_weight))
+        (grads,) = pull_back((image_grad, quantizing * recipe.quantizer_weight))
         grads = constrain_like_params(grads, self.partition_rules)
-        updates, opt_state = self.optimizer().update(grads, state.opt_state, state.params)
+        updates, opt_state = self._make_optimizer().update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
         images_seen = state.images_seen + images.shape[0]
-        last_hit = self._hits(state.last_hit, quantized.tokens, images_seen)
         new = state.replace(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            last_hit=last_hit,
+            last_used=self._mark_used(state.last_used, quantized.tokens, images_seen),
             images_seen=images_seen,
         )
         if self.discriminator:
-            new, more = self._discriminator_step(new, images, painted)
+            new, more = self._update_discriminator(new, images, reconstructions)
             metrics |= more
-        new = self._draw_codebook(new, f, draw_key)
-        if self.revive_every:
-            new, revived = self._revive(new, quantized.z, revive_key)
-            metrics["revived"] = revived
-        metrics |= {"grad_norm": optax.global_norm(grads), "lr": self.learning_rates()(state.step)}
+        new = self._init_codebook(new, f, codebook_key)
+        if recipe.reset_every:
+            new, metrics["codes_reset"] = self._reset_dead_codes(new, quantized.z, reset_key)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "lr": recipe.learning_rates(self.steps)(state.step),
+        }
         return new, metrics | self.usage(new)
 
-    def _forward(self, params, images, quantizing, dropout_key):
-        """Images (B, h, w, 3) and the quantizer's loss, both of which have gradients; features and tokens beside."""
-        apply = lambda *args, **kw: self.model.apply(
+    def _reconstruct_for_training(
+        self, params: Params, images: jax.Array, quantizing: jax.Array, dropout_key: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, Quantized]]:
+        """Reconstructions, and what else a training step needs of them.
+
+        Args:
+          quantizing: 1.0, or 0.0 to decode the features as they are.
+
+        Returns:
+          What has gradients: images (B, h, w, 3) and the quantizer's loss; then, without gradients,
+          the features and their codes.
+        """
+        apply = lambda *args, **kw: Tokenizer(self.tokenizer).apply(
             {"params": params}, *args, rngs={"dropout": dropout_key}, **kw
         )
         deterministic = self.tokenizer.dropout == 0
-        f = apply(images, deterministic, method="features")
+        f = apply(images, deterministic, method="compute_features")
         quantized = apply(f, method="quantize")
         f_hat = quantizing * straight_through(quantized.f_hats[-1], f) + (1 - quantizing) * f
-        painted = apply(f_hat, deterministic, method="paint")
-        return (painted, quantizer_loss(quantized.f_hats, f, self.beta)), (f, quantized)
+        reconstructions = apply(f_hat, deterministic, method="decode_features")
+        codebook_loss = quantizer_loss(quantized.f_hats, f, self.recipe.beta)
+        return (reconstructions, codebook_loss), (f, quantized)
 
-    def _reconstruction_loss(self, painted, images, perceptual):
-        l2, l1 = jnp.mean((painted - images) ** 2), jnp.mean(jnp.abs(painted - images))
-        loss, metrics = (
-            self.l2_weight * l2 + self.l1_weight * l1,
-            {"l2": l2, "l1": l1, "psnr": psnr(painted, images)},
-        )
-        if self.perceptual_weight:
-            distance = perceptual_distance(perceptual, painted, images).mean()
-            loss, metrics["perceptual"] = loss + self.perceptual_weight * distance, distance
+    def _reconstruction_loss(
+        self, reconstructions: jax.Array, images: jax.Array, frozen: Params
+    ) -> tuple[jax.Array, Metrics]:
+        recipe = self.recipe
+        l2 = jnp.mean((reconstructions - images) ** 2)
+        l1 = jnp.mean(jnp.abs(reconstructions - images))
+        loss = recipe.l2_weight * l2 + recipe.l1_weight * l1
+        metrics = {"l2": l2, "l1": l1, "psnr": psnr(reconstructions, images)}
+        if recipe.perceptual_weight:
+            distance = perceptual_distance(frozen["perceptual"], reconstructions, images).mean()
+            loss, metrics["perceptual"] = loss + recipe.perceptual_weight * distance, distance
         return loss, metrics
 
-    def _adversarial(self, state, painted, to_image, pull_back):
-        """Adds the generator's gradient to that of the reconstruction, both at the image (B, h, w, 3).
+    def _add_adversarial_grad(self, state, reconstructions, image_grad, pull_back):
+        """Adds the generator's gradient to that of the reconstruction loss.
 
         Its weight makes both equally long at the decoder's last kernel (VQGAN, equation 7).
-        """
-        judge = lambda x: adversarial.hinge_generator_loss(
-            self.discriminator.apply({"params": state.discriminator}, x)
-        )
-        loss, gradient = jax.value_and_grad(judge)(painted)
-        at_last_kernel = lambda cotangent: pull_back((cotangent, 0.0))[0]["decoder"]["conv_out"][
-            "kernel"
-        ]
-        weight = adversarial.adaptive_weight(at_last_kernel(to_image), at_last_kernel(gradient))
-        active = (state.step >= self.adversarial_start) * self.adversarial_weight
-        return {
-            "adversarial": loss,
-            "adaptive_weight": weight,
-        }, to_image + active * weight * gradient
 
-    def _discriminator_step(self, state, images, painted):
+        Args:
+          reconstructions: (B, h, w, 3).
+          image_grad: (B, h, w, 3), gradient of the reconstruction loss.
+          pull_back: from gradients of images and of the quantizer's loss to those of parameters.
+
+        Returns:
+          The sum, (B, h, w, 3), and metrics.
+        """
+
+        def generator_loss(images):
+            logits = self.discriminator.apply({"params": state.discriminator}, images)
+            return hinge_generator_loss(logits)
+
+        def at_last_kernel(image_grad):
+            return pull_back((image_grad, 0.0))[0]["decoder"]["conv_out"]["kernel"]
+
+        loss, gradient = jax.value_and_grad(generator_loss)(reconstructions)
+        weight = adaptive_weight(at_last_kernel(image_grad), at_last_kernel(gradient))
+        active = (state.step >= self.recipe.adversarial_start) * self.recipe.adversarial_weight
+        metrics = {"adversarial": loss, "adaptive_weight": weight}
+        return image_grad + active * weight * gradient, metrics
+
+    def _update_discriminator(self, state, images, reconstructions):
+        """The state with the discriminator one step further, and metrics."""
+
         def loss(params):
             score = lambda x: self.discriminator.apply({"params": params}, x)
-            return adversarial.hinge_discriminator_loss(score(images), score(painted))
+            return hinge_discriminator_loss(score(images), score(reconstructions))
 
         value, grads = jax.value_and_grad(loss)(state.discriminator)
-        updates, opt_state = self.discriminator_optimizer().update(
+        updates, opt_state = self.discriminator_optimizer.update(
             grads, state.discriminator_opt_state
         )
         params = optax.apply_updates(state.discriminator, updates)
         return state.replace(discriminator=params, discriminator_opt_state=opt_state), {
             "discriminator_loss": value,
-            "discriminator_grad_norm": optax.global_norm(grads),
+            "discriminator_grad_norm": optax.tree.norm(grads),
         }
 
-    def _hits(self, last_hit, tokens, images_seen):
-        """Marks the entries that each scale used in this batch; tokens (B, L)."""
+    # The codebook.
+
+    def _mark_used(
+        self, last_used: jax.Array, tokens: jax.Array, images_seen: jax.Array
+    ) -> jax.Array:
+        """(K, V): `last_used` after a batch of tokens (B, L)."""
         scales = self.tokenizer.scale_list
         for k in range(scales.num_scales):
-            last_hit = last_hit.at[k, tokens[:, scales.slice(k)].ravel()].set(images_seen)
-        return last_hit
+            last_used = last_used.at[k, tokens[:, scales.slice(k)].ravel()].set(images_seen)
+        return last_used
 
-    def usage(self, state: TokenizerState) -> dict[str, jax.Array]:
-        """Share of the entries that each scale used over the last `usage_window` images, and that any scale used."""
-        recent = state.last_hit > state.images_seen - self.usage_window  # (K, V)
+    def usage(self, state: VQTrainState) -> Metrics:
+        """Share of entries used over the last `usage_window` images, by each scale and by any."""
+        recent = state.last_used > state.images_seen - self.recipe.usage_window  # (K, V)
         per_scale = {
             f"usage/{side}x{side}": recent[k].mean() for k, side in enumerate(self.tokenizer.scales)
         }
         return per_scale | {"usage/any": recent.any(0).mean()}
 
-    def _draw_codebook(self, state, f, key):
-        """Before the first quantizing step: every entry becomes a residual of these features, f (B, S, S, Z)."""
+    def _init_codebook(self, state: VQTrainState, f: jax.Array, key: jax.Array) -> VQTrainState:
+        """Sets every entry to a residual of f (B, S, S, Z), if the next step is vq_start_step."""
 
-        def draw():
-            rests = self.model.apply(
-                {"params": state.params},
-                f,
-                method=lambda t, f: t.quantizer.unquantized_residuals(f),
+        def init():
+            residuals = apply_tokenizer(
+                self.tokenizer, state.params, f, method="unquantized_residuals"
             )  # (B, L, Z)
-            return self._with_codebook(
-                state, self._pick(rests, key), jnp.ones(self.tokenizer.vocab_size, bool)
-            )
+            every = jnp.ones(self.tokenizer.vocab_size, bool)
+            return self._set_codes(state, self._sample_vectors(residuals, key), every)
 
-        return jax.lax.cond(state.step == self.unquantized_steps, draw, lambda: state)
+        return jax.lax.cond(state.step == self.recipe.vq_start_step, init, lambda: state)
 
-    def _revive(self, state, z, key):
-        """Replaces entries without a hit for `revive_after` images by residuals of this batch, z (B, L, Z)."""
-        idle = state.images_seen - state.last_hit.max(0)  # (V,)
-        since_draw = (state.step - self.unquantized_steps) * self.batch_size
-        due = (state.step % self.revive_every == 0) & (since_draw > self.revive_after)
-        dead = due & (idle > self.revive_after)
-        fresh = state.replace(last_hit=jnp.where(dead, state.images_seen, state.last_hit))
-        fresh = jax.lax.cond(
-            due, lambda: self._with_codebook(fresh, self._pick(z, key), dead), lambda: state
+    def _reset_dead_codes(
+        self, state: VQTrainState, z: jax.Array, key: jax.Array
+    ) -> tuple[VQTrainState, jax.Array]:
+        """Replaces entries unused for `reset_after` images by residuals of this batch, z (B, L, Z).
+
+        Returns:
+          The state, and how many entries were reset.
+        """
+        recipe = self.recipe
+        idle = state.images_seen - state.last_used.max(0)  # (V,) images
+        since_init = (state.step - recipe.vq_start_step) * self.batch_size  # images
+        due = (state.step % recipe.reset_every == 0) & (since_init > recipe.reset_after)
+        dead = due & (idle > recipe.reset_after)
+        reset = state.replace(last_used=jnp.where(dead, state.images_seen, state.last_used))
+        new = jax.lax.cond(
+            due,
+            lambda: self._set_codes(reset, self._sample_vectors(z, key), dead),
+            lambda: state,
         )
-        return fresh, dead.sum()
+        return new, dead.sum()
 
-    def _pick(self, z, key):
-        """V vectors out of (B, L, Z): every scale has the same chance, then every image and position of it."""
+    def _sample_vectors(self, z: jax.Array, key: jax.Array) -> jax.Array:
+        """(B, L, Z) -> (V, Z): uniform over scales, then over images and positions."""
         scales, entries = self.tokenizer.scale_list, self.tokenizer.vocab_size
         keys = jax.random.split(key, 3)
         k = jax.random.randint(keys[0], (entries,), 0, scales.num_scales)
         within = jax.random.uniform(keys[1], (entries,)) * jnp.array(scales.lengths)[k]
         position = jnp.array(scales.offsets)[k] + within.astype(jnp.int32)
-        picked = z[jax.random.randint(keys[2], (entries,), 0, z.shape[0]), position]
-        # Two entries may be given one vector: a little noise lets them part.
-        return picked + 0.01 * z.std() * jax.random.normal(keys[1], picked.shape)
+        sampled = z[jax.random.randint(keys[2], (entries,), 0, z.shape[0]), position]
+        # Two entries may get the same vector: a little noise lets training separate them.
+        return sampled + 0.01 * z.std() * jax.random.normal(keys[1], sampled.shape)
 
-    def _with_codebook(self, state, vectors, where):
-        """Sets entries (V,) to vectors (V, Z), and forgets what the optimizer remembers of them."""
+    def _set_codes(self, state: VQTrainState, vectors: jax.Array, where: jax.Array) -> VQTrainState:
+        """Sets the entries `where` (V,) to vectors (V, Z); their optimizer state becomes 0."""
         where = where[:, None]
         quantizer = state.params["quantizer"]
-        params = state.params | {
-            "quantizer": quantizer | {"codebook": jnp.where(where, vectors, quantizer["codebook"])}
-        }
+        codebook = jnp.where(where, vectors, quantizer["codebook"])
+        params = state.params | {"quantizer": quantizer | {"codebook": codebook}}
 
-        def forget(path, leaf):
+        def clear(path, leaf):
             is_codebook = any(getattr(p, "key", None) == "codebook" for p in path)
             return jnp.where(where, 0, leaf) if is_codebook else leaf
 
-        return state.replace(
-            params=params, opt_state=jax.tree_util.tree_map_with_path(forget, state.opt_state)
-        )
+        opt_state = jax.tree_util.tree_map_with_path(clear, state.opt_state)
+        return state.replace(params=params, opt_state=opt_state)
 
-    def eval_step(
-        self,
-        state: TokenizerState,
-        batch: dict[str, jax.Array],
-        perceptual: PerceptualNetwork | None = None,
+    # Evaluation.
+
+    def eval_metrics(
+        self, params: Params, frozen: Params, batch: Batch, step: jax.Array
     ) -> dict[str, Mean]:
-        """Means over the images marked valid: {"l1", "l2", "psnr"}, and "loss", the weighted l1 and l2 alone."""
-        del perceptual
+        """Means over the images that batch["valid"] marks: l1, l2, psnr, and "loss".
+
+        The loss is the weighted sum of l1 and l2 alone.
+        """
+        del frozen
         images = to_float(batch["image"])
-        painted = self.reconstruct(state, batch["image"])
-        l1, l2 = (
-            jnp.abs(painted - images).mean((1, 2, 3)),
-            ((painted - images) ** 2).mean((1, 2, 3)),
-        )
-        figures = {
-            "loss": self.l2_weight * l2 + self.l1_weight * l1,
+        reconstructions = self.reconstruct(params, images, step)
+        l1 = jnp.abs(reconstructions - images).mean((1, 2, 3))  # (B,), as the others
+        l2 = ((reconstructions - images) ** 2).mean((1, 2, 3))
+        values = {
+            "loss": self.recipe.l2_weight * l2 + self.recipe.l1_weight * l1,
             "l1": l1,
             "l2": l2,
-            "psnr": jax.vmap(psnr)(painted, images),
+            "psnr": jax.vmap(psnr)(reconstructions, images),
         }
-        return {name: Mean.of(value, batch["valid"]) for name, value in figures.items()}
+        return {name: Mean.of(value, batch["valid"]) for name, value in values.items()}
 
-    def reconstruct(self, state: TokenizerState, images) -> jax.Array:
-        """(B, h, w, 3) uint8 -> (B, h, w, 3) in [-1, 1], through the tokens (without, while the codebook is not drawn)."""
-        apply = lambda *args, method: self.model.apply(
-            {"params": state.eval_params}, *args, method=method
-        )
-        f = apply(to_float(images), method="features")
-        f_hat = apply(f, method="quantize").f_hats[-1]
-        return apply(
-            jnp.where(state.step >= self.unquantized_steps, f_hat, f), method="paint"
-        ).clip(-1, 1)
+    def reconstruct(self, params: Params, images: jax.Array, step: jax.Array) -> jax.Array:
+        """Images through the tokens and back; before vq_start_step, through the features alone.
 
-    def samples(self, state: TokenizerState, images) -> tuple[jax.Array, jax.Array]:
-        """What is shown while training: images and their reconstructions, both (B, h, w, 3) in [-1, 1]."""
-        return to_float(images), self.reconstruct(state, images)
+        Args:
+          images: (B, h, w, 3) in [-1, 1].
 
+        Returns:
+          (B, h, w, 3) float32 in [-1, 1].
+        """
+        apply = lambda x, method: apply_tokenizer(self.tokenizer, params, x, method=method)
+        f = apply(images, "compute_features")
+        f_hat = apply(f, "quantize").f_hats[-1]
+        f_hat = jnp.where(step >= self.recipe.vq_start_step, f_hat, f)
+        return apply(f_hat, "decode_features").clip(-1, 1)
 
-def psnr(painted, images):
-    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
-    return 10 * jnp.log10(4 / jnp.mean((painted.clip(-1, 1) - images) ** 2).clip(1e-10))
+    def preview(
+        self, params: Params, frozen: Params, images: Any, rng: jax.Array, step: jax.Array
+    ) -> jax.Array:
+        """Images and their reconstructions: (2, n, h, w, 3) float32 in [0, 1].
+
+        Args:
+          images: (n, h, w, 3) uint8.
+        """
+        del frozen, rng
+        originals = to_float(images)
+        return (jnp.stack([originals, self.reconstruct(params, originals, step)]) + 1) / 2
+
+    def preview_labels(self) -> list[str]:
+        return ["image", "reconstruction"]

@@ -62,8 +62,8 @@ def make_task(config: Any, parent: Parent | None, data: DataInfo) -> TaskSetup:
     recipe = settings.from_group(VQRecipe, config.recipe)
     if recipe.vq_start_step >= config.steps:
         LOGGER.warning(
-            "recipe.vq_start_step=%d should be less than steps=%d: this tokenizer will not learn to "
-            "quantize",
+            "recipe.vq_start_step=%d should be less than steps=%d: this tokenizer will not learn "
+            "to quantize",
             recipe.vq_start_step,
             config.steps,
         )
@@ -72,9 +72,9 @@ def make_task(config: Any, parent: Parent | None, data: DataInfo) -> TaskSetup:
     return TaskSetup(task, AutoencoderSpec(model, data.class_names, origin))
 
 
-def frozen_params(config: Any, parent_params: Params, kind: str) -> Params:
+def frozen_params(config: Any, parent: Parent | None, parent_params: Params, kind: str) -> Params:
     """The network of the perceptual loss, where the recipe has that loss."""
-    del parent_params, kind
+    del parent, parent_params, kind
     if not config.recipe.perceptual_weight:
         return {}
     if not config.perceptual_network:

@@ -101,8 +101,8 @@ def train(args, overrides) -> None:
 def _retain_freed_memory() -> None:
     """Tells glibc to keep what a step frees for the next one.
 
-    XLA's CPU backend allocates its temporaries anew each step. By default glibc gives such sizes back
-    to the system at once, and faulting them in again took a third of the digits' training time
+    XLA's CPU backend allocates its temporaries again each step. By default glibc returns such sizes
+    to the system at once, and page faults took a third of the digits' training time
     (benchmarks/RESULTS.md).
     """
     if sys.platform != "linux":
@@ -175,8 +175,8 @@ def tokenize(args) -> None:
     if not info.complete:
         missing, total = encoding.count_unfinished(args.out, info)
         print(
-            f"{args.out}: part {part[0]}/{part[1]} is complete; {missing} of {total} files are left "
-            "to other parts"
+            f"{args.out}: part {part[0]}/{part[1]} is complete; {missing} of {total} files are "
+            "left to other parts"
         )
         return
     print(f"{args.out}: {_describe_records(info)}")
@@ -234,7 +234,7 @@ def sample(args) -> None:
         labels=names,
         titles=titles,
     )
-    images.save_png(args.out, grid)
+    images.save_image(args.out, grid)
     if args.npz:
         arrays = io.BytesIO()
         np.savez(
@@ -289,7 +289,6 @@ def edit(args) -> None:
 
     import jax
     import numpy as np
-    from PIL import Image
 
     from hmar_jax import pipeline
     from hmar_jax.io import images, masks
@@ -310,14 +309,14 @@ def edit(args) -> None:
         edited = np.asarray(pipe.edit(key, image, mask, args.class_id, **options))
     for notice in notices:
         print(f"hmar edit: {notice.message}", file=sys.stderr)
-    images.save_png(args.out, Image.fromarray((edited * 255).round().astype(np.uint8)))
+    images.save_image(args.out, edited)
     if args.show:
         side = edited.shape[0]
         before = images.resize_image(image / np.float32(255), side)
         shown = masks.resize_mask(mask[None], side)[0]
         sheet = np.stack([before, np.repeat(shown[..., None], 3, -1), edited])
         titles = ["before", "mask", "after"]
-        images.save_png(args.show, images.make_grid(sheet, columns=3, titles=titles))
+        images.save_image(args.show, images.make_grid(sheet, columns=3, titles=titles))
     print(args.out + (f"; {args.show}" if args.show else ""))
 
 
@@ -394,10 +393,11 @@ def evaluate(args) -> None:
 
 def info(args) -> None:
     """Prints what a model is."""
-    from hmar_jax import autoencoders, pipeline
+    from hmar_jax import pipeline
+    from hmar_jax.autoencoders import models
 
     spec, params = pipeline.load_spec_and_params(args.model, args.checkpoint)
-    rows = [("model", f"{args.model}: {spec.kind}"), *autoencoders.describe(spec, params)]
+    rows = [("model", f"{args.model}: {spec.kind}"), *models.describe(spec.autoencoder, params)]
     if spec.sampling is not None:
         rows += families.get_family(spec.family).describe(spec, params)
     rows += [("origin", spec.origin), ("licence", spec.licence)]

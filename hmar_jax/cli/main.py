@@ -206,8 +206,8 @@ def _add_train(command) -> None:
         )
         hosts = sub.add_argument_group(
             "several processes",
-            "on SLURM, Cloud TPU, GKE, Open MPI and Kubernetes they find each other; elsewhere give "
-            "each of them the first three options. See docs/training_at_scale.md",
+            "on SLURM, Cloud TPU, GKE, Open MPI and Kubernetes they find each other; elsewhere "
+            "give each of them the first three options. See docs/training_at_scale.md",
         )
         hosts.add_argument("--coordinator", default=None, help="HOST:PORT of the first process")
         hosts.add_argument(

@@ -1,1 +1,1 @@
-"""How good samples are: figures that need no pretrained network, for small labelled data sets."""
+"""Evaluation of samples: a classifier report and distances that need no pretrained network."""

@@ -1,27 +1,29 @@
-"""Distances to nearest images, which show copying and collapse.
+"""Distances to nearest images, which reveal memorisation and mode collapse.
 
-Two figures, each divided by the same figure of held-out real images, so that 1 is what real images have:
+Two metrics, each divided by its value for held-out real images, so that real images have 1:
 
-    near         the distance to the nearest training image. Below 1: samples lie closer to training images than
-                 new real images do; 0: all are copies. Above 1: unlike real images.
-    diversity    the distance to the nearest other sample of the same class. Below 1: samples repeat one another, or are
-                 blurred; 0: all samples of a class are the same.
+    nearest_train_ratio  the distance to the nearest training image. Below 1: samples are closer to
+                         training images than new real images are; 0: all are copies. Above 1:
+                         samples are unlike real images.
+    diversity            the distance to the nearest other sample of the same class. Below 1:
+                         samples repeat each other, or are blurred; 0: all samples of a class are
+                         the same.
 
-Noise raises both, and so can hide a collapse: read diversity together with near. The figures themselves scatter: real
-digits that were neither trained on nor held out come to 0.97 .. 1.04 and 0.98 .. 1.03 (170 to 500 of them).
+Noise raises both and can hide a collapse: read diversity together with nearest_train_ratio. Both
+vary by chance: real digits that were neither trained on nor held out have 0.97 to 1.04 and 0.98 to
+1.03 (170 to 500 digits).
 
-A distance is Euclidean over all h * w * 3 values of two images, with pixels in [0, 1] rounded to 1/255.
+A distance is Euclidean, over all h * w * 3 values of two images, with pixels in [0, 1] rounded to
+1/255.
 """
-
-from __future__ import annotations
 
 import numpy as np
 
 from hmar_jax.errors import InputError
 from hmar_jax.evaluation.classifier import to_labels, to_pixels
 
-DRAWS = 16  # equal-sized draws that a figure is averaged over
-_CHUNK = 512  # images held as float64 at a time
+NUM_SUBSETS = 16  # random subsets of equal size that a metric is averaged over
+_CHUNK = 512  # images that are float64 at a time
 
 
 def nearest_distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -41,129 +43,134 @@ def nearest_distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def neighbour_distances(
     samples: np.ndarray,
-    asked: np.ndarray,
+    labels: np.ndarray,
     train_images: np.ndarray,
     held_out: tuple[np.ndarray, np.ndarray],
     *,
     seed: int = 0,
-    draws: int = DRAWS,
+    num_subsets: int = NUM_SUBSETS,
 ) -> dict[str, float]:
-    """Near and diversity of samples beside those of held-out real images.
+    """Distances of samples to training images and to each other, relative to held-out real images.
 
-    All figures are means over the classes that occur in `asked`, of means over the images of a class; so another mix
-    of classes among the held-out images makes no difference.
+    All values are means over the classes in `labels` of means over the images of a class, so that
+    they do not depend on the proportions of classes among the held-out images.
 
-    near: to the nearest of all training images, whatever its class: a copy under another label is a copy. Samples
-    and held-out images are compared with the same training images, so their own number does not matter.
+    nearest_train: the distance to the nearest of all training images, whatever its class, because a
+    copy under another label is a copy. Samples and held-out images are compared with the same
+    training images, so their own numbers do not matter.
 
-    diversity: the nearest of many is closer than the nearest of few. Hence for each class as many samples as held-out
-    images are drawn, n = min of the two counts, without replacement, and only neighbours inside a draw count; the
-    figure is the mean over `draws` draws. (Digits: 50 samples and 36 held-out images a class give n = 36.)
+    diversity: the nearest of many images is closer than the nearest of few. So for each class,
+    random subsets of n samples and of n held-out images are drawn without replacement, where n is
+    the smaller of the two counts. Only neighbours within a subset count; the result is the mean
+    over `num_subsets` subsets. For example, 50 samples and 36 held-out images give n = 36.
 
     Args:
       samples: uint8 or [0, 1] floating-point (N, h, w, 3).
-      asked: int (N,), the class that each sample was asked to be; each class at least twice.
+      labels: int (N,), the requested class of each sample; at least two samples per class.
       train_images: (M, h, w, 3), all images that the model was trained on, without augmentation.
-      held_out: images (H, h, w, 3) and labels (H,) that it was not trained on, at least two of each class in `asked`.
-      seed: of the draws.
-      draws: their number.
+      held_out: images (H, h, w, 3) and labels (H,) that it was not trained on, at least two of each
+        class in `labels`.
+      seed: of the subsets.
+      num_subsets: their number.
 
     Returns:
-      near_sample, near_held_out, diversity_sample, diversity_held_out: distances; near, diversity: their ratios.
+      nearest_train_sample, nearest_train_held_out, diversity_sample, diversity_held_out: the
+      distances; nearest_train_ratio, diversity: their ratios.
 
     Raises:
-      InputError: the arrays are not as above, or the held-out images have distance 0 (they were trained on, or all
-        images of a class are the same), so that there is no ratio.
+      InputError: the arrays are not as above; or the held-out images have distance 0, because they
+        are training images or all images of a class are the same, so that there is no ratio.
     """
     samples, train = to_pixels(samples, "samples"), to_pixels(train_images, "training images")
-    asked = to_labels(asked, len(samples), "asked-for classes")
+    labels = to_labels(labels, len(samples), "labels of the samples")
     real = to_pixels(held_out[0], "held-out images")
-    labels = to_labels(held_out[1], len(real), "held-out labels")
-    counts = equal_counts(asked, labels)
+    real_labels = to_labels(held_out[1], len(real), "held-out labels")
+    counts = equal_counts(labels, real_labels)
 
-    near_sample = _near(samples, asked, train, counts)
-    near_held_out = _near(real, labels, train, counts)
-    if near_held_out == 0:
-        raise InputError("every held-out image is also a training image: hold out others")
-    diversity_sample = _diversity(samples, asked, counts, seed, draws)
-    diversity_held_out = _diversity(real, labels, counts, seed, draws)
+    train_samples = _nearest_train(samples, labels, train, counts)
+    train_held_out = _nearest_train(real, real_labels, train, counts)
+    if train_held_out == 0:
+        raise InputError("held-out images must not be training images; all of them are")
+    diversity_sample = _diversity(samples, labels, counts, seed, num_subsets)
+    diversity_held_out = _diversity(real, real_labels, counts, seed, num_subsets)
     if diversity_held_out == 0:
-        raise InputError(
-            "the held-out images of each class are all alike: there is no diversity to compare with"
-        )
+        raise InputError("held-out images of a class must differ; all are the same in each class")
     return {
-        "near": near_sample / near_held_out,
-        "near_sample": near_sample,
-        "near_held_out": near_held_out,
+        "nearest_train_ratio": train_samples / train_held_out,
+        "nearest_train_sample": train_samples,
+        "nearest_train_held_out": train_held_out,
         "diversity": diversity_sample / diversity_held_out,
         "diversity_sample": diversity_sample,
         "diversity_held_out": diversity_held_out,
     }
 
 
-def equal_counts(asked: np.ndarray, held_out: np.ndarray) -> dict[int, int]:
-    """How many images of each asked-for class to draw from the samples and from the held-out images alike.
+def equal_counts(labels: np.ndarray, held_out_labels: np.ndarray) -> dict[int, int]:
+    """How many images of each class can be drawn from both samples and held-out images.
 
     Args:
-      asked, held_out: int labels of the samples and of the held-out images, (N,) and (H,).
+      labels, held_out_labels: int, of the samples (N,) and of the held-out images (H,).
 
     Returns:
-      Label to the smaller of its two counts, for the labels in `asked`, sorted.
+      Label -> the smaller of its two counts, for the classes in `labels`, sorted.
 
     Raises:
-      InputError: a class in `asked` has fewer than two samples or held-out images.
+      InputError: a class in `labels` has fewer than two samples or held-out images.
     """
     counts = {}
-    for label in np.unique(asked):
+    for label in np.unique(labels):
         found = {
-            "samples": int(np.sum(asked == label)),
-            "held-out images": int(np.sum(held_out == label)),
+            "samples": int(np.sum(labels == label)),
+            "held-out images": int(np.sum(held_out_labels == label)),
         }
         for what, count in found.items():
             if count < 2:
                 raise InputError(
-                    f"class {label} has {count} {what}: at least 2 of each asked-for class are needed"
+                    f"each class must have at least 2 {what}; class {label} has {count}"
                 )
         counts[int(label)] = min(found.values())
     return counts
 
 
-def draw(labels: np.ndarray, counts: dict[int, int], rng: np.random.RandomState) -> np.ndarray:
-    """Indices into labels (N,) of `counts[c]` different images of each class c, or of all where there are fewer."""
+def subsample(labels: np.ndarray, counts: dict[int, int], rng: np.random.RandomState) -> np.ndarray:
+    """Indices into labels (N,) of counts[c] random images, or all there are, of each class c."""
     return np.concatenate(
         [rng.permutation(np.flatnonzero(labels == label))[:n] for label, n in counts.items()]
     )
 
 
-def _near(
-    pictures: np.ndarray, labels: np.ndarray, train: np.ndarray, counts: dict[int, int]
+def _nearest_train(
+    images: np.ndarray, labels: np.ndarray, train: np.ndarray, counts: dict[int, int]
 ) -> float:
-    nearest = _distances(pictures, train).min(1)
+    nearest = _distances(images, train).min(1)
     return float(np.mean([nearest[labels == label].mean() for label in counts]))
 
 
 def _diversity(
-    pictures: np.ndarray, labels: np.ndarray, counts: dict[int, int], seed: int, draws: int
+    images: np.ndarray, labels: np.ndarray, counts: dict[int, int], seed: int, num_subsets: int
 ) -> float:
     rng = np.random.RandomState(seed)
     means = []
     for label, n in counts.items():
-        of_class = pictures[labels == label]
+        of_class = images[labels == label]
         distances = _distances(of_class, of_class)
-        np.fill_diagonal(distances, np.inf)  # a image is not its own neighbour
-        for _ in range(draws):
-            drawn = rng.permutation(len(of_class))[:n]
-            means.append(distances[np.ix_(drawn, drawn)].min(1).mean())
-    return float(np.mean(means))  # each class has the same number of draws
+        np.fill_diagonal(distances, np.inf)  # an image is not its own neighbour
+        for _ in range(num_subsets):
+            subset = rng.permutation(len(of_class))[:n]
+            means.append(distances[np.ix_(subset, subset)].min(1).mean())
+    return float(np.mean(means))  # each class has the same number of subsets
 
 
 def _distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """All distances, (N, M), between uint8 images. |a|^2 - 2ab + |b|^2 is exact, as it is on whole numbers."""
+    """All distances, (N, M), between uint8 images.
+
+    |a|^2 - 2ab + |b|^2 is exact, because the values are integers.
+    """
     if images.shape[1:] != others.shape[1:]:
         raise InputError(
-            f"images of {images.shape[1:]} cannot be compared with images of {others.shape[1:]}"
+            f"images must have the same shape; got {images.shape[1:]} and {others.shape[1:]}"
         )
-    images, others = (pictures.reshape(len(pictures), -1) for pictures in (images, others))
+    images, others = images.reshape(len(images), -1), others.reshape(len(others), -1)
     squares = np.empty((len(images), len(others)))
     for i in range(0, len(images), _CHUNK):
         a = images[i : i + _CHUNK].astype(np.float64)

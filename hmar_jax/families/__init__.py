@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from hmar_jax import autoencoders
+from hmar_jax.autoencoders import AUTOENCODERS
 from hmar_jax.errors import InputError
 
 FAMILIES = {"hmar": "hmar_jax.families.hmar"}
@@ -39,12 +39,14 @@ def get_trainable(name: str, task: str) -> Any:
       name: config.family, a name in FAMILIES or AUTOENCODERS; empty in older runs.
       task: config.task, which then tells.
     """
+    from hmar_jax.autoencoders import models  # imports JAX
+
     if not name:
-        name = autoencoders.DEFAULT_KIND if task == autoencoders.TASK else DEFAULT_FAMILY
-    if name in autoencoders.AUTOENCODERS:
-        return autoencoders.get_trainable(name)
+        name = models.DEFAULT_KIND if task == models.TASK else DEFAULT_FAMILY
+    if name in AUTOENCODERS:
+        return models.get_trainable(name)
     if name not in FAMILIES:
-        known = ", ".join([*FAMILIES, *autoencoders.AUTOENCODERS])
+        known = ", ".join([*FAMILIES, *AUTOENCODERS])
         raise InputError(f"config.family must be one of {known}; got {name!r}")
     return get_family(name)
 
@@ -58,7 +60,9 @@ def spec_from_json(data: Any, where: str) -> Any:
     Raises:
       InputError: another format, or unknown or missing keys.
     """
-    if autoencoders.is_spec(data):
-        return autoencoders.spec_from_json(data, where)
+    from hmar_jax.autoencoders import base, models
+
+    if models.is_autoencoder(data):
+        return base.AutoencoderSpec.from_json(data, where)
     name = data.get("family", DEFAULT_FAMILY) if isinstance(data, Mapping) else DEFAULT_FAMILY
     return get_family(name).Spec.from_json(data, where)

@@ -29,11 +29,6 @@ from hmar_jax.errors import InputError
 from hmar_jax.io import arrays
 from hmar_jax.io.arrays import DamagedFilesError
 from hmar_jax.io.files import absolute, read_json
-from hmar_jax.io.models import (  # alias until the integrator renames uses  # noqa: F401
-    check_new_model,
-    load_model,
-    save_model,
-)
 from hmar_jax.parallel import processes
 
 _log = logging.getLogger(__name__)
@@ -52,10 +47,6 @@ class Restored(NamedTuple):
     step: int
     state: Any  # a tree like the abstract state, of jax arrays
     metadata: dict[str, Any]  # what `save` got by name, and `data_state`: bytes, JSON or None
-
-    @property
-    def extra(self) -> dict[str, Any]:  # alias until the integrator renames uses
-        return self.metadata
 
 
 class RunCheckpoints:
@@ -421,7 +412,7 @@ def first_version_names() -> dict[str, str]:
 
     They are kept in a data file because the code no longer uses the former words.
     """
-    path = importlib.resources.files(__package__) / "first_version_names.json"
+    path = importlib.resources.files("hmar_jax.io") / "first_version_names.json"
     return json.loads(path.read_text())
 
 

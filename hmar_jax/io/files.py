@@ -1,7 +1,7 @@
-"""Writing and reading small files so that a reader sees all of a file or none of it, and mistakes take one line.
+"""Small files: written as a whole or not at all, and read with one-line errors.
 
-Local paths are written to a temporary file beside the target and renamed over it. Other paths (gs://) are written
-directly: object stores show an object only when it is whole.
+A local file is written to a temporary file in the same folder and renamed. Other paths (gs://) are
+written directly: an object store shows an object only when it is complete.
 """
 
 import io
@@ -19,22 +19,23 @@ from hmar_jax.errors import InputError
 
 
 def is_local(path: os.PathLike | str) -> bool:
-    """Whether the path is on this machine's file system rather than in an object store (gs://, s3://)."""
+    """Whether a path is in the file system, not in an object store (gs://, s3://)."""
     return "://" not in os.fspath(path)
 
 
 def absolute(path: os.PathLike | str) -> epath.Path:
-    """The path, absolute if it is local. Orbax takes no relative paths."""
+    """The path, made absolute if it is local. Orbax accepts no relative paths."""
     return epath.Path(os.path.abspath(path) if is_local(path) else path)
 
 
 def write_atomically(path: os.PathLike | str, data: bytes | str) -> None:
-    """Writes the file; whoever reads it, and whenever this process dies, finds the old contents or the new ones.
+    """Writes a file so that every reader finds either the old or the new contents.
 
-    Symbolic links are followed. A device or a pipe (/dev/stdout) is written in place.
+    This holds even if the process is killed. Symbolic links are followed. A device or a pipe
+    (/dev/stdout) is written in place.
 
     Raises:
-      OSError: it cannot be written, as on a full disk; the error's filename is `path`.
+      OSError: it cannot be written, for example on a full disk. Its filename is `path`.
     """
     data = data.encode() if isinstance(data, str) else data
     if not is_local(path):
@@ -45,7 +46,7 @@ def write_atomically(path: os.PathLike | str, data: bytes | str) -> None:
         with open(target, "wb") as file:
             file.write(data)
         return
-    temporary = _create_beside(target)
+    temporary = _create_temporary_file(target)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -60,9 +61,10 @@ def write_atomically(path: os.PathLike | str, data: bytes | str) -> None:
 
 
 class AppendedFile:
-    """A text file that grows. A local one has each line at once.
+    """A text file for logs, which grows by lines. A local file contains each line at once.
 
-    Object stores cannot append: there the whole file is written anew, at most once in some seconds, and on closing. For logs.
+    Object stores cannot append: there the whole file is uploaded again, at most every _SECONDS
+    seconds, and on `sync` and `close`.
     """
 
     _SECONDS = 30
@@ -83,10 +85,10 @@ class AppendedFile:
             self._upload()
 
     def flush(self) -> None:
-        """For logging, after every line: nothing."""
+        """Does nothing; logging calls it after every line."""
 
     def sync(self) -> None:
-        """Everything written so far is in the file."""
+        """Returns when everything written so far is in the file."""
         if isinstance(self._file, io.StringIO):
             self._upload()
 
@@ -107,41 +109,49 @@ class AppendedFile:
 
 
 def check_writable(path: os.PathLike | str) -> None:
-    """Raises InputError now if `write_atomically(path, ...)` would fail after an hour of work.
+    """Raises InputError now if `write_atomically(path, ...)` would fail later.
 
-    A file is created in the folder and removed: permission bits say nothing to root or on a read-only file system.
-    Paths in object stores are not checked.
+    It creates a file in the folder and removes it, because permission bits say nothing to root or
+    on a read-only file system. Paths in object stores are not checked.
     """
     name = os.fspath(path)
     if not is_local(name):
         return
     if not name:
-        raise InputError("the name of the output file is empty")
+        raise InputError("the name of the output file must not be empty")
     if "\0" in name:
         raise InputError(f"cannot write {name!r}: the name contains a null character")
     if os.path.isdir(name) or name.endswith(os.sep):
-        raise InputError(f"cannot write {name}: it names a folder, name a file")
+        raise InputError(f"cannot write {name}: it names a folder; name a file")
     target = os.path.realpath(name)
     folder = os.path.dirname(target)
     if not os.path.exists(folder):
-        raise InputError(f"cannot write {name}: there is no folder {folder}")
+        raise InputError(f"cannot write {name}: folder {folder} does not exist")
     if not os.path.isdir(folder):
         raise InputError(f"cannot write {name}: {folder} is a file, not a folder")
     try:
         if _is_special(target):
             with open(target, "wb"):
                 return
-        os.unlink(_create_beside(target))
+        os.unlink(_create_temporary_file(target))
     except OSError as error:
         raise InputError(f"cannot write {name}: {error.strerror}") from error
 
 
 def read_json(path: os.PathLike | str, what: str) -> Any:
-    """The contents of a JSON file; `what` names it in errors, as in "the configuration of the model"."""
+    """Reads a JSON file.
+
+    Args:
+      path: local, or gs://.
+      what: names the file in errors, as in "the configuration of the model".
+
+    Raises:
+      InputError: the file is missing, cannot be read or is not JSON.
+    """
     try:
         text = epath.Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise InputError(f"{what} is missing: there is no file {path}") from error
+        raise InputError(f"{what} is missing: {path} does not exist") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is damaged: {path} is not text") from error
     except OSError as error:
@@ -153,16 +163,19 @@ def read_json(path: os.PathLike | str, what: str) -> Any:
 
 
 def _is_special(target: str) -> bool:
-    """Renaming over a device would replace it: /dev/null would become a file for everybody."""
+    """Whether a target must be written in place: renaming would replace a device by a file."""
     try:
         return not stat.S_ISREG(os.stat(target).st_mode)
     except FileNotFoundError:
         return False
 
 
-def _create_beside(target: str) -> str:
-    """An empty new file in the target's folder. Not tempfile's: those are readable by their owner alone."""
-    # The name carries as much of the target's as leaves room, so that a leftover tells where it came from.
+def _create_temporary_file(target: str) -> str:
+    """A new empty file in the target's folder.
+
+    Unlike a file of the tempfile module, it is not readable by its owner alone. Its name begins
+    with that of the target, so that a leftover can be recognised.
+    """
     temporary = os.path.join(
         os.path.dirname(target), f".{os.path.basename(target)[:64]}.{secrets.token_hex(4)}.tmp"
     )

@@ -61,8 +61,8 @@ def resize_mask(mask: np.ndarray, side: int) -> np.ndarray:
 def fill_masked(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Images whose masked pixels have the mean colour of the rest; grey where there is no rest.
 
-    So nothing of the masked content reaches the latents that are kept: cells at the border depend on
-    their neighbours.
+    So nothing of the masked content reaches the latents that are kept: cells at the border depend
+    on their neighbours.
 
     Args:
       images: (B, h, w, 3) in [0, 1].

@@ -1,1 +1,1 @@
-"""Meshes of devices and groups of processes."""
+"""Meshes of devices, groups of processes, and the chips they run on."""

@@ -1,10 +1,14 @@
-"""Several processes, on one host or on many, that train together: how they meet, and how they agree.
+"""Processes, on one host or on many, that train together: how they connect and how they agree.
 
-Every process runs the same program and makes the same calls. JAX finds the others by itself on SLURM, Cloud TPU, GKE, Open MPI and
-Kubernetes; elsewhere three flags say where they meet. Only the first process writes to the run directory, Orbax apart.
+Every process runs the same program and makes the same calls. JAX finds the other processes by
+itself on SLURM, Cloud TPU, GKE, Open MPI and Kubernetes; elsewhere three flags say where the first
+one is. Only the first process writes to the run directory, except for Orbax.
 """
 
+import os
 import signal
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +17,77 @@ from jax.experimental import multihost_utils
 from hmar_jax.errors import InputError
 
 _LONGEST_MESSAGE = 1000  # bytes, of what one process sends to the others
+_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+
+
+# Connecting
+
+
+class Cluster(NamedTuple):
+    """What started this process, and perhaps others with it."""
+
+    name: str
+    num_processes: int | None  # None: only the cluster's own service knows
+    evidence: str  # such as "SLURM_NTASKS=4"
+
+
+def find_cluster(environment: Mapping[str, str] | None = None) -> Cluster | None:
+    """Finds the cluster that the environment variables name.
+
+    JAX's own detection (jax._src.clusters) uses a cluster only if all its variables are set, and
+    otherwise takes the process for a single one: a SLURM task that srun did not start, a process of
+    Open MPI 5, a pod without the Kubernetes client. Here one variable is enough.
+
+    Args:
+      environment: None: os.environ.
+
+    Returns:
+      The first cluster of several, or of an unknown number of processes; else one of a single
+      process; else None.
+    """
+    variables = os.environ if environment is None else environment
+    found = []
+    for name, job, count in (
+        ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"),
+        ("SLURM", "SLURM_JOB_ID", "SLURM_NTASKS"),
+    ):
+        if job in variables and count in variables:
+            found.append(Cluster(name, _to_int(variables[count]), f"{count}={variables[count]}"))
+    hosts = next((name for name in _TPU_HOSTS if name in variables), None)
+    if hosts is not None:
+        count = len(variables[hosts].split(","))
+        evidence, slices = f"{hosts}={variables[hosts]}", variables.get("MEGASCALE_NUM_SLICES")
+        if slices:
+            evidence += f", MEGASCALE_NUM_SLICES={slices}"
+            count = count * number if (number := _to_int(slices)) else None
+        found.append(Cluster("Cloud TPU", count, evidence))
+    elif "KUBERNETES_SERVICE_HOST" in variables and "JOB_COMPLETION_INDEX" in variables:
+        # Set in the pods of indexed jobs; JAX connects no others.
+        index = variables["JOB_COMPLETION_INDEX"]
+        found.append(Cluster("Kubernetes", None, f"JOB_COMPLETION_INDEX={index}"))
+    if address := variables.get("JAX_COORDINATOR_ADDRESS"):
+        found.append(Cluster("JAX", None, f"JAX_COORDINATOR_ADDRESS={address}"))
+    several = [cluster for cluster in found if cluster.num_processes != 1]
+    return (several or found or [None])[0]
+
+
+def _to_int(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
+def _find_tpu_vm() -> Cluster | None:
+    """A Cloud TPU VM has no variables: JAX asks the metadata server, on a machine with TPUs."""
+    from jax._src.clusters import GceTpuCluster  # JAX has no public name for it
+
+    try:
+        if not GceTpuCluster.is_env_present():
+            return None
+        return Cluster("Cloud TPU", GceTpuCluster.get_process_count(), "metadata of the VM")
+    except Exception as error:  # of the request
+        raise InputError(_not_connected("Cloud TPU", error)) from error
 
 
 def initialize(
@@ -21,17 +96,19 @@ def initialize(
     process_id: int | None = None,
     local_devices: tuple[int, ...] | None = None,
 ) -> None:
-    """Meets the other processes, if there are any. Call it before anything is computed.
+    """Connects this process with the others, if there are any. Call it before any computation.
 
     Args:
-      coordinator: HOST:PORT of the first process. With the other two it takes the place of what the cluster says.
-      num_processes: of them all; 1 stays alone, whatever the cluster says.
-      process_id: of this one, from 0.
-      local_devices: numbers of the GPUs of this host that this process takes. None: on SLURM and Open MPI one, that of the
-        process's number on the host; elsewhere all.
+      coordinator: HOST:PORT of the first process. Given with the next two, it replaces what the
+        cluster says.
+      num_processes: number of all processes; 1: this process is alone, whatever the cluster says.
+      process_id: index of this process, from 0.
+      local_devices: indices of the GPUs of this host that this process uses. None: on SLURM and
+        Open MPI the one of the process's index on the host; elsewhere all.
 
     Raises:
-      InputError: the flags are incomplete or out of range, or the others could not be met.
+      InputError: the flags are incomplete or out of range, or the processes cannot connect though
+        the flags or the cluster's environment variables name several.
     """
     if num_processes == 1 or jax.distributed.is_initialized():
         return
@@ -43,36 +120,53 @@ def initialize(
     missing = [name for name, value in flags.items() if value is None]
     if len(missing) not in (0, 3):
         raise InputError(
-            f"{' and '.join(missing)} missing: --coordinator, --num_processes and --process_id go together"
+            f"{', '.join(flags)} must be given together; missing: {', '.join(missing)}"
         )
-    if coordinator is not None:
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal():
-            raise InputError(
-                f"--coordinator {coordinator!r}: HOST:PORT is wanted, such as 10.0.0.1:8476"
-            )
-        if not 0 <= process_id < num_processes:
-            raise InputError(
-                f"--process_id {process_id}: from 0 to {num_processes - 1} is wanted (--num_processes {num_processes})"
-            )
+    if coordinator is None:
+        cluster = find_cluster() or _find_tpu_vm()
+        if cluster is None:
+            return
+        where, alone = f"{cluster.name} ({cluster.evidence})", cluster.num_processes == 1
+    else:
+        _check_flags(coordinator, num_processes, process_id)
+        where, alone = coordinator, False
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, local_device_ids=local_devices
         )
-    except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):
-            raise InputError(f"the processes could not meet: {error}") from error
-        # JAX knows no cluster here: this process is alone.
-    except RuntimeError as error:
-        if "before" in str(error) and coordinator is None:
-            return  # a notebook or a test, which has computed already: it is alone
+    except Exception as error:  # ValueError, RuntimeError, and what the cluster's service raises
+        if alone:
+            return  # such as a notebook in a job of one task, after its first computation
+        raise InputError(_not_connected(where, error)) from error
+
+
+def _check_flags(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
         raise InputError(
-            f"the processes could not meet: {' '.join(str(error).split())[:300]}"
-        ) from error
+            f"--coordinator must be HOST:PORT, such as 10.0.0.1:8476; got {coordinator!r}"
+        )
+    if num_processes is None or process_id is None or not 0 <= process_id < num_processes:
+        raise InputError(
+            f"--process_id must be at least 0 and below --num_processes={num_processes}; "
+            f"got {process_id}"
+        )
+
+
+def _not_connected(where: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return (
+        f"cannot connect to the other processes of {where}: {reason}. Pass --coordinator, "
+        "--num_processes and --process_id; or, to use this process alone, --num_processes=1 "
+        "(hmar tokenize: --part=0/1)"
+    )
+
+
+# Agreeing
 
 
 def is_primary() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this is the first process, which writes what is written once."""
     return jax.process_index() == 0
 
 
@@ -130,23 +224,29 @@ def wait_for_all(name: str) -> None:
 
 
 class StopRequest:
-    """Whether SIGTERM came, to this process or, for all at the same step, to any of them: the run saves and ends well."""
+    """Reports SIGTERM, so that a run saves a checkpoint and ends.
+
+    With several processes all of them report it after the same step, whichever of them got the
+    signal. That is JAX's preemption service, which installs its handler when the processes connect;
+    Orbax's `reached_preemption` calls the same function. For a single process there is no such
+    service, and the signal is handled here.
+    """
 
     def __init__(self):
-        self._asked = False
-        # Among several processes JAX's own handler, installed when they met, tells the others and settles the step.
-        self._together = jax.process_count() > 1
-        self._previous = None if self._together else signal.signal(signal.SIGTERM, self._ask)
+        self._requested = False
+        self._several = jax.process_count() > 1
+        self._previous = None if self._several else signal.signal(signal.SIGTERM, self._handle)
 
-    def _ask(self, *_):
-        self._asked = True
+    def _handle(self, *_):
+        self._requested = True
 
-    def asked(self, step: int) -> bool:
-        """After every step, in every process; True in all of them after the same one."""
-        if self._together and not self._asked:
-            self._asked = multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step. Call it in every process after every step."""
+        if self._several and not self._requested:
+            self._requested = multihost_utils.reached_preemption_sync_point(step)
+        return self._requested
 
     def restore(self) -> None:
-        if not self._together:
+        """Installs the signal handler that was there before."""
+        if not self._several:
             signal.signal(signal.SIGTERM, self._previous)

@@ -30,7 +30,7 @@ def estimate(
     topology: Topology,
     state: Any,
     batch: dict[str, jax.ShapeDtypeStruct],
-    counted: jaxpr.Counted,
+    counted: jaxpr.OperationCounts,
     arguments: float,
 ) -> tuple[MemoryPlan, tuple[Traffic, ...], float, float, tuple[str, ...], dict[str, str]]:
     """The fields of plan.StepAnalysis.
@@ -44,8 +44,9 @@ def estimate(
     del batch
     turns, parts = task.grad_accum_steps, sharding.batch_parts(mesh)
     params = divided_bytes(state.params, task.partition_rules, mesh)
-    # Gradients; what the loops keep for the backward pass, less the stacked gradients that they also
-    # make; gathered weights of two layers; logits with their gradient and the probabilities between.
+    # Gradients; what the loops keep for the backward pass, less the stacked gradients that they
+    # also make; gathered weights of two layers; logits with their gradient and the probabilities
+    # between.
     stacked = sum(map(num_bytes, jax.tree.leaves(stack.params)))
     kept = max(0.0, counted.residuals / turns - stacked) / parts
     item = stack.activation.dtype.itemsize

@@ -1,7 +1,13 @@
-"""Reads a compiled program (XLA's HLO, as `compiled.as_text()` prints it): collectives, and bytes moved to and from memory.
+"""Reads a compiled program: its collectives, and the bytes that it moves to and from memory.
 
-The compiler's own cost analysis counts the body of a loop once, so it says nothing of scanned blocks. Here every
-computation is followed from the entry and counted as often as its loops turn.
+The input is XLA's HLO as text, from `compiled.as_text()`. The compiler's own cost analysis counts
+the body of a loop once, which says little about scanned blocks. Here every computation is followed
+from the entry, and counted as often as its loops repeat.
+
+Why text: `compiled.runtime_executable().hlo_modules()` also gives a module compiled for a TPU
+topology, and its serialized proto has all that is read here. But neither jaxlib nor another
+dependency contains the Python classes of that proto (hlo_pb2 is a part of TensorFlow), and
+jaxlib's own HloInstruction has no shape, called computations or attributes.
 """
 
 import dataclasses
@@ -44,8 +50,8 @@ _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\](\{[^{}]*
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
-# What moves no bytes by itself: names for what is there, and what is counted elsewhere.
-_FREE = (
+# Instructions that move no bytes themselves: they name existing data or are counted elsewhere.
+_NO_TRAFFIC = (
     "parameter",
     "constant",
     "tuple",
@@ -65,16 +71,16 @@ _FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation between devices, of one device, each time it is done."""
+    """One operation between devices, as one device sees it."""
 
     kind: str
-    bytes: int  # of the largest array: the gathered one, the one that is reduced
-    group: int  # how many devices take part
-    times: int  # a step
+    bytes: int  # of the largest array: the result of a gather, the operand of a reduction
+    group: int  # number of devices that take part
+    times: int  # number of executions per step
 
     @property
     def sent(self) -> float:
-        """Bytes that leave each device at least, all times together (around a ring)."""
+        """The least number of bytes that each device sends per step (on a ring)."""
         share = (self.group - 1) / self.group if self.group > 1 else 0.0
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return factor * self.bytes * self.times
@@ -86,10 +92,11 @@ class _Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # of the line, from the operands on
-    root: bool
+    rest: str  # of the line, after the opening parenthesis
+    is_root: bool
 
     def called(self, *keys: str) -> list[str]:
+        """Names of the computations that these attributes name."""
         names = []
         for key, value in _CALLED.findall(self.rest):
             if key in keys:
@@ -97,8 +104,12 @@ class _Instruction:
         return names
 
 
-class Program:
-    """A parsed module."""
+class HloModule:
+    """A parsed module.
+
+    Args:
+      text: of `compiled.as_text()`.
+    """
 
     def __init__(self, text: str):
         self._computations: dict[str, dict[str, _Instruction]] = {}
@@ -117,35 +128,35 @@ class Program:
             elif found := _INSTRUCTION.match(line):
                 root, name, shape, opcode, rest = found.groups()
                 current[name] = _Instruction(name, shape, opcode, _operands(rest), rest, bool(root))
-        # How often each computation runs, fusions' insides among them.
-        self._times: Counter = Counter()
+        # How often each computation runs, including those inside fusions.
+        self._times: Counter[str] = Counter()
         self._fused: set[str] = set()
-        self._follow(self._entry, 1, False)
+        self._count_executions(self._entry, 1, False)
 
-    def _follow(self, name: str, times: int, fused: bool) -> None:
+    def _count_executions(self, name: str, times: int, fused: bool) -> None:
         self._times[name] += times
         if fused:
             self._fused.add(name)
         for instruction in self._computations.get(name, {}).values():
             if instruction.opcode == "while":
                 [body], [condition] = instruction.called("body"), instruction.called("condition")
-                turns = self._turns(instruction, condition)
-                self._follow(body, times * turns, fused)
+                trips = self._trip_count(instruction, condition)
+                self._count_executions(body, times * trips, fused)
                 continue
             inside = fused or instruction.opcode not in ("call", "conditional")
             for called in instruction.called(
                 "calls", "branch_computations", "true_computation", "false_computation"
             ):
-                self._follow(called, times, inside)
+                self._count_executions(called, times, inside)
             if instruction.opcode == "call":
                 for called in instruction.called("to_apply"):
-                    self._follow(called, times, fused)
+                    self._count_executions(called, times, fused)
 
-    def _turns(self, loop: _Instruction, condition: str) -> int:
-        """Of a loop: as the compiler says, else the number that its counter is compared with."""
-        said = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
-        if said:
-            return int(said[1])
+    def _trip_count(self, loop: _Instruction, condition: str) -> int:
+        """The trip count that the compiler states, else the constant in the loop's condition."""
+        stated = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+        if stated:
+            return int(stated[1])
         names, numbers = [condition], []
         while names:
             for instruction in self._computations.get(names.pop(), {}).values():
@@ -155,13 +166,13 @@ class Program:
         return max(numbers, default=1)
 
     def mentions(self, name: str) -> bool:
-        """Whether an instruction that runs has this in its name, as calls of a kernel do."""
+        """Whether the name of an executed instruction contains `name`, as calls of a kernel do."""
         return any(
             self._times[c] and name in i for c, inside in self._computations.items() for i in inside
         )
 
     def collectives(self) -> list[Collective]:
-        """All of them. One that the compiler has spread over several fusions is one."""
+        """All collectives; one that the compiler has split over several fusions counts once."""
         found: dict = {}
         for name, computation in self._computations.items():
             times = self._times[name]
@@ -172,11 +183,11 @@ class Program:
                 if kind not in COLLECTIVES:
                     continue
                 size = self._largest(instruction, computation)
-                # TPUs' reduce-scatter: a fusion around an all-reduce, whose devices keep a part of the result.
+                # On TPUs, reduce-scatter is a fusion of an all-reduce and a slice of its result.
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 one = Collective(kind, size, self._group(instruction), times)
-                # Pieces of one collective share all of these; different ones may share a channel.
+                # The pieces of one collective share all of these; others may share a channel.
                 channel, origin = (
                     re.search(p, instruction.rest)
                     for p in (r"channel_id=\d+", r'op_name="[^"]*"( stack_frame_id=\d+)?')
@@ -192,7 +203,10 @@ class Program:
         return list(found.values())
 
     def _largest(self, instruction: _Instruction, computation) -> int:
-        """Bytes of all results together, or of all operands, whichever are more; of an async start only the largest array."""
+        """Bytes of all results or of all operands, whichever are more.
+
+        For the start of an asynchronous operation only those of the largest array.
+        """
         results = [size for size, _ in _arrays(instruction.shape)]
         if instruction.opcode.endswith("-start"):
             return max(results, default=0)
@@ -218,8 +232,9 @@ class Program:
     def memory_bytes(self) -> float:
         """Bytes that instructions read from and write to the device's main memory.
 
-        Each array counts where an instruction uses it, as if nothing stayed in a cache; what the compiler has placed in
-        fast memory does not count, and of what is sliced or updated in place only the part.
+        An array counts at every instruction that uses it, as if there were no cache. Arrays that
+        the compiler keeps in fast memory do not count. Of an array that is sliced or updated in
+        place, only that part counts.
         """
         total = 0.0
         for name, computation in self._computations.items():
@@ -227,15 +242,15 @@ class Program:
             if not times or name in self._fused:
                 continue
             for instruction in computation.values():
-                total += times * self._moved(instruction, computation)
+                total += times * self._bytes_moved(instruction, computation)
         return total
 
-    def _moved(self, instruction: _Instruction, computation) -> float:
+    def _bytes_moved(self, instruction: _Instruction, computation) -> float:
         opcode = instruction.opcode
-        if opcode in _FREE or opcode.endswith("-done"):
+        if opcode in _NO_TRAFFIC or opcode.endswith("-done"):
             return 0.0
         result = sum(size for size, main in _arrays(instruction.shape) if main)
-        if opcode.endswith("-start"):  # its result has target and source in it
+        if opcode.endswith("-start"):  # the result contains both target and source
             return result
         operands = [
             sum(size for size, main in _arrays(computation[o].shape) if main)
@@ -258,14 +273,14 @@ class Program:
                 for number, parameter in parameters.items():
                     if number < len(operands) and operands[number]:
                         operands[number] = min(operands[number], self._part_used(parameter, inside))
-                root = next((i for i in inside.values() if i.root), None)
+                root = next((i for i in inside.values() if i.is_root), None)
                 parts = (
                     [inside.get(o) for o in root.operands]
                     if root is not None and root.opcode == "tuple"
                     else [root]
                 )
                 for part in parts:
-                    part = _behind_names(part, inside)
+                    part = _skip_copies(part, inside)
                     if (
                         part is not None
                         and part.opcode == "dynamic-update-slice"
@@ -278,7 +293,7 @@ class Program:
         return result + sum(operands)
 
     def _part_used(self, parameter: _Instruction, inside) -> float:
-        """Bytes that a fusion reads of a parameter: less than all where it is only sliced, or updated in place."""
+        """Bytes of a parameter that a fusion reads; inf where it is not only sliced or updated."""
         total, names = 0.0, [parameter.name]
         while names:
             name = names.pop()
@@ -291,7 +306,7 @@ class Program:
                     user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name
                 ):
                     total += sum(size for size, _ in _arrays(user.shape))
-                elif user.opcode == "fusion":  # one inside another
+                elif user.opcode == "fusion":  # a nested fusion
                     for called in user.called("calls"):
                         deeper = self._computations.get(called, {})
                         for own in deeper.values():
@@ -305,7 +320,8 @@ class Program:
         return total
 
 
-def _behind_names(instruction, inside):
+def _skip_copies(instruction, inside):
+    """The instruction whose value bitcasts and copies pass on."""
     while (
         instruction is not None
         and instruction.opcode in ("bitcast", "copy")
@@ -316,9 +332,10 @@ def _behind_names(instruction, inside):
 
 
 def _operands(rest: str) -> tuple[str, ...]:
+    """Names of the operands: what stands before the closing parenthesis."""
     depth, end = 1, len(rest)
-    for i, letter in enumerate(rest):
-        depth += (letter == "(") - (letter == ")")
+    for i, char in enumerate(rest):
+        depth += (char == "(") - (char == ")")
         if depth == 0:
             end = i
             break
@@ -326,7 +343,7 @@ def _operands(rest: str) -> tuple[str, ...]:
 
 
 def _arrays(shape: str) -> list[tuple[int, bool]]:
-    """Of an array or a tuple of them: bytes of each, and whether it is in main memory."""
+    """The arrays of a shape, which may be a tuple: bytes, and whether they are in main memory."""
     found = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         bits = _ITEM_BITS.get(dtype, 8)

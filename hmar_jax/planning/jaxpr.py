@@ -1,7 +1,8 @@
-"""Reads a traced program (JAX's jaxpr): operations of its matrix products, and what its loops keep, with loops multiplied out.
+"""Counts the operations of a traced program (JAX's jaxpr) and what its loops store.
 
-The compiler's own count sees the body of a loop once and a kernel not at all, so it is of no use for scanned blocks.
-A multiplication and an addition are two operations; only matrix products, convolutions and kernels are counted.
+The compiler's own cost analysis counts the body of a loop once and a kernel not at all, which says
+little about scanned blocks. A multiplication and an addition are two operations. Only matrix
+products, convolutions and kernels are counted.
 """
 
 import dataclasses
@@ -12,16 +13,17 @@ import jax
 
 
 @dataclasses.dataclass
-class Counted:
-    """Of all devices together, by how exactly products are computed."""
+class OperationCounts:
+    """Operations of all devices together, by precision, and bytes."""
 
-    bfloat16: float = 0.0  # or another fast way of the device
-    float32: float = 0.0  # products that were asked for at the highest precision
-    kernels: float = 0.0  # as the kernels' own estimates say; cells under the mask are among them
+    bfloat16: float = 0.0  # products at the device's default precision
+    float32: float = 0.0  # products at the highest precision
+    kernels: float = 0.0  # by the kernels' own estimates, which include masked cells
     moved: float = 0.0  # bytes of the products' operands and results
-    residuals: float = 0.0  # bytes of what loops keep of each turn: mostly for the backward pass
+    residuals: float = 0.0  # bytes that loops store per iteration, mostly for the backward pass
 
-    def add(self, other: "Counted", times: float = 1) -> None:
+    def add(self, other: "OperationCounts", times: float = 1) -> None:
+        """Adds other counts, multiplied."""
         for field in dataclasses.fields(self):
             setattr(
                 self, field.name, getattr(self, field.name) + times * getattr(other, field.name)
@@ -29,15 +31,18 @@ class Counted:
 
     @property
     def total(self) -> float:
+        """All operations."""
         return self.bfloat16 + self.float32 + self.kernels
 
 
-def count(jaxpr: Any) -> Counted:
-    """Counts in a jaxpr: turns of scans multiplied, the dearest branch of a condition, shard_map's body on each device.
+def count(jaxpr: Any) -> OperationCounts:
+    """Counts the operations of a jaxpr.
 
-    A `while` whose number of turns is not known counts once: the training steps have none with products inside.
+    The body of a scan counts once per iteration, that of a shard_map once per device, and of a cond
+    the most expensive branch. The body of a `while` counts once, because its trip count is unknown;
+    no training step has a `while` with products inside.
     """
-    total = Counted()
+    total = OperationCounts()
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
@@ -57,7 +62,8 @@ def count(jaxpr: Any) -> Counted:
                 * math.prod(kernel)
                 // kernel[numbers.rhs_spec[0]]
             )
-            # Zeros between the rows, as in gradients of strided convolutions, are skipped or not; here they are not counted.
+            # Gradients of strided convolutions have zeros between the rows. Devices may skip them;
+            # they are not counted.
             total.add(_product(flops / math.prod(params["lhs_dilation"]), params["precision"]))
             total.moved += _bytes(*eqn.invars, *eqn.outvars)
         elif name == "pallas_call":
@@ -66,7 +72,8 @@ def count(jaxpr: Any) -> Counted:
         elif name == "scan":
             inner = count(params["jaxpr"])
             total.add(inner, params["length"])
-            # What it carries has the same shape inside and outside; what it stacks has an axis more outside.
+            # The carry has the same shape inside and outside; stacked outputs have one axis more
+            # outside.
             pairs = zip(
                 eqn.outvars, getattr(params["jaxpr"], "jaxpr", params["jaxpr"]).outvars, strict=True
             )
@@ -82,10 +89,11 @@ def count(jaxpr: Any) -> Counted:
     return total
 
 
-def _product(flops: float, precision) -> Counted:
+def _product(flops: float, precision) -> OperationCounts:
+    """The operations of a product, by its precision."""
     pair = precision if isinstance(precision, tuple) else (precision, precision)
     exact = jax.lax.Precision.HIGHEST in pair
-    return Counted(float32=flops) if exact else Counted(bfloat16=flops)
+    return OperationCounts(float32=flops) if exact else OperationCounts(bfloat16=flops)
 
 
 def _bytes(*variables) -> float:
@@ -95,6 +103,7 @@ def _bytes(*variables) -> float:
 
 
 def _inner(params) -> list:
+    """The jaxprs among the parameters of an equation."""
     values = [
         v
         for value in params.values()

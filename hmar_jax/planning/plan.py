@@ -30,13 +30,12 @@ from hmar_jax.planning.memory import MemoryPlan, Traffic, by_kind, divided_bytes
 from hmar_jax.planning.topology import Topology
 from hmar_jax.training import step as training_step
 from hmar_jax.training.compiled_steps import compile_steps
-from hmar_jax.training.trainable import DataInfo, Parent
+from hmar_jax.training.trainable import IMAGENET, Parent
 
 _log = logging.getLogger(__name__)
 
 # Names of the kernels in pallas_kernels/mosaic_tpu.py.
 _KERNELS = ("block_attention_forward", "block_attention_d_q", "block_attention_d_kv")
-_IMAGENET = DataInfo("", 1000, (), 1_281_167)  # assumed where the data are not there yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,7 @@ class TrainingPlan:
 
     @property
     def step_seconds(self) -> tuple[float, float]:
-        """Roofline: all at the same time, and one after another. No step is faster than the first."""
+        """Roofline: all at the same time, and one after another; no step is faster than the first."""
         names = ("compute", "memory", "interconnect")
         parts = [self.seconds[name] for name in names if name in self.seconds]
         return max(parts), sum(parts)
@@ -126,8 +125,8 @@ def make_plan(
       parent_config: of the model that a task trains on top of, where the config names none.
 
     Raises:
-      InputError: the mesh does not make the topology's devices, the batch does not divide, libtpu is
-        missing, or the config is wrong.
+      InputError: the mesh does not make the topology's devices, the batch does not divide, libtpu
+        is missing, or the config is wrong.
     """
     for key in ("batch_size", "grad_accum_steps"):
         if config.get(key, 1) < 1:
@@ -159,8 +158,8 @@ def make_plan(
         stack = task.layer_stack(state.params, kind)
         if stack is None:
             raise InputError(
-                f"{topology.name}: what this task needs on GPUs cannot be estimated, as its network "
-                "has no repeated layers; plan it for a TPU, which compiles it"
+                f"{topology.name}: what this task needs on GPUs cannot be estimated, as its "
+                "network has no repeated layers; plan it for a TPU, for which it is compiled"
             )
         found = StepAnalysis(
             *gpu_estimate.estimate(task, stack, mesh, topology, state, batch, counted, arguments)
@@ -198,7 +197,7 @@ def _seconds(counted, found: StepAnalysis, chip: Chip, devices: int) -> dict[str
 def _shapes(config: ConfigDict, parent_config: ConfigDict | None):
     """Task, frozen parameters, batch and its kind; the parent from the config, else assumed."""
     trainable, kind_of_task = task_kind(config)
-    parent, data, key = None, _IMAGENET, kind_of_task.parent_key
+    parent, data, key = None, IMAGENET, kind_of_task.parent_key
     if key is not None:
         if config[key]:
             from hmar_jax.pipeline import load_spec_and_params  # reads parameters

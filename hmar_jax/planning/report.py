@@ -1,7 +1,7 @@
 """A training plan as text."""
 
-from hmar_jax.parallel.chips import CHIPS
 from hmar_jax.planning.plan import TrainingPlan
+from hmar_jax.planning.topology import PLANNED_CHIPS
 
 
 def format_plan(plan: TrainingPlan) -> str:
@@ -65,7 +65,7 @@ def _traffic(plan: TrainingPlan) -> list[tuple[str, str]]:
 
 
 def _roofline(plan: TrainingPlan) -> list[tuple[str, str]]:
-    chip, seconds = CHIPS[plan.topology.split(":")[0]], plan.seconds
+    chip, seconds = PLANNED_CHIPS[plan.topology.split(":")[0]], plan.seconds
     low, high = plan.step_seconds
     links = _ms(seconds["interconnect"])
     if chip.dimensions > 1:

@@ -1,4 +1,4 @@
-"""What the loop runs: a task, its data and devices; hmar_jax/experiment.py makes one of a config."""
+"""What the loop runs: a task, its data and devices (made by hmar_jax/experiment.py)."""
 
 import dataclasses
 from collections.abc import Callable

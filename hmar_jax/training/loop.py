@@ -19,11 +19,11 @@ from tqdm import tqdm
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
 from hmar_jax.errors import InputError
-from hmar_jax.families.hmar.flops import peak_flops
-from hmar_jax.io import files, image_grid, runs
+from hmar_jax.io import files, images, runs
 from hmar_jax.io.checkpoints import RunCheckpoints
 from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
+from hmar_jax.parallel.chips import peak_flops
 from hmar_jax.training.compiled_steps import CompiledSteps, compile_steps
 from hmar_jax.training.experiment import Experiment
 from hmar_jax.training.metrics import LOGGER, MetricsWriter, average, log_to_file
@@ -109,10 +109,10 @@ def _run(
                     if reporter is not None:
                         reporter.report(step, means)
                 if step % config.sample_every == 0 or last:
-                    images = steps.preview(state, frozen, experiment.preview_images, preview_key)
+                    rows = steps.preview(state, frozen, experiment.preview_images, preview_key)
                     if primary:
-                        _save_preview(np.asarray(images), task.preview_labels(), directory, step)
-                stopped = stop.asked(step)
+                        _save_preview(np.asarray(rows), task.preview_labels(), directory, step)
+                stopped = stop.requested(step)
                 due = step % config.checkpoint_every == 0 or (loss is not None and config.keep_best)
                 if due or last or stopped:
                     meter.check()
@@ -247,12 +247,10 @@ def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:
     return len(items)
 
 
-def _save_preview(images: np.ndarray, labels: list[str], directory: epath.Path, step: int) -> None:
-    """images: (rows, columns, h, w, 3) in [0, 1]."""
-    grid = image_grid.draw(
-        images.reshape(-1, *images.shape[2:]), columns=images.shape[1], labels=labels
-    )
-    image_grid.save_png(directory / "samples" / f"step_{step:06d}.png", grid)
+def _save_preview(rows: np.ndarray, labels: list[str], directory: epath.Path, step: int) -> None:
+    """rows: (rows, columns, h, w, 3) in [0, 1]."""
+    grid = images.make_grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1], labels=labels)
+    images.save_image(directory / "samples" / f"step_{step:06d}.png", grid)
 
 
 class _Meter:

@@ -44,7 +44,7 @@ def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to metrics.jsonl, and in local directories writes TensorBoard."""
+    """Appends JSON lines to metrics.jsonl and, in local directories, writes TensorBoard."""
 
     def __init__(self, workdir: epath.Path, start_step: int):
         """Drops lines beyond start_step, left by a run killed after its last checkpoint."""

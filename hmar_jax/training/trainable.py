@@ -18,6 +18,10 @@ class DataInfo:
     num_images: int  # of the training split
 
 
+# Assumed where there are no data yet: the training set of ImageNet.
+IMAGENET = DataInfo("", 1000, (), 1_281_167)
+
+
 class Parent(NamedTuple):
     """A model that a new one trains on top of."""
 
@@ -55,8 +59,14 @@ class Trainable(Protocol):
         """The task that a checked config describes; InputError where its parts do not fit."""
         ...
 
-    def frozen_params(self, config: Any, parent_params: Params, kind: str) -> Params:
-        """What a task uses and does not change, from its parent's parameters; `kind` of its batches."""
+    def frozen_params(
+        self, config: Any, parent: Parent | None, parent_params: Params, kind: str
+    ) -> Params:
+        """What a task uses and does not change, from its parent's parameters.
+
+        Args:
+          kind: of its batches: "image", or a kind of records.
+        """
         ...
 
     def planning_parent(self, config: Any, parent_config: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from hmar_jax import settings
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
-from hmar_jax.autoencoders.vq import Tokenizer, TokenizerConfig, without_encoder
+from hmar_jax.autoencoders.vq import TokenizerConfig, VQAutoencoder
 from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
@@ -210,12 +210,13 @@ def num_steps(config: Any, num_images: int) -> int:
     return steps
 
 
-def frozen_params(config: Any, parent_params: Params, kind: str) -> Params:
+def frozen_params(config: Any, parent: Parent, parent_params: Params, kind: str) -> Params:
     """The tokenizer and, for stage 2, stage 1; of records, without the encoder."""
     parts = (AUTOENCODER, "transformer") if config.task == "masked" else (AUTOENCODER,)
     params = {part: parent_params[part] for part in parts}
     if kind != "image":  # images are encoded: the encoder need not lie in the devices' memory
-        params[AUTOENCODER] = without_encoder(params[AUTOENCODER])
+        tokenizer = VQAutoencoder(parent.spec.autoencoder)
+        params[AUTOENCODER] = tokenizer.decoder_params(params[AUTOENCODER])
     return params
 
 
@@ -245,10 +246,8 @@ def planning_parent(config: Any, parent_config: Any = None) -> Any:
 def init_params(spec: HmarSpec, rng: jax.Array) -> Params:
     """Random parameters of all parts."""
     keys = jax.random.split(rng, 3)
-    side = spec.autoencoder.image_side
-    image = np.zeros((1, side, side, 3), np.float32)
     params = {
-        AUTOENCODER: Tokenizer(spec.autoencoder).init(keys[0], image)["params"],
+        AUTOENCODER: VQAutoencoder(spec.autoencoder).init(keys[0]),
         "transformer": NextScaleTransformer(spec.transformer).init(keys[1]),
     }
     if spec.masked_depth:

@@ -7,42 +7,9 @@ What rematerialisation computes again is not counted, nor is encoding images to 
 Letters: L tokens, C width, Z channels of the code, V codebook.
 """
 
-import jax
-
 from hmar_jax.families.hmar.transformer import TransformerConfig
 
-# bfloat16, dense, of one jax device, in FLOP/s: the makers' data sheets. The longest name that begins the device's kind counts.
-_PEAKS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153e12,
-}
 _PRODUCT, _ATTENTION = 2, 2.5  # backward pass, of the forward pass
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """FLOP/s of a device in bfloat16; None where it is not known."""
-    names = [
-        name
-        for name in _PEAKS
-        if device.device_kind == name
-        or device.device_kind.startswith(f"{name} ")
-        or (device.device_kind.startswith(f"{name}-"))
-    ]
-    return _PEAKS[max(names, key=len)] if names else None
 
 
 def attention_cells(config: TransformerConfig) -> int:

@@ -237,7 +237,7 @@ def sample_scales(
         scale_keys = _fold_all(keys, k)
 
         logits, kv_cache = _guided(
-            lambda ids, x: model.next_scale_logits(params, ids, x, k, kv_cache),  # noqa: B023
+            lambda ids, x: model.next_scale_logits(params, ids, x, k, kv_cache),
             "guidance" in options.enabled,
             options["guidance"] * scales.ratio(k),
             model.null_class,
@@ -269,7 +269,7 @@ def sample_scales(
                 k,
             )
             if trace is None:  # the passes of one scale share one compiled body
-                body = lambda j, state: masked_pass(j, state)[0]  # noqa: B023
+                body = lambda j, state: masked_pass(j, state)[0]
                 state = jax.lax.fori_loop(1, plan.num_passes[k], body, state)
             else:
                 for j in range(1, int(plan.num_passes[k])):
