@@ -1,13 +1,15 @@
-"""How fast training data is read: images a second a core, from a folder of photographs and from a token set.
+"""Measures how fast training data is read, in images/s per core: from a folder and from records.
 
     python benchmarks/loader.py --data=IMAGES [--side=256] [--images=200000] [--workers=2]
 
-IMAGES is a folder in the ImageNet layout, or a .zip of one. From the folder: decode, resize (Lanczos), random crop, stack.
-The token set is made of random tokens, as many for a image and from as large a vocabulary as the published tokenizer's at
-256 pixels; it lies in a temporary folder, and after the writing in the system's page cache.
+IMAGES is a folder in the ImageNet layout, or a .zip of one. Its images are decoded, resized
+(Lanczos), cropped at random and batched. The encoded data set has random tokens, as many per image
+and of the same vocabulary as the published tokenizer at 256 pixels. It lies in a temporary folder
+and, once written, in the page cache.
 
-A core is a second of CPU time of this process and its threads, whatever else the machine does; seconds on the clock stand
-beside it. Worker processes' CPU time is not seen from here, so for them only the clock's are given.
+"per core" counts seconds of CPU time of this process and its threads, whatever else the machine
+does; the rate by wall time follows it. The CPU time of worker processes is not visible here, so
+measurements with workers have only the rate by wall time.
 """
 
 import argparse
@@ -21,20 +23,15 @@ import zipfile
 import numpy as np
 
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
-from hmar_jax.data.encoding import write_token_set
+from hmar_jax.data.encoding import write_record_set
 from hmar_jax.data.loader import make_loader
-from hmar_jax.data.records import (
-    SplitInfo,
-    TokenSetInfo,
-    make_token_loader,
-    open_tokens,
-    record_bytes,
-)
+from hmar_jax.data.record_spec import RecordField, RecordSpec
+from hmar_jax.data.records import RecordSetInfo, SplitInfo, make_record_loader, open_records
 from hmar_jax.data.sources import ArraySource, open_source
 from hmar_jax.data.transforms import Transform
 
 VOCAB = 4096
-IMAGENET = 1_281_167  # images to train
+IMAGENET = 1_281_167  # training images
 
 
 def main():
@@ -46,21 +43,23 @@ def main():
         required=True,
         help="a folder of photographs in the ImageNet layout, or a .zip of one",
     )
-    parser.add_argument("--side", type=int, default=256, help="of the crops, pixels")
-    parser.add_argument("--images", type=int, default=200_000, help="in the token set")
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--side", type=int, default=256, help="side of the crops, in pixels")
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes, in the measurement that uses some"
+        "--images", type=int, default=200_000, help="images of the encoded data set"
+    )
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes, in the measurement with workers"
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         with contextlib.suppress(KeyboardInterrupt):
-            folder(unpacked(args.data, scratch), args)
-            tokens(os.path.join(scratch, "tokens"), args)
+            measure_folder(unpack(args.data, scratch), args)
+            measure_records(os.path.join(scratch, "records"), args)
 
 
-def unpacked(data: str, scratch: str) -> str:
+def unpack(data: str, scratch: str) -> str:
     if not (os.path.isfile(data) and zipfile.is_zipfile(data)):
         return data
     target = pathlib.Path(scratch, "images")
@@ -74,11 +73,12 @@ def unpacked(data: str, scratch: str) -> str:
     )
 
 
-def folder(root: str, args) -> None:
+def measure_folder(root: str, args) -> None:
     source, transform = open_source(f"folder:{root}"), Transform(args.side, "resize_crop")
     batch_size = min(32, len(source))
     print(
-        f"folder: {len(source)} images to {args.side} pixels, {transform.resize_ratio} and a random crop; batches of {batch_size}"
+        f"folder: {len(source)} images, resized to {transform.resize_ratio} x {args.side} pixels, "
+        f"random crop; batches of {batch_size}"
     )
     for threads, workers in ((0, 0), (1, 0), (2, 0), (1, args.workers)):
         loader = make_loader(
@@ -93,22 +93,21 @@ def folder(root: str, args) -> None:
         report(loader, batch_size, args.seconds, threads, workers)
 
 
-def tokens(directory: str, args) -> None:
+def measure_records(directory: str, args) -> None:
     sides = PUBLISHED_SIDES[256]
     rng = np.random.default_rng(0)
     length = sum(side**2 for side in sides)
-    # One image, seen everywhere: what is encoded is not looked at.
+    # The same image everywhere: its pixels do not matter.
     images = np.broadcast_to(np.zeros((16, 16, 3), np.uint8), (args.images, 16, 16, 3))
     source = ArraySource(
         "blank", tuple(map(str, range(1000))), images, np.arange(args.images) % 1000
     )
-    info = TokenSetInfo(
-        tokenizer="none",
+    spec = RecordSpec("tokens", (RecordField("tokens", (length,), "int32", VOCAB),))
+    info = RecordSetInfo(
+        autoencoder_name="none",
         fingerprint="0" * 16,
-        dtype="float32",
-        scales=sides,
-        vocab_size=VOCAB,
-        image_side=256,
+        record_spec=spec,
+        autoencoder={},
         source="blank",
         class_names=source.class_names,
         transform={},
@@ -117,9 +116,9 @@ def tokens(directory: str, args) -> None:
         splits={"train": SplitInfo(args.images, 1)},
     )
     start = time.perf_counter()
-    info = write_token_set(
+    info = write_record_set(
         directory,
-        lambda images: rng.integers(0, VOCAB, (len(images), length)),
+        lambda images: {"tokens": rng.integers(0, VOCAB, (len(images), length))},
         {"train": source},
         Transform(16, "random_crop"),
         info,
@@ -127,27 +126,29 @@ def tokens(directory: str, args) -> None:
         threads=0,
     )
     seconds = time.perf_counter() - start
-    size = sum(shard["bytes"] for shard in info.splits["train"].shards) / args.images
+    shards = info.splits["train"].shards
+    size = sum(shard["bytes"] for shard in shards) / args.images
     print(
-        f"tokens: {args.images} images of {length} tokens of {VOCAB} words in {len(info.splits['train'].shards)} files; records of "
-        f"{record_bytes(length, VOCAB)} bytes take {size:.0f} on disk: {size * IMAGENET / 1e9:.2f} GB for {IMAGENET:,} images; "
-        f"written at {args.images / seconds:,.0f} a second, without encoding; batches of {args.batch_size}"
+        f"records: {args.images} images of {length} tokens, vocabulary {VOCAB}, in {len(shards)} "
+        f"files; {spec.record_bytes} bytes per record, {size:.0f} on disk: "
+        f"{size * IMAGENET / 1e9:.2f} GB for {IMAGENET:,} images; written at "
+        f"{args.images / seconds:,.0f} images/s without encoding; batches of {args.batch_size}"
     )
-    source = open_tokens(directory)
+    source = open_records(directory)
     for name, read_from, threads in (
         ("on disk", source, 0),
         ("on disk", source, 1),
         ("on disk", source, 2),
         ("in memory", source.in_memory(), 0),
     ):
-        loader = make_token_loader(read_from, batch_size=args.batch_size, seed=0, threads=threads)
+        loader = make_record_loader(read_from, batch_size=args.batch_size, seed=0, threads=threads)
         report(loader, args.batch_size, args.seconds, threads, name=name)
 
 
 def report(
     loader, batch_size: int, seconds: float, threads: int, workers: int = 0, name: str = ""
 ) -> None:
-    """Counts for so many seconds, after the first batches: those start threads, processes and file handles."""
+    """Prints the rate of a loader after its first batches, which start threads and processes."""
     batches = iter(loader)
     for _ in range(4 + 2 * workers):
         next(batches)
@@ -156,9 +157,10 @@ def report(
         next(batches)
         count += batch_size
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    a_core = f"{count / cpu:9,.0f} a second a core" if not workers else " " * 26
+    per_core = f"{count / cpu:9,.0f} images/s per core" if not workers else " " * 27
     print(
-        f"  {name + ', ' if name else ''}{threads} threads, {workers} workers: {a_core}, {count / wall:9,.0f} a second"
+        f"  {name + ', ' if name else ''}{threads} threads, {workers} workers: {per_core}, "
+        f"{count / wall:9,.0f} images/s"
     )
     batches.close()
 

@@ -231,7 +231,8 @@ def work(args, overrides: list[str], worker: dict) -> None:
 
     from hmar_jax import config_files
     from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
-    from hmar_jax.data.records import TokensInMemory, make_token_loader
+    from hmar_jax.data.record_spec import RecordField, RecordSpec
+    from hmar_jax.data.records import RecordsInMemory, make_record_loader
     from hmar_jax.families.hmar import tasks
     from hmar_jax.families.hmar.flops import peak_flops
     from hmar_jax.io.checkpoints import RunCheckpoints
@@ -256,13 +257,14 @@ def work(args, overrides: list[str], worker: dict) -> None:
         rng = np.random.default_rng(0)
         tokenizer = shapes.task.tokenizer
         length = tokenizer.scale_list.length
-        source = TokensInMemory.of(
-            rng.integers(0, tokenizer.vocab_size, (args.rows, length), np.int32),
+        field = RecordField("tokens", (length,), "int32", tokenizer.vocab_size)
+        source = RecordsInMemory.from_arrays(
+            {"tokens": rng.integers(0, tokenizer.vocab_size, (args.rows, length), np.int32)},
             rng.integers(0, 1000, args.rows, np.int32),
-            tokenizer.vocab_size,
+            RecordSpec("tokens", (field,)),
         )
         shard, shards = sharding.host_share(mesh, batch_size)
-        loader = make_token_loader(
+        loader = make_record_loader(
             source, batch_size=batch_size // shards, seed=0, shard_index=shard, shard_count=shards
         )
         # Of the frozen tokenizer, only the quantizer is used.

@@ -492,7 +492,7 @@ def test_a_device_error_is_no_damage(tmp_path, monkeypatch, error):
 
 
 def failing(error, times, otherwise=None):
-    """A function that raises the error so many times, and then calls `otherwise`."""
+    """Returns a function that raises the error `times` times and then calls `otherwise`."""
 
     def function(*args, **kwargs):
         function.calls += 1

@@ -1,4 +1,4 @@
-"""Pictures and token sets in gs:// buckets, against an emulator of Google's storage on this machine's loopback."""
+"""Images and encoded data sets in gs:// buckets, against a local emulator of Google's storage."""
 
 import io
 import logging
@@ -6,21 +6,20 @@ import socket
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-pytest.importorskip("gcsfs", reason="gs:// needs gcsfs")
+from hmar_jax.data.records import open_records, read_info
+from hmar_jax.data.sources import ImageDecodeError, open_source
+from hmar_jax.errors import InputError
+from tests.test_tokens import rows_of, write
+
+pytest.importorskip("gcsfs", reason="gs:// requires gcsfs")
 emulator = pytest.importorskip(
     "gcp_storage_emulator.server",
     reason="no emulator: pip install gcp-storage-emulator",
     exc_type=ImportError,
 )
-
-from etils import epath
-
-from hmar_jax.data.records import open_tokens, read_info
-from hmar_jax.data.sources import ImageDecodeError, open_source
-from hmar_jax.errors import InputError
-from tests.test_tokens import rows_of, write
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,8 @@ def bucket():
         port = probe.getsockname()[1]
     patch = pytest.MonkeyPatch()
     patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-    patch.setattr(
-        "socketserver.BaseServer.handle_error", lambda *_: None
-    )  # clients that hang up early are nothing to tell of
+    # Clients that disconnect early are no errors.
+    patch.setattr("socketserver.BaseServer.handle_error", lambda *_: None)
     for name in ("gcsfs", "fsspec", "gcp_storage_emulator"):
         logging.getLogger(name).setLevel(logging.ERROR)
     server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
@@ -57,11 +55,8 @@ def test_a_folder_of_images(bucket):
             (root / split / name).write_bytes(file.getvalue())
     (root / "class_names.txt").write_text("b Golden retriever, a dog\n")
     train, validate = (open_source(f"folder:{root}", split) for split in ("train", "validate"))
-    assert train.files == ("a/1.png", "a/deep/2.png", "b/3.png") and train.labels.tolist() == [
-        0,
-        0,
-        1,
-    ]
+    assert train.files == ("a/1.png", "a/deep/2.png", "b/3.png")
+    assert train.labels.tolist() == [0, 0, 1]
     assert validate.files == ("b/4.png",) and validate.labels.tolist() == [1]
     assert train.class_names == ("a", "Golden_retriever")
     for source in (train, validate):
@@ -74,15 +69,15 @@ def test_a_folder_of_images(bucket):
         open_source("folder:gs://bucket/nothing")
 
 
-def test_a_token_set(bucket, tmp_path, monkeypatch):
+def test_an_encoded_data_set(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     directory = f"{bucket}/tokens"
     assert not write(directory, part=(0, 2)).complete
     assert write(directory, part=(1, 2)).complete
-    assert not list((tmp_path / "scratch").iterdir())  # shards are made there, and do not stay
+    assert not list((tmp_path / "scratch").iterdir())  # shards are written there first, and removed
     write(tmp_path / "local")
-    train, local = open_tokens(directory), open_tokens(tmp_path / "local")
+    train, local = open_records(directory), open_records(tmp_path / "local")
     for crop in range(2):
         np.testing.assert_array_equal(
             rows_of(train, crop)["tokens"], rows_of(local, crop)["tokens"]
@@ -92,12 +87,12 @@ def test_a_token_set(bucket, tmp_path, monkeypatch):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(bytes(data))
-    open_tokens(directory)  # from the copy that this machine has
+    open_records(directory)  # from the local copy
     (copy,) = (tmp_path / "scratch").iterdir()
     (copy / shard.name).unlink()
     with pytest.raises(InputError, match="has another checksum"):
-        open_tokens(directory)
+        open_records(directory)
     write(directory, verify=True)
     np.testing.assert_array_equal(
-        rows_of(open_tokens(directory), 0)["tokens"], rows_of(local, 0)["tokens"]
+        rows_of(open_records(directory), 0)["tokens"], rows_of(local, 0)["tokens"]
     )

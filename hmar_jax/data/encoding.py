@@ -1,9 +1,10 @@
-"""From pictures to tokens, with a frozen tokenizer: kept in memory, or written as a token set (data/tokens.py).
+"""Encodes the images of a source with an autoencoder: to memory, or to an encoded data set on disk.
 
-Writing a token set can be interrupted at any moment and goes on with the same call: a shard is written beside its place,
-read back, and renamed; then its length and checksum are noted, and only what is noted counts. What a row of tokens is
-depends on the seed, the picture's index and the crop's alone, so neither interruptions nor the number of processes that
-share the work change a bit of it.
+Writing an encoded data set is safe to interrupt: run the same call to resume. A shard is written to
+a temporary file, read back and renamed. Then its size and checksum are written to the progress
+folder, and only shards listed there count as finished. A record depends only on the seed and on the
+image's index and crop. So neither interruptions nor the number of processes that share the work
+change a bit of the set.
 """
 
 import contextlib
@@ -15,28 +16,25 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grain
-import jax
-import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from hmar_jax.autoencoders.vq import Tokenizer, TokenizerConfig, fingerprint, to_float
 from hmar_jax.data.decode_errors import MAX_UNREADABLE_FRACTION, is_over_limit
 from hmar_jax.data.loader import make_loader, shard_and_batch
+from hmar_jax.data.record_spec import RecordSpec
 from hmar_jax.data.records import (
     INFO_FILE,
     PROGRESS_FOLDER,
+    RecordSetInfo,
+    RecordsInMemory,
     SplitInfo,
-    TokenSetInfo,
-    TokensInMemory,
-    pack,
+    has_info,
     read_info,
 )
 from hmar_jax.data.seeds import SeedPurpose, derive_seed
@@ -47,34 +45,46 @@ from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
 
 _log = logging.getLogger(__name__)
 
-_RECORDS = "group_size:1,uncompressed"  # one by one, for reading at random; tokens do not compress
+# Images (B, side, side, 3) uint8 -> arrays (B, *shape) by field name.
+Encode = Callable[[np.ndarray], Mapping[str, Any]]
+
+# One record in a group, for random access. Encoded images hardly compress.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
 _LOG_SECONDS = 60
 
 
-def tokenize(
-    encode: Callable[[np.ndarray], jax.Array],
+def encode_in_memory(
+    encode: Encode,
     source: Source,
     transform: Transform,
     *,
+    record_spec: RecordSpec,
     copies: int,
     seed: int,
     batch_size: int = 64,
     progress: bool = False,
-) -> TokensInMemory:
-    """Encodes every picture of a source `copies` times, each time cropped and turned anew.
+) -> RecordsInMemory:
+    """Encodes every image of a source several times, each time with another random transform.
 
     Args:
-      encode: uint8 pictures (B, side, side, 3) -> tokens (B, L).
-      copies: how many random versions of each picture.
-      seed: of the versions; the result depends on nothing else.
-      batch_size: pictures encoded at once, at most.
+      encode: images (B, side, side, 3) uint8 -> arrays (B, *shape) by field name.
+      source: the images.
+      transform: turns an image into one of (side, side).
+      record_spec: the arrays that `encode` returns.
+      copies: how often to encode each image.
+      seed: seed of the random transforms; the result depends on no other random numbers.
+      batch_size: most images to encode at once.
+      progress: whether to show a progress bar on a terminal.
 
     Returns:
-      len(source) * copies rows of tokens, less at most a thousandth that does not fill the last batch.
+      len(source) * copies records, each an image of its own. Up to a thousandth of them, which do
+      not fill the last batch, are dropped.
     """
-    rows = len(source) * copies
+    num_records = len(source) * copies
     batch_size = next(
-        b for b in range(min(batch_size, len(source)), 0, -1) if rows % b <= rows // 1000
+        b
+        for b in range(min(batch_size, len(source)), 0, -1)
+        if num_records % b <= num_records // 1000
     )
     loader = make_loader(
         source,
@@ -84,34 +94,38 @@ def tokenize(
         train=True,
         num_epochs=copies,
     )
-    total = rows // batch_size
-    tokens, labels = [], []
-    for batch in tqdm(
-        loader, total=total, desc="tokens", disable=None if progress else True, leave=False
-    ):
-        tokens.append(np.asarray(encode(batch["image"])))
-        labels.append(batch["label"])
-    return TokensInMemory.of(np.concatenate(tokens), np.concatenate(labels))
+    records = []
+    with tqdm(
+        loader,
+        total=num_records // batch_size,
+        desc="encode",
+        unit="batch",
+        disable=None if progress else True,
+        leave=False,
+    ) as batches:
+        for batch in batches:
+            records.append(record_spec.pack(encode(batch["image"]), batch["label"]))
+    return RecordsInMemory(np.concatenate(records)[None], record_spec)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token sets
+# Encoded data sets
 
 
 class Shard(NamedTuple):
-    """A range of pictures in one crop: a file of a token set."""
+    """A file of an encoded data set: one crop of images start, ..., stop - 1."""
 
     split: str
     crop: int
-    start: int  # pictures start, …, stop - 1
+    start: int
     stop: int
     file: str
 
 
 def describe(
     name: str,
-    config: TokenizerConfig,
-    params: dict,
+    fingerprint: str,
+    record_spec: RecordSpec,
+    autoencoder: Mapping[str, Any],
     spec: str,
     sources: Mapping[str, Source],
     transform: Transform,
@@ -119,8 +133,21 @@ def describe(
     crops: int,
     seed: int,
     shard_size: int,
-) -> TokenSetInfo:
-    """What a token set of these sources and this tokenizer shall be; `name` and `spec` are what they were called."""
+) -> RecordSetInfo:
+    """Describes the encoded data set to write.
+
+    Args:
+      name: what the user called the autoencoder.
+      fingerprint: identifies what the autoencoder encodes an image to.
+      record_spec: what a record stores.
+      autoencoder: what else describes the autoencoder; values that JSON has.
+      spec: the data, as `open_source` takes it.
+      sources: its splits.
+      transform: turns an image into the autoencoder's input.
+      crops: number of random crops of each training image.
+      seed: seed of the crops.
+      shard_size: images in a shard.
+    """
     kind, _, place = spec.partition(":")
     if kind == "folder":  # the same from any current directory
         spec = f"folder:{absolute(epath.Path(place).expanduser())}"
@@ -128,13 +155,11 @@ def describe(
         split: SplitInfo(len(source), crops if split == "train" else 1)
         for split, source in sources.items()
     }
-    return TokenSetInfo(
-        tokenizer=name,
-        fingerprint=fingerprint(config, params),
-        dtype=config.dtype,
-        scales=config.scales,
-        vocab_size=config.vocab_size,
-        image_side=config.image_side,
+    return RecordSetInfo(
+        autoencoder_name=name,
+        fingerprint=fingerprint,
+        record_spec=record_spec,
+        autoencoder=dict(autoencoder),
         source=spec,
         class_names=next(iter(sources.values())).class_names,
         transform=dataclasses.asdict(transform),
@@ -144,36 +169,18 @@ def describe(
     )
 
 
-def make_encoder(
-    config: TokenizerConfig, params: dict, batch_size: int, devices: Sequence[jax.Device]
-):
-    """`encode` as `write_token_set` takes it, a batch divided among the devices, and its batch size, rounded up to fit."""
-    mesh = Mesh(np.array(devices), ("data",))
-    constrain_batch, whole = (
-        NamedSharding(mesh, PartitionSpec("data")),
-        NamedSharding(mesh, PartitionSpec()),
-    )
-    known = {part: params[part] for part in ("encoder", "quant_conv", "quantizer")}
-    known = jax.device_put(jax.tree.map(jnp.asarray, known), whole)
-    run = jax.jit(
-        lambda known, images: Tokenizer(config).apply(
-            {"params": known}, to_float(images), method="encode"
-        ),
-        in_shardings=(whole, constrain_batch),
-        out_shardings=constrain_batch,
-    )
-    return (lambda images: run(known, images)), -(-batch_size // len(devices)) * len(devices)
+def list_shards(split: str, num_images: int, crops: int, shard_size: int) -> list[Shard]:
+    """Lists all shards of a split, those of crop 0 first.
 
-
-def shards_of(split: str, pictures: int, crops: int, shard_size: int) -> list[Shard]:
-    """All shards of a split, those of crop 0 first. Names do not depend on the number of crops: more can be added."""
-    count = -(-pictures // shard_size)
+    Names do not depend on the number of crops, so that more can be added.
+    """
+    count = -(-num_images // shard_size)
     return [
         Shard(
             split,
             crop,
             i * shard_size,
-            min(pictures, (i + 1) * shard_size),
+            min(num_images, (i + 1) * shard_size),
             f"{split}-crop{crop:02d}-{i:05d}-of-{count:05d}.array_record",
         )
         for crop in range(crops)
@@ -181,12 +188,12 @@ def shards_of(split: str, pictures: int, crops: int, shard_size: int) -> list[Sh
     ]
 
 
-def write_token_set(
+def write_record_set(
     directory: os.PathLike | str,
-    encode: Callable[[np.ndarray], jax.Array],
+    encode: Encode,
     sources: Mapping[str, Source],
     transform: Transform,
-    info: TokenSetInfo,
+    info: RecordSetInfo,
     *,
     batch_size: int = 64,
     part: tuple[int, int] = (0, 1),
@@ -194,33 +201,36 @@ def write_token_set(
     workers: int = 0,
     verify: bool = False,
     progress: bool = False,
-) -> TokenSetInfo:
-    """Writes one part of a token set, or what is missing of it.
+) -> RecordSetInfo:
+    """Writes one part of an encoded data set, or what is missing of it.
 
-    Whoever finds all shards finished, whichever part that is, marks the set complete.
+    The process that finds all shards finished, of whichever part, marks the set complete.
 
     Args:
-      directory: of the set; an unfinished one goes on, and a finished one gets the crops that it has not.
-      encode: uint8 pictures (batch_size, side, side, 3) -> tokens (batch_size, L).
-      sources: the pictures of each split in `info`.
-      transform: in training splits with random numbers for every crop, in "validate" without any.
-      info: what the set shall be, with pictures and crops of each split.
+      directory: the set. An unfinished one is resumed; a finished one gets the crops that it lacks.
+      encode: images (batch_size, side, side, 3) uint8 -> arrays (batch_size, *shape) by field name.
+      sources: the images of each split in `info`.
+      transform: random for every crop of training images; not random in split "validate".
+      info: what the set is, with images and crops of each split; see `describe`.
+      batch_size: images to encode at once.
       part: (index, count): this process writes every count-th shard.
       threads, workers: as in `make_loader`.
-      verify: check finished shards by their checksums, not by their sizes alone; damaged ones are written again.
+      verify: whether to check finished shards by checksum and not only by size. Damaged shards are
+        written again.
+      progress: whether to show a progress bar on a terminal.
 
     Returns:
-      The description of the set as it is now; `complete` is False while other parts are not done.
+      The description of the set as it is now; `complete` is False while other parts are missing.
 
     Raises:
-      InputError: the directory holds another set, or cannot be written; or more than 1 % of the pictures (and more than
-        10) cannot be read. Finished shards stay.
+      InputError: the directory holds another set, or cannot be written; or more than 1 % of the
+        images (and more than 10) cannot be read. Finished shards stay.
     """
     folder = epath.Path(directory)
-    info = _begin(folder, info)
+    info = _prepare_directory(folder, info)
     for split, source in sources.items():
-        asked = info.splits[split]
-        shards = shards_of(split, asked.pictures, asked.crops, info.shard_size)[part[0] :: part[1]]
+        s = info.splits[split]
+        shards = list_shards(split, s.num_images, s.crops, info.shard_size)[part[0] :: part[1]]
         todo = [shard for shard in shards if not _is_finished(folder, shard, source, verify)]
         if todo:
             _write_shards(
@@ -238,138 +248,161 @@ def write_token_set(
     return finish(folder, info)
 
 
-def _begin(folder: epath.Path, info: TokenSetInfo) -> TokenSetInfo:
-    """Makes the directory, or checks that it is of this set."""
+def _prepare_directory(folder: epath.Path, info: RecordSetInfo) -> RecordSetInfo:
+    """Makes the directory, or checks that it holds this set; returns the set's description."""
     try:
-        if (folder / INFO_FILE).exists():
+        if has_info(folder):
             found = read_info(folder)
-            _check_same(folder, found, info)
-            # More crops may be asked for than there are, never fewer: others may be reading them.
+            _check_same_set(folder, found, info)
+            # A call may add crops but never remove any: others may be reading them.
             splits = {
                 name: dataclasses.replace(split, crops=max(split.crops, found.splits[name].crops))
                 for name, split in info.splits.items()
             }
-            info = dataclasses.replace(info, tokenizer=found.tokenizer, splits=splits)
+            info = dataclasses.replace(
+                info,
+                autoencoder_name=found.autoencoder_name,
+                autoencoder=found.autoencoder | info.autoencoder,
+                splits=splits,
+            )
             if all(found.splits[name].crops == split.crops for name, split in splits.items()):
                 return dataclasses.replace(info, complete=found.complete)
         elif folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
             raise InputError(
-                f"{folder} is neither empty nor a token set (no {INFO_FILE}): take another --out"
+                f"{folder} must be empty or an encoded data set (it has no {INFO_FILE}); choose "
+                "another --out"
             )
         elif folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file: name a directory")
+            raise InputError(f"{folder} must be a directory; it is a file")
         (folder / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
         _write_info(folder, info)
     except OSError as error:
         raise InputError(
-            f"the token set {folder} cannot be written: {error.strerror or error}"
+            f"the encoded data set {folder} cannot be written: {error.strerror or error}"
         ) from None
     return info
 
 
-def _check_same(folder: epath.Path, found: TokenSetInfo, asked: TokenSetInfo) -> None:
-    if found.fingerprint != asked.fingerprint:
+def _check_same_set(folder: epath.Path, found: RecordSetInfo, given: RecordSetInfo) -> None:
+    """Raises InputError unless a call that writes set `given` may write to set `found`."""
+    if found.fingerprint != given.fingerprint:
         raise InputError(
-            f"{folder} holds tokens of another tokenizer: {found.tokenizer!r} with fingerprint {found.fingerprint}, not "
-            f"{asked.tokenizer!r} with {asked.fingerprint}; take another --out"
+            f"{folder} was encoded by another autoencoder: {found.autoencoder_name!r} with "
+            f"fingerprint {found.fingerprint}, not {given.autoencoder_name!r} with "
+            f"{given.fingerprint}; choose another --out"
         )
-    for field in ("source", "dtype", "seed", "shard_size", "transform", "class_names"):
-        theirs, ours = getattr(found, field), getattr(asked, field)
+    compared = {
+        name: (getattr(found, name), getattr(given, name))
+        for name in ("source", "seed", "shard_size", "transform", "class_names")
+    }
+    compared["record"] = (found.record_spec.to_json(), given.record_spec.to_json())
+    # An older or newer version may describe more of the same autoencoder.
+    for name in found.autoencoder.keys() & given.autoencoder.keys():
+        compared[name] = (found.autoencoder[name], given.autoencoder[name])
+    for name, (theirs, ours) in compared.items():
         if theirs != ours:
-            if field == "class_names":
+            if name == "class_names":
                 theirs, ours = (
                     f"{len(names)} classes" if len(theirs) != len(ours) else names
                     for names in (theirs, ours)
                 )
             raise InputError(
-                f"{folder} holds a token set with another {field}: {theirs!r} there and {ours!r} here; take another --out"
+                f"{folder} holds an encoded data set with another {name}: {theirs!r} there, "
+                f"{ours!r} here; choose another --out"
             )
-    if found.splits.keys() != asked.splits.keys():
+    if found.splits.keys() != given.splits.keys():
         raise InputError(
-            f"{folder} holds a token set of the splits {', '.join(found.splits)}, not {', '.join(asked.splits)}; take another --out"
+            f"{folder} holds an encoded data set of the splits {', '.join(found.splits)}, not "
+            f"{', '.join(given.splits)}; choose another --out"
         )
-    for name, split in asked.splits.items():
-        if found.splits[name].pictures != split.pictures:
+    for name, split in given.splits.items():
+        before = found.splits[name].num_images
+        if before != split.num_images:
             raise InputError(
-                f"{folder} was begun when {asked.source} had {found.splits[name].pictures} pictures to {name}; it has "
-                f"{split.pictures} now: take another --out"
+                f"{folder} was started when {given.source} had {before} images to {name}; it has "
+                f"{split.num_images} now; choose another --out"
             )
 
 
-def finish(directory: os.PathLike | str, info: TokenSetInfo) -> TokenSetInfo:
+def finish(directory: os.PathLike | str, info: RecordSetInfo) -> RecordSetInfo:
     """Marks the set complete if all its shards are finished; returns its description.
 
     Raises:
-      InputError: more than 1 % of the pictures of a split, and more than 10, cannot be read.
+      InputError: more than 1 % of the images of a split, and more than 10, cannot be read.
     """
     folder, splits = epath.Path(directory), {}
     for name, split in info.splits.items():
-        notes = [
-            _note(folder, shard)
-            for shard in shards_of(name, split.pictures, split.crops, info.shard_size)
+        entries = [
+            _read_progress(folder, shard)
+            for shard in list_shards(name, split.num_images, split.crops, info.shard_size)
         ]
-        if not all(notes):
+        if not all(entries):
             return dataclasses.replace(info, complete=False)
-        broken = {entry[0]: tuple(entry) for note in notes for entry in note["broken"]}
-        _check_broken(folder, info.source, list(broken.values()), split.pictures)
+        broken = {item[0]: tuple(item) for entry in entries for item in entry["broken"]}
+        _check_unreadable(folder, info.source, list(broken.values()), split.num_images)
         shards = tuple(
-            {key: note[key] for key in ("file", "records", "bytes", "sha256")} for note in notes
+            {key: entry[key] for key in ("file", "records", "bytes", "sha256")} for entry in entries
         )
         splits[name] = SplitInfo(
-            split.pictures, split.crops, tuple(broken[i] for i in sorted(broken)), shards
+            split.num_images, split.crops, tuple(broken[i] for i in sorted(broken)), shards
         )
     info = dataclasses.replace(info, splits=splits, complete=True)
     _write_info(folder, info)
     return info
 
 
-def count_unfinished(directory: os.PathLike | str, info: TokenSetInfo) -> tuple[int, int]:
-    """Shards still to be made, by any part, and shards in all."""
+def count_unfinished(directory: os.PathLike | str, info: RecordSetInfo) -> tuple[int, int]:
+    """Counts the shards that no part has finished yet, and all shards."""
+    folder = epath.Path(directory)
     shards = [
-        s
+        shard
         for name, split in info.splits.items()
-        for s in shards_of(name, split.pictures, split.crops, info.shard_size)
+        for shard in list_shards(name, split.num_images, split.crops, info.shard_size)
     ]
-    return sum(_note(epath.Path(directory), shard) is None for shard in shards), len(shards)
+    return sum(_read_progress(folder, shard) is None for shard in shards), len(shards)
 
 
-def _write_info(folder: epath.Path, info: TokenSetInfo) -> None:
+def _write_info(folder: epath.Path, info: RecordSetInfo) -> None:
     write_atomically(folder / INFO_FILE, json.dumps(info.to_json(), indent=1) + "\n")
 
 
-def _note_path(folder: epath.Path, shard: Shard) -> epath.Path:
+# Progress
+
+
+def _progress_path(folder: epath.Path, shard: Shard) -> epath.Path:
     return folder / PROGRESS_FOLDER / shard.file.replace(".array_record", ".json")
 
 
-def _note(folder: epath.Path, shard: Shard) -> dict[str, Any] | None:
-    """What is noted of a finished shard."""
-    path = _note_path(folder, shard)
-    return (
-        read_json(path, f"the note on a shard of the token set {folder}") if path.exists() else None
-    )
+def _read_progress(folder: epath.Path, shard: Shard) -> dict[str, Any] | None:
+    """Reads the size, checksum and unreadable images of a finished shard; None if unfinished."""
+    path = _progress_path(folder, shard)
+    if not path.exists():
+        return None
+    return read_json(path, f"the progress of a shard of the encoded data set {folder}")
 
 
 def _is_finished(folder: epath.Path, shard: Shard, source: Source, verify: bool) -> bool:
-    note = _note(folder, shard)
-    if note is None:
+    """Whether a shard is written and sound; one that is damaged or outdated becomes unfinished."""
+    entry = _read_progress(folder, shard)
+    if entry is None:
         return False
     path = folder / shard.file
     if not path.exists():
         problem = "is missing"
-    elif path.stat().length != note["bytes"]:
-        problem = f"has {path.stat().length} bytes instead of {note['bytes']}"
-    elif verify and _sha256(path) != note["sha256"]:
+    elif path.stat().length != entry["bytes"]:
+        problem = f"has {path.stat().length} bytes instead of {entry['bytes']}"
+    elif verify and _sha256(path) != entry["sha256"]:
         problem = "has another checksum"
-    elif any(_reads(source, index) for index, *_ in note["broken"]):
-        problem = "lacks a picture that can be read now"
+    elif any(_is_readable(source, index) for index, *_ in entry["broken"]):
+        problem = "lacks an image that is readable now"
     else:
         return True
-    _log.warning("%s %s: it is made anew", path, problem)
-    _note_path(folder, shard).unlink()
+    _log.warning("%s %s; writing it again", path, problem)
+    _progress_path(folder, shard).unlink()
     return False
 
 
-def _reads(source: Source, index: int) -> bool:
+def _is_readable(source: Source, index: int) -> bool:
     try:
         source[index]
     except ImageDecodeError:
@@ -382,78 +415,88 @@ def _sha256(path: os.PathLike | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_broken(folder, source: str, broken: list, pictures: int) -> None:
-    if is_over_limit(len(broken), MAX_UNREADABLE_FRACTION * pictures):
+def _check_unreadable(folder, source: str, broken: list, num_images: int) -> None:
+    """Raises InputError if too many images of a split cannot be read."""
+    if is_over_limit(len(broken), MAX_UNREADABLE_FRACTION * num_images):
         raise InputError(
-            f"{source}: {len(broken)} of the {pictures} pictures cannot be read (at most {MAX_UNREADABLE_FRACTION:.0%} may be broken); the "
-            f"first: {', '.join(path for _, path, _ in broken[:3])}. What is done of {folder} is kept: mend them, and the same command goes on"
+            f"{source}: {len(broken)} of the {num_images} images cannot be read; at most "
+            f"{MAX_UNREADABLE_FRACTION:.0%} may be unreadable; the first: "
+            f"{', '.join(path for _, path, _ in broken[:3])}; repair them and run the same command "
+            f"again to resume {folder}"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 
 def _write_shards(
     folder: epath.Path,
-    encode: Callable,
+    encode: Encode,
     source: Source,
     transform: Transform,
-    info: TokenSetInfo,
+    info: RecordSetInfo,
     todo: list[Shard],
     batch_size: int,
     threads: int,
     workers: int,
     progress: bool,
 ) -> None:
-    split, pictures = todo[0].split, sum(shard.stop - shard.start for shard in todo)
-    rows = _records(encode, source, transform, info, todo, batch_size, threads, workers)
+    """Writes shards of one split, in order."""
+    split, num_images = todo[0].split, sum(shard.stop - shard.start for shard in todo)
+    records = _encode_shards(encode, source, transform, info, todo, batch_size, threads, workers)
     broken: dict[int, tuple[int, str, str]] = {}
-    started, done, told = time.monotonic(), 0, time.monotonic()
+    start_time, logged_time, num_done = time.monotonic(), time.monotonic(), 0
     with tqdm(
-        total=pictures,
-        desc=f"{split}",
-        unit="picture",
+        total=num_images,
+        desc=split,
+        unit="image",
         disable=None if progress else True,
         dynamic_ncols=True,
     ) as bar:
         for number, shard in enumerate(todo, 1):
             writer = _ShardWriter(folder, shard)
             try:
-                for picture in range(shard.start, shard.stop):
-                    record = next(rows)
+                for index in range(shard.start, shard.stop):
+                    record = next(records)
                     if record is None:
-                        if picture not in broken:
-                            broken[picture] = _reason(source, picture)
-                            _log.warning("skipped %s: %s", *broken[picture][1:])
-                            _check_broken(folder, info.source, list(broken.values()), len(source))
-                        writer.skip(broken[picture])
+                        if index not in broken:
+                            broken[index] = _find_reason(source, index)
+                            _log.warning("skipped %s: %s", *broken[index][1:])
+                            _check_unreadable(
+                                folder, info.source, list(broken.values()), len(source)
+                            )
+                        writer.skip(broken[index])
                     else:
                         writer.add(record)
                     bar.update()
                 writer.commit()
             except OSError as error:
                 raise InputError(
-                    f"the token set {folder} cannot be written: {error.strerror or error}; the same command goes on"
+                    f"the encoded data set {folder} cannot be written: {error.strerror or error}; "
+                    "run the same command again to resume"
                 ) from error
             finally:
                 writer.close()
-            done += shard.stop - shard.start
-            if bar.disable and (time.monotonic() - told > _LOG_SECONDS or number == len(todo)):
-                told = time.monotonic()
+            num_done += shard.stop - shard.start
+            now = time.monotonic()
+            if bar.disable and (now - logged_time > _LOG_SECONDS or number == len(todo)):
+                logged_time = now
                 _log.info(
-                    "%s: %d of %d shards, %d of %d pictures, %.0f a second",
+                    "%s: %d of %d shards, %d of %d images, %.0f images/s",
                     split,
                     number,
                     len(todo),
-                    done,
-                    pictures,
-                    done / (told - started),
+                    num_done,
+                    num_images,
+                    num_done / (now - start_time),
                 )
 
 
-def _reason(source: Source, index: int) -> tuple[int, str, str]:
-    """The picture may have been read by another process: what is wrong with it is found out again."""
+def _find_reason(source: Source, index: int) -> tuple[int, str, str]:
+    """Returns index, path and reason of an unreadable image.
+
+    Another process may have read the image, so this reads it again.
+    """
     try:
         source[index]
     except ImageDecodeError as error:
@@ -461,81 +504,73 @@ def _reason(source: Source, index: int) -> tuple[int, str, str]:
     return index, f"{source.name}[{index}]", "was unreadable once, and is readable now"
 
 
-def _records(
-    encode: Callable,
+def _encode_shards(
+    encode: Encode,
     source: Source,
     transform: Transform,
-    info: TokenSetInfo,
+    info: RecordSetInfo,
     todo: list[Shard],
     batch_size: int,
     threads: int,
     workers: int,
 ) -> Iterator[bytes | None]:
-    """The record of every picture of the shards, in order; None of those that cannot be read."""
+    """Yields the record of every image of the shards, in order; None for an unreadable image."""
     crops = np.concatenate([np.full(shard.stop - shard.start, shard.crop) for shard in todo])
-    pictures = np.concatenate([np.arange(shard.start, shard.stop) for shard in todo])
-    crop_seed, random = derive_seed(info.seed, SeedPurpose.CROPS), todo[0].split != "validate"
+    indices = np.concatenate([np.arange(shard.start, shard.stop) for shard in todo])
+    crop_seed = derive_seed(info.seed, SeedPurpose.CROPS)
+    is_random = todo[0].split != "validate"
 
     def example_at(position):
         image, label, readable = np.zeros((transform.side, transform.side, 3), np.uint8), 0, False
-        if position < len(pictures):  # others fill the last batch
-            picture, crop = int(pictures[position]), int(crops[position])
+        if position < len(indices):  # the others pad the last batch
+            index, crop = int(indices[position]), int(crops[position])
             try:
-                example = source[picture]
+                example = source[index]
             except ImageDecodeError:
                 pass
             else:
-                rng = np.random.default_rng([crop_seed, crop, picture]) if random else None
+                rng = np.random.default_rng([crop_seed, crop, index]) if is_random else None
                 image, label, readable = transform(example["image"], rng), example["label"], True
         return {"image": image, "label": np.int64(label), "readable": np.bool_(readable)}
 
-    batches = -(-len(pictures) // batch_size)
-    loader = iter(
-        shard_and_batch(
-            grain.MapDataset.range(batches * batch_size).map(example_at),
-            batch_size,
-            0,
-            1,
-            threads,
-            workers,
-        )
-    )
+    num_batches = -(-len(indices) // batch_size)
+    dataset = grain.MapDataset.range(num_batches * batch_size).map(example_at)
+    loader = iter(shard_and_batch(dataset, batch_size, 0, 1, threads, workers))
 
-    def rows(batch, tokens):
-        packed = pack(np.asarray(tokens), batch["label"], info.vocab_size)
-        yield from (
-            row.tobytes() if readable else None
-            for row, readable in zip(packed, batch["readable"].tolist())
-        )
+    def to_records(batch, encoded):
+        packed = info.record_spec.pack(encoded, batch["label"])
+        for row, readable in zip(packed, batch["readable"].tolist()):
+            yield row.tobytes() if readable else None
 
-    before = None
-    for batch in loader:  # the device works on one batch while the one before is written
+    previous = None
+    for batch in loader:  # the device encodes one batch while the previous one is written
         encoded = encode(batch["image"])
-        if before is not None:
-            yield from rows(*before)
-        before = batch, encoded
-    yield from rows(*before)
+        if previous is not None:
+            yield from to_records(*previous)
+        previous = batch, encoded
+    yield from to_records(*previous)
     loader.close()
 
 
 class _ShardWriter:
-    """Writes one shard so that it appears whole, after it has been read back, or not at all."""
+    """Writes one shard. Its file appears complete, after it was read back, or not at all."""
 
     def __init__(self, folder: epath.Path, shard: Shard):
         self._folder, self._shard = folder, shard
-        beside = os.fspath(folder) if is_local(folder) else tempfile.gettempdir()
+        temporary_folder = os.fspath(folder) if is_local(folder) else tempfile.gettempdir()
         if is_local(folder):
             for leftover in folder.glob(f".{shard.file}.*.tmp"):  # of a process that was killed
                 leftover.unlink(missing_ok=True)
-        self._temporary = os.path.join(beside, f".{shard.file}.{secrets.token_hex(4)}.tmp")
-        self._writer = array_record_module.ArrayRecordWriter(self._temporary, _RECORDS)
-        self._records, self._contents, self._broken = 0, hashlib.sha256(), []
+        name = f".{shard.file}.{secrets.token_hex(4)}.tmp"
+        self._temporary = os.path.join(temporary_folder, name)
+        self._writer = array_record_module.ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
+        self._num_records, self._contents, self._broken = 0, hashlib.sha256(), []
 
     def add(self, record: bytes) -> None:
         with _as_os_errors():
             self._writer.write(record)
         self._contents.update(record)
-        self._records += 1
+        self._num_records += 1
 
     def skip(self, broken: tuple[int, str, str]) -> None:
         self._broken.append(broken)
@@ -548,9 +583,9 @@ class _ShardWriter:
         self._read_back()
         with open(self._temporary, "rb") as file:
             os.fsync(file.fileno())
-        note = {
+        entry = {
             "file": self._shard.file,
-            "records": self._records,
+            "records": self._num_records,
             "bytes": os.path.getsize(self._temporary),
             "sha256": _sha256(self._temporary),
             "broken": self._broken,
@@ -560,7 +595,7 @@ class _ShardWriter:
             os.replace(self._temporary, target)
         else:
             epath.Path(self._temporary).copy(target, overwrite=True)
-        write_atomically(_note_path(self._folder, self._shard), json.dumps(note) + "\n")
+        write_atomically(_progress_path(self._folder, self._shard), json.dumps(entry) + "\n")
 
     def _read_back(self) -> None:
         reader = array_record_module.ArrayRecordReader(self._temporary)
@@ -569,12 +604,12 @@ class _ShardWriter:
             contents.update(record)
         count = reader.num_records()
         reader.close()
-        if (count, contents.digest()) != (self._records, self._contents.digest()):
+        if (count, contents.digest()) != (self._num_records, self._contents.digest()):
             raise OSError(f"{self._shard.file} does not read back as it was written")
 
     def close(self) -> None:
         if self._writer is not None:
-            with contextlib.suppress(RuntimeError):  # that it could not be written has been said
+            with contextlib.suppress(RuntimeError):  # that it cannot be written was raised before
                 self._writer.close()
         if os.path.exists(self._temporary):
             os.unlink(self._temporary)
@@ -582,7 +617,7 @@ class _ShardWriter:
 
 @contextlib.contextmanager
 def _as_os_errors():
-    """ArrayRecord raises RuntimeError where a file cannot be written, as on a full disk."""
+    """Turns the RuntimeError that ArrayRecord raises on a full disk into an OSError."""
     try:
         yield
     except RuntimeError as error:

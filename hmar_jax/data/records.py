@@ -1,18 +1,19 @@
-"""Token sets: the tokens of a whole data set on disk, read by index, and the loader of them.
+"""Encoded data sets: a data set encoded by an autoencoder, on disk, read by index; their loader.
 
-A token set is a directory that data/tokenize.py writes:
+An encoded data set is a directory that `hmar_jax.data.encoding.write_record_set` writes:
 
-    tokens.json                                    what it is (`TokenSetInfo`) and, once all of it is there, its shards
-    train-crop00-00003-of-00157.array_record       one crop of a range of pictures
-    progress/train-crop00-00003-of-00157.json      each finished shard's length and checksum
+    records.json                                   its description, `RecordSetInfo`
+    train-crop00-00003-of-00157.array_record       a shard: one crop of a range of images
+    progress/train-crop00-00003-of-00157.json      size and checksum of each finished shard
 
-A record is one picture's label (uint32, little endian) and its tokens, scales in order, in the fewest of 8, 12, 16 or 32
-bits that hold the vocabulary: 1,024 bytes at 680 tokens of 4,096 words. Records of pictures that could not be read are
-empty, so that a record's place tells its picture. ArrayRecord's reader checks a hash of each record that it reads.
+A record holds the label and the arrays of one image, as the set's `RecordSpec` says. The records of
+unreadable images are empty, so that a record's position is its image's index. ArrayRecord's reader
+checks a hash of each record that it reads.
 """
 
 import dataclasses
 import hashlib
+import json
 import os
 import tempfile
 import threading
@@ -24,100 +25,76 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from hmar_jax.data import first_version
 from hmar_jax.data.loader import read_ahead, validate_loader_args
+from hmar_jax.data.record_spec import RecordField, RecordSpec
 from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import is_local, read_json, write_atomically
 
-FORMAT = "hmar_jax tokens 1"
-INFO_FILE, PROGRESS_FOLDER = "tokens.json", "progress"
-_LABEL_BYTES = 4
+__all__ = [
+    "RecordField",
+    "RecordSet",
+    "RecordSetInfo",
+    "RecordSpec",
+    "Records",
+    "RecordsInMemory",
+    "SplitInfo",
+    "make_record_loader",
+    "open_records",
+    "read_info",
+]
+
+FORMAT = "hmar_jax records 1"
+INFO_FILE, PROGRESS_FOLDER = "records.json", "progress"
+_INFO_FILES = (INFO_FILE, first_version.INFO_FILE)  # the first that exists is read
 _ENDLESS = 2**40  # batches
-_READ_ERRORS = (
-    RuntimeError,
-    OSError,
-    IndexError,
-)  # what ArrayRecord and Riegeli raise on files that changed
+# What ArrayRecord and Riegeli raise for files that changed.
+_READ_ERRORS = (RuntimeError, OSError, IndexError)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
-
-
-def token_bits(vocab_size: int) -> int:
-    """Bits a token takes in a record."""
-    return next(bits for bits in (8, 12, 16, 32) if vocab_size <= 2**bits)
-
-
-def record_bytes(length: int, vocab_size: int) -> int:
-    """Bytes of a record of `length` tokens."""
-    return _LABEL_BYTES + -(-length * token_bits(vocab_size) // 8)
-
-
-def pack(tokens: np.ndarray, labels: np.ndarray, vocab_size: int) -> np.ndarray:
-    """(B, L) tokens and (B,) labels to uint8 (B, record_bytes): a row is a record."""
-    bits = token_bits(vocab_size)
-    if bits == 12:  # two tokens in three bytes, the first in the lower half
-        low, high = (
-            np.pad(tokens, ((0, 0), (0, tokens.shape[1] % 2)))
-            .astype(np.uint16)
-            .reshape(len(tokens), -1, 2)
-            .transpose(2, 0, 1)
-        )
-        body = np.stack([low & 255, low >> 8 | (high & 15) << 4, high >> 4], axis=-1).astype(
-            np.uint8
-        )
-        body = body.reshape(len(tokens), -1)[
-            :, : record_bytes(tokens.shape[1], vocab_size) - _LABEL_BYTES
-        ]
-    else:
-        body = np.ascontiguousarray(tokens.astype(f"<u{bits // 8}")).view(np.uint8)
-    return np.concatenate(
-        [np.ascontiguousarray(labels.astype("<u4"))[:, None].view(np.uint8), body], axis=1
-    )
-
-
-def unpack(records: np.ndarray, length: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens (B, L) int32 and labels (B,) int32 of uint8 (B, record_bytes)."""
-    bits, body = token_bits(vocab_size), records[:, _LABEL_BYTES:]
-    labels = np.ascontiguousarray(records[:, :_LABEL_BYTES]).view("<u4")[:, 0].astype(np.int32)
-    if bits == 12:
-        tokens = np.empty((len(records), length + length % 2), np.int32)
-        first, middle, last = (body[:, i::3].astype(np.int32) for i in range(3))
-        tokens[:, 0::2] = first | (middle & 15) << 8
-        tokens[:, 1 : 2 * last.shape[1] : 2] = middle[:, : last.shape[1]] >> 4 | last << 4
-        return tokens[:, :length], labels
-    return np.ascontiguousarray(body).view(f"<u{bits // 8}").astype(np.int32), labels
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a token set is
+# Descriptions
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
-    """One split of a token set."""
+    """One split of an encoded data set.
 
-    pictures: int  # N, those that cannot be read included
+    Attributes:
+      num_images: N, with the unreadable ones.
+      crops: number of random crops of each image.
+      broken: index, path and reason of each unreadable image.
+      shards: {"file", "records", "bytes", "sha256"} of each shard, those of crop 0 first.
+    """
+
+    num_images: int
     crops: int
-    broken: tuple[
-        tuple[int, str, str], ...
-    ] = ()  # index, path and reason of pictures that cannot be read
-    shards: tuple[
-        dict, ...
-    ] = ()  # {"file", "records", "bytes", "sha256"}: those of crop 0 in order, of crop 1, …
+    broken: tuple[tuple[int, str, str], ...] = ()
+    shards: tuple[dict[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenSetInfo:
-    """The contents of tokens.json."""
+class RecordSetInfo:
+    """The contents of records.json.
 
-    tokenizer: str  # as it was named
-    fingerprint: str  # of that tokenizer, see models/tokenizer.py
-    dtype: str  # that it computed in
-    scales: tuple[int, ...]
-    vocab_size: int
-    image_side: int
+    Attributes:
+      autoencoder_name: what the user called the autoencoder.
+      fingerprint: identifies what the autoencoder encodes an image to.
+      record_spec: what a record stores.
+      autoencoder: what else describes the autoencoder; values that JSON has.
+      source: the data, as `open_source` takes it.
+      class_names: by label.
+      transform: settings of the `Transform`.
+      seed: seed of the random crops.
+      shard_size: images in a shard.
+      splits: by name, "train" or "validate".
+      complete: whether all shards are finished.
+    """
+
+    autoencoder_name: str
+    fingerprint: str
+    record_spec: RecordSpec
+    autoencoder: dict[str, Any]
     source: str
     class_names: tuple[str, ...]
     transform: dict[str, Any]
@@ -126,24 +103,38 @@ class TokenSetInfo:
     splits: dict[str, SplitInfo]
     complete: bool = False
 
-    @property
-    def length(self) -> int:
-        """L, tokens of a picture."""
-        return sum(side**2 for side in self.scales)
+    def __post_init__(self):
+        # As it will be read back: for example with lists instead of tuples.
+        object.__setattr__(self, "autoencoder", json.loads(json.dumps(self.autoencoder)))
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        """Returns the description as JSON types."""
+        fields = dataclasses.asdict(self)
+        del fields["record_spec"]
+        return {"format": FORMAT, "record": self.record_spec.to_json(), **fields}
 
     @classmethod
-    def from_json(cls, data: Any, where: str) -> "TokenSetInfo":
-        """Raises InputError unless `data` is what to_json wrote; `where` names the file."""
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+    def from_json(cls, data: Any, where: str) -> "RecordSetInfo":
+        """Returns what `to_json` described; also reads descriptions of the first version.
+
+        Args:
+          data: the contents of the file.
+          where: the file's name, for errors.
+
+        Raises:
+          InputError: `data` is not such a description.
+        """
+        found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+        if found not in (FORMAT, first_version.FORMAT):
             raise InputError(
-                f"{where}: not the description of a token set (format {found!r}, expected {FORMAT!r})"
+                f"{where}: not the description of an encoded data set: format must be {FORMAT!r}; "
+                f"got {found!r}"
             )
-        fields = {key: value for key, value in data.items() if key != "format"}
         try:
+            if found == first_version.FORMAT:
+                fields = first_version.upgrade_description(data)
+            else:
+                fields = {key: value for key, value in data.items() if key != "format"}
             splits = {
                 name: SplitInfo(
                     **{
@@ -154,62 +145,79 @@ class TokenSetInfo:
                 )
                 for name, split in fields.pop("splits").items()
             }
-            tuples = {name: tuple(fields.pop(name)) for name in ("scales", "class_names")}
-            return cls(**fields, **tuples, splits=splits)
-        except (TypeError, KeyError, AttributeError) as error:
+            spec = RecordSpec.from_json(fields.pop("record"))
+            class_names = tuple(fields.pop("class_names"))
+            return cls(**fields, record_spec=spec, class_names=class_names, splits=splits)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{where}: not a description that this version understands ({error})"
+                f"{where}: this version cannot read the description ({error})"
             ) from None
 
 
-def read_info(directory: os.PathLike | str) -> TokenSetInfo:
-    """The description of a token set, complete or not."""
-    path = epath.Path(directory) / INFO_FILE
-    if not epath.Path(directory).is_dir():
-        raise InputError(
-            f"there is no token set {directory}: hmar tokenize --out={directory} makes one"
-        )
-    if not path.exists():
-        raise InputError(
-            f"{directory} is not a token set: it has no {INFO_FILE}; hmar tokenize makes one"
-        )
-    return TokenSetInfo.from_json(
-        read_json(path, f"the description of the token set {directory}"), str(path)
-    )
+def has_info(directory: os.PathLike | str) -> bool:
+    """Whether a directory has a description of an encoded data set."""
+    return any((epath.Path(directory) / name).exists() for name in _INFO_FILES)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def read_info(directory: os.PathLike | str) -> RecordSetInfo:
+    """Reads the description of an encoded data set, complete or not.
+
+    Raises:
+      InputError: there is no such set, or its description cannot be read.
+    """
+    folder = epath.Path(directory)
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no encoded data set {directory}; hmar tokenize --out={directory} writes one"
+        )
+    path = next((folder / name for name in _INFO_FILES if (folder / name).exists()), None)
+    if path is None:
+        raise InputError(
+            f"{directory} is not an encoded data set: it has no {INFO_FILE}; hmar tokenize writes "
+            "one"
+        )
+    data = read_json(path, f"the description of the encoded data set {directory}")
+    return RecordSetInfo.from_json(data, str(path))
+
+
 # Reading
 
 
-class Tokens(Protocol):
-    """Pictures as tokens, each in several crops; reading may happen from several threads at once."""
+class Records(Protocol):
+    """Encoded images, each in several crops; several threads may read at once."""
 
-    name: str  # in errors
+    name: str  # for errors
     crops: int
 
     def __len__(self) -> int:
-        """Pictures."""
+        """Number of images."""
 
-    def read(self, pictures: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
-        """Crop crops[b] of picture pictures[b], (B,) both, as {"tokens": int32 (B, L), "label": int32 (B,)}."""
+    def read(self, indices: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads crop crops[b] of image indices[b].
+
+        Args:
+          indices: (B,) int.
+          crops: (B,) int.
+
+        Returns:
+          The arrays (B, *shape) by field name, and "label": (B,) int32.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
-class TokensInMemory:
-    """Tokens in memory, packed."""
+class RecordsInMemory:
+    """Packed records in memory."""
 
-    records: np.ndarray  # uint8 (crops, N, record_bytes)
-    length: int  # L
-    vocab_size: int
-    name: str = "the tokens"
+    records: np.ndarray  # (crops, N, record_bytes) uint8
+    record_spec: RecordSpec
+    name: str = "the encoded images"
 
     @classmethod
-    def of(
-        cls, tokens: np.ndarray, labels: np.ndarray, vocab_size: int = 2**32
-    ) -> "TokensInMemory":
-        """Of (N, L) and (N,), each row a picture of its own."""
-        return cls(pack(tokens, labels, vocab_size)[None], tokens.shape[1], vocab_size)
+    def from_arrays(
+        cls, arrays: Mapping[str, np.ndarray], labels: np.ndarray, record_spec: RecordSpec
+    ) -> "RecordsInMemory":
+        """Packs arrays (N, *shape) by field name and labels (N,) of N images in one crop."""
+        return cls(record_spec.pack(arrays, labels)[None], record_spec)
 
     @property
     def crops(self) -> int:
@@ -218,33 +226,36 @@ class TokensInMemory:
     def __len__(self) -> int:
         return self.records.shape[1]
 
-    def read(self, pictures: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
-        tokens, labels = unpack(self.records[crops, pictures], self.length, self.vocab_size)
-        return {"tokens": tokens, "label": labels}
+    def read(self, indices: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Records.read`."""
+        return self.record_spec.unpack(self.records[crops, indices])
 
 
-class TokenSet:
-    """One split of a token set on disk, without the pictures that could not be read.
+class RecordSet:
+    """One split of an encoded data set on disk, without its unreadable images.
 
-    Attributes: info (TokenSetInfo), crops, and name, class_names, num_classes as a source of pictures has them.
+    Attributes:
+      info: the description of the set, a `RecordSetInfo`.
+      crops: number of crops of each image.
+      name, class_names, num_classes: as those of a source of images.
     """
 
-    def __init__(self, directory: os.PathLike | str, info: TokenSetInfo, split: str):
+    def __init__(self, directory: os.PathLike | str, info: RecordSetInfo, split: str):
         self._directory, self.info = os.fspath(directory), info
-        self.name, self.class_names = f"tokens:{self._directory}", info.class_names
+        self.name, self.class_names = f"records:{self._directory}", info.class_names
         self._split = info.splits[split]
         self.crops = self._split.crops
         broken = np.array([index for index, *_ in self._split.broken], np.int64)
-        self._readable = np.setdiff1d(np.arange(self._split.pictures), broken)
-        folder = (
-            self._directory if is_local(directory) else _local_copy(self._directory, info, split)
-        )
+        self._readable = np.setdiff1d(np.arange(self._split.num_images), broken)
+        if is_local(directory):
+            folder = self._directory
+        else:
+            folder = _download_shards(self._directory, info, split)
         self._paths = [os.path.join(folder, shard["file"]) for shard in self._split.shards]
         for shard, path in zip(self._split.shards, self._paths):
             _check_size(path, shard["bytes"], self._directory)
-        self._readers: list[Any] = [None] * len(
-            self._paths
-        )  # opened when needed; each may be used by several threads
+        # Opened on demand; several threads may use one.
+        self._readers: list[Any] = [None] * len(self._paths)
         self._lock = threading.Lock()
 
     @property
@@ -254,52 +265,57 @@ class TokenSet:
     def __len__(self) -> int:
         return len(self._readable)
 
-    def read(self, pictures: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
-        """As `Tokens.read`.
+    def read(self, indices: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Records.read`.
 
         Raises:
           InputError: a record is damaged.
         """
-        per_crop = -(-self._split.pictures // self.info.shard_size)
-        shards, places = np.divmod(self._readable[pictures], self.info.shard_size)
+        shards_per_crop = -(-self._split.num_images // self.info.shard_size)
+        shards, positions = np.divmod(self._readable[indices], self.info.shard_size)
+        shards = shards + crops * shards_per_crop
         try:
-            # As ranges of one: for a list of places, ArrayRecord goes through all records of the file, each time.
+            # Read ranges of one record: for a list of positions, ArrayRecord goes through the index
+            # of all records of the file, each time.
             records = [
-                self._reader(shard).read(place, place + 1)[0]
-                for shard, place in zip((shards + crops * per_crop).tolist(), places.tolist())
+                self._reader(shard).read(position, position + 1)[0]
+                for shard, position in zip(shards.tolist(), positions.tolist())
             ]
         except _READ_ERRORS as error:
             raise self._damaged(error) from error
-        size = record_bytes(self.info.length, self.info.vocab_size)
-        packed = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
-        tokens, labels = unpack(packed, self.info.length, self.info.vocab_size)
-        return {"tokens": tokens, "label": labels}
+        return self.info.record_spec.unpack(self._as_array(records))
 
-    def in_memory(self) -> "TokensInMemory":
-        """All of it in memory, as packed as on disk."""
-        size = record_bytes(self.info.length, self.info.vocab_size)
-        packed = np.empty((self.crops, self._split.pictures, size), np.uint8)
-        broken = np.ones(self._split.pictures, bool)
-        broken[self._readable] = False
-        per_crop = len(self._paths) // self.crops
+    def in_memory(self) -> RecordsInMemory:
+        """Reads all records to memory, where they stay packed.
+
+        Raises:
+          InputError: a record is damaged.
+        """
+        size = self.info.record_spec.record_bytes
+        packed = np.empty((self.crops, self._split.num_images, size), np.uint8)
+        shards_per_crop = len(self._paths) // self.crops
         for number, path in enumerate(self._paths):
-            crop, start = number // per_crop, number % per_crop * self.info.shard_size
+            crop, start = divmod(number, shards_per_crop)
+            start *= self.info.shard_size
             try:
                 reader = array_record_module.ArrayRecordReader(path)
-                records = [r or bytes(size) for r in reader.read_all()]
+                records = [record or bytes(size) for record in reader.read_all()]
                 reader.close()
             except _READ_ERRORS as error:
                 raise self._damaged(error) from error
-            packed[crop, start : start + len(records)] = np.frombuffer(
-                b"".join(records), np.uint8
-            ).reshape(-1, size)
-        return TokensInMemory(
-            packed[:, ~broken] if broken.any() else packed, self.info.length, self.info.vocab_size
-        )
+            packed[crop, start : start + len(records)] = self._as_array(records)
+        if len(self._readable) < self._split.num_images:
+            packed = packed[:, self._readable]
+        return RecordsInMemory(packed, self.info.record_spec, self.name)
+
+    def _as_array(self, records: list[bytes]) -> np.ndarray:
+        size = self.info.record_spec.record_bytes
+        return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
 
     def _damaged(self, error: Exception) -> InputError:
         return InputError(
-            f"{self._directory} is damaged: {' '.join(str(error).split())}; hmar tokenize with --verify makes it whole"
+            f"{self._directory} is damaged: {' '.join(str(error).split())}; hmar tokenize with "
+            "--verify repairs it"
         )
 
     def _reader(self, shard: int):
@@ -314,11 +330,19 @@ class TokenSet:
         return self._readers[shard]
 
 
-def open_tokens(directory: os.PathLike | str, split: str = "train") -> TokenSet | None:
-    """Opens one split of a token set; None if the set was made without it.
+def open_records(directory: os.PathLike | str, split: str = "train") -> RecordSet | None:
+    """Opens one split of an encoded data set.
 
-    A set in an object store is first copied to this machine's temporary folder (once; later runs find it): the records
-    of a batch lie in all its shards.
+    A set in an object store is first copied to this machine's temporary folder, once; later runs
+    find the copy there. The records of a batch lie in all shards of a set, so reading them over the
+    network would be slow.
+
+    Args:
+      directory: the set.
+      split: "train" or "validate".
+
+    Returns:
+      The split, or None if the set was written without it.
 
     Raises:
       InputError: there is no such set, it is not complete, or files are missing or of another size.
@@ -326,9 +350,10 @@ def open_tokens(directory: os.PathLike | str, split: str = "train") -> TokenSet 
     info = read_info(directory)
     if not info.complete:
         raise InputError(
-            f"the token set {directory} is not complete: run the same hmar tokenize again, which goes on"
+            f"the encoded data set {directory} is not complete; run the same hmar tokenize again "
+            "to resume"
         )
-    return TokenSet(directory, info, split) if split in info.splits else None
+    return RecordSet(directory, info, split) if split in info.splits else None
 
 
 def _check_size(path: str, size: int, directory: str) -> None:
@@ -336,14 +361,15 @@ def _check_size(path: str, size: int, directory: str) -> None:
     if found != size:
         problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
         raise InputError(
-            f"the token set {directory} is damaged: {os.path.basename(path)} {problem}; the same hmar tokenize again makes it anew"
+            f"the encoded data set {directory} is damaged: {os.path.basename(path)} {problem}; run "
+            "the same hmar tokenize again to repair it"
         )
 
 
-def _local_copy(directory: str, info: TokenSetInfo, split: str) -> str:
-    """A folder of this machine with the shards of a split, copied unless there, each checked."""
+def _download_shards(directory: str, info: RecordSetInfo, split: str) -> str:
+    """Copies the shards of a split to a local folder, unless they are there; returns the folder."""
     identity = hashlib.sha256(repr((directory, info)).encode()).hexdigest()[:16]
-    folder = os.path.join(tempfile.gettempdir(), f"hmar_tokens_{identity}")
+    folder = os.path.join(tempfile.gettempdir(), f"hmar_records_{identity}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     for shard in info.splits[split].shards:
         target = os.path.join(folder, shard["file"])
@@ -352,18 +378,18 @@ def _local_copy(directory: str, info: TokenSetInfo, split: str) -> str:
         data = (epath.Path(directory) / shard["file"]).read_bytes()
         if hashlib.sha256(data).hexdigest() != shard["sha256"]:
             raise InputError(
-                f"the token set {directory} is damaged: {shard['file']} has another checksum; hmar tokenize with --verify makes it anew"
+                f"the encoded data set {directory} is damaged: {shard['file']} has another "
+                "checksum; hmar tokenize with --verify repairs it"
             )
         write_atomically(target, data)
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
-def make_token_loader(
-    source: Tokens,
+def make_record_loader(
+    source: Records,
     *,
     batch_size: int,
     seed: int = 0,
@@ -372,19 +398,34 @@ def make_token_loader(
     shard_count: int = 1,
     threads: int = 0,
 ) -> grain.IterDataset:
-    """Batches {"tokens": int32 (B, L), "label": int32 (B,)} of one shard (usually one host) of a source.
+    """Makes the batches of one shard (usually one host) of encoded images.
 
-    Training: endless, every picture once an epoch over all shards together, in a new order each; a picture's crops take
-    turns from epoch to epoch. Validation: one pass over the first crops in order; all shards give the same number of
-    batches, and "valid": bool (B,) is False for what pads the last. The iterator's state is as make_loader's.
+    Training: endless; over all shards together, every image once an epoch, in a new order each
+    epoch. The crops of an image take turns from epoch to epoch.
+
+    Validation: one pass over the first crops in order. All shards give the same number of batches.
+    Batches also have "valid", which is False for what pads the last batch.
+
+    The iterator's state is that of `make_loader`.
 
     Args:
-      threads: that read ahead, each a whole batch; 0: read when asked.
+      source: the encoded images.
+      batch_size: B, images in a batch of this shard.
+      seed: seed of the order, at least 0; validation uses none.
+      train: whether to shuffle and repeat.
+      shard_index: the shard to read, in [0, shard_count).
+      shard_count: number of shards.
+      threads: threads that read ahead, each a whole batch; 0 reads on demand.
+
+    Returns:
+      A `grain.IterDataset` of the arrays (B, *shape) by field name, "label": (B,) int32 and, in
+      validation, "valid": (B,) bool.
 
     Raises:
-      InputError: an argument is out of range, or no batch could be filled.
+      InputError: an argument is out of range, or no batch could be filled. While iterating: a
+        record is damaged.
     """
-    n, crops = len(source), source.crops
+    n, num_crops = len(source), source.crops
     validate_loader_args(
         n,
         source.name,
@@ -396,30 +437,29 @@ def make_token_loader(
         shard_count=shard_count,
         threads=threads,
         pad=True,
-        noun="rows of tokens" if crops == 1 else "pictures",
+        noun="records" if num_crops == 1 else "images",
     )
-    order_seed, whole = derive_seed(seed, SeedPurpose.ORDER), batch_size * shard_count
-    own = shard_index * batch_size + np.arange(
-        batch_size
-    )  # positions of this shard in a batch of all shards
+    order_seed, global_batch = derive_seed(seed, SeedPurpose.ORDER), batch_size * shard_count
+    own_rows = shard_index * batch_size + np.arange(batch_size)  # rows of the global batch
 
     def training_batch(number):
-        epochs, places = np.divmod(number * whole + own, n)
-        # What MapDataset.shuffle does, for a whole batch: one element at a time costs as much again as reading the tokens.
-        pictures = np.array(
+        epochs, positions = np.divmod(number * global_batch + own_rows, n)
+        # What MapDataset.shuffle does, for a whole batch. One element at a time would take as long
+        # as reading the records.
+        indices = np.array(
             [
                 grain.experimental.index_shuffle(
-                    place, max_index=n - 1, seed=(order_seed + epoch) % 2**32, rounds=4
+                    position, max_index=n - 1, seed=(order_seed + epoch) % 2**32, rounds=4
                 )
-                for epoch, place in zip(epochs.tolist(), places.tolist())
+                for epoch, position in zip(epochs.tolist(), positions.tolist())
             ]
         )
-        return source.read(pictures, (epochs + pictures) % crops)
+        return source.read(indices, (epochs + indices) % num_crops)
 
     def validation_batch(number):
-        places = number * whole + own
-        valid = places < n
-        return {**source.read(np.where(valid, places, 0), np.zeros_like(places)), "valid": valid}
+        indices = number * global_batch + own_rows
+        valid = indices < n
+        return {**source.read(np.where(valid, indices, 0), np.zeros_like(indices)), "valid": valid}
 
-    batches = grain.MapDataset.range(_ENDLESS if train else -(-n // whole))
+    batches = grain.MapDataset.range(_ENDLESS if train else -(-n // global_batch))
     return read_ahead(batches.map(training_batch if train else validation_batch), threads)

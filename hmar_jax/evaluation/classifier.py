@@ -6,6 +6,7 @@ Images whose classes differ in finer detail need a network.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,7 @@ def block_means(images: np.ndarray, grey: bool) -> np.ndarray:
 class Classifier:
     """A fitted classifier, from `fit_classifier`."""
 
-    svc: object  # sklearn.svm.SVC on block means
+    svc: Any  # sklearn.svm.SVC on block means
     grey: bool  # whether it uses the mean of the channels, not each of them
     classes: np.ndarray  # int64 (C,): the labels that it was fitted on, sorted
 

@@ -106,7 +106,7 @@ def neighbour_distances(
 
 
 def equal_counts(labels: np.ndarray, held_out_labels: np.ndarray) -> dict[int, int]:
-    """How many images of each class can be drawn from both samples and held-out images.
+    """How many images of each class are in both samples and held-out images.
 
     Args:
       labels, held_out_labels: int, of the samples (N,) and of the held-out images (H,).

@@ -89,7 +89,7 @@ def read_as_numpy(folder: epath.Path, metadata: Any) -> Any:
     """Reads the arrays named by `metadata`, a part of the stored tree; float16 becomes float32."""
 
     def restore_args(leaf):
-        dtype = np.float32 if leaf.dtype == np.float16 else None
+        dtype = np.dtype(np.float32) if leaf.dtype == np.float16 else None
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
 
     args = ocp.args.PyTreeRestore(

@@ -70,7 +70,8 @@ class RunCheckpoints:
           InputError: the directory cannot be created.
         """
         self.directory = absolute(workdir) / "checkpoints"
-        keep, best_fn = [policies.LatestN(max_to_keep)], None
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(max_to_keep)]
+        best_fn = None
         if keep_best:
             best_fn = _validation_loss
             keep.append(
@@ -229,7 +230,7 @@ class RunCheckpoints:
           DamagedFilesError: some process finds the files damaged, and none has another error.
           InputError: the checkpoint does not match the abstract state.
         """
-        damage, error = "", None
+        restored, damage, error = None, "", None
         try:
             restored = self._restore_alone(step, abstract_state, former_names)
         except DamagedFilesError as e:
@@ -241,6 +242,7 @@ class RunCheckpoints:
         damages = [text for text in processes.gather_messages(damage) if text]
         if damages:
             raise DamagedFilesError(damages[0])
+        assert restored is not None
         return restored
 
     def _restore_alone(
@@ -360,7 +362,7 @@ def _step_of(directory: epath.Path, checkpoint: int | str) -> int:
     known = f"known steps: {', '.join(map(str, steps)) or 'none'}"
     if checkpoint == "best":
         losses = {step: _saved_loss(directory / str(step)) for step in steps}
-        best = min(losses, key=losses.get, default=None)
+        best = min(losses, key=losses.__getitem__, default=None)
         if best is None or losses[best] == math.inf:
             raise InputError(
                 f"no checkpoint in {directory} was saved with a validation loss; {known}"

@@ -98,6 +98,7 @@ class AppendedFile:
         self._file.close()
 
     def _upload(self) -> None:
+        assert isinstance(self._file, io.StringIO)
         self._path.write_text(self._file.getvalue())
         self._written = time.monotonic()
 

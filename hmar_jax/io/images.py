@@ -65,9 +65,10 @@ def make_grid(
     pixels = to_uint8(images).repeat(factor, axis=1).repeat(factor, axis=2)
     _, height, width, _ = pixels.shape
     rows, group_size = -(-len(pixels) // columns), columns // max(len(titles), 1)
-    font = ImageFont.load_default(size=max(10, min(height // 3, 16)))
+    font_size = max(10, min(height // 3, 16))
+    font = ImageFont.load_default(size=font_size)
     left = round(max(map(font.getlength, labels))) + 4 * _GAP if labels else _GAP
-    top = round(font.size * 1.4) + _GAP if titles else _GAP
+    top = round(font_size * 1.4) + _GAP if titles else _GAP
     # Groups of columns stand apart, and are at least as wide as their titles.
     title_width = round(max(map(font.getlength, titles), default=0)) + 2 * _GAP
     group = max(group_size * (width + _GAP) + 2 * _GAP * (len(titles) > 1), title_width)

@@ -161,7 +161,7 @@ class HloModule:
         while names:
             for instruction in self._computations.get(names.pop(), {}).values():
                 if instruction.opcode == "constant" and instruction.shape.startswith("s32[]"):
-                    numbers.append(int(re.match(r"-?\d+", instruction.rest)[0]))
+                    numbers.append(int(instruction.rest.split(")")[0]))
                 names += instruction.called("calls", "to_apply")
         return max(numbers, default=1)
 
@@ -252,7 +252,7 @@ class HloModule:
         result = sum(size for size, main in _arrays(instruction.shape) if main)
         if opcode.endswith("-start"):  # the result contains both target and source
             return result
-        operands = [
+        operands: list[float] = [
             sum(size for size, main in _arrays(computation[o].shape) if main)
             if o in computation
             else 0
