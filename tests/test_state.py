@@ -1,141 +1,223 @@
-"""The step around a task's own: skipped steps, the moving average; and a run in which they happen."""
+"""The training step of every task: skipped steps, moving average, random choices; FLOP counts."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+from hmar_jax.autoencoders.vq import Tokenizer, TokenizerConfig
 from hmar_jax.cli import main as cli
 from hmar_jax.families.hmar import flops
+from hmar_jax.families.hmar.masked_task import MaskedTask
 from hmar_jax.families.hmar.next_scale_task import NextScaleTask
+from hmar_jax.families.hmar.recipe import MaskedRecipe, NextScaleRecipe
+from hmar_jax.families.hmar.spec import HmarSpec
+from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
 from hmar_jax.io import checkpoints
 from hmar_jax.pipeline import load_spec_and_params
-from hmar_jax.training import loop, state
+from hmar_jax.training import loop, step
 from hmar_jax.training.metrics import Mean
+from hmar_jax.training.optimizer import OptimizerConfig
+from hmar_jax.training.task import TaskDefaults
 from tests import tiny
 
-
-def tiny_transformer(run):
-    return load_spec_and_params(str(run))[0].transformer
+KEY = jax.random.key(0)
 
 
-class Task:
-    """Descends a parabola; the batch is the loss's factor."""
+@dataclasses.dataclass(frozen=True)
+class Parabola(TaskDefaults):
+    """Minimizes factor * w^2; the factor comes with the batch."""
 
-    optimizer = optax.adam(0.1)
+    steps = 100
+    batch_size = 1
+    partition_rules = ()
+    optimizer = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0, clip=0.0)
 
-    def init(self, rng):
-        params = {"w": jnp.float32(3)}
-        return state.TrainState.start(params, self.optimizer.init(params))
+    def init_params(self, rng, frozen):
+        return {"w": jnp.float32(3)}
 
-    def train_step(self, s, batch, rng):
-        loss, grads = jax.value_and_grad(lambda p: batch * p["w"] ** 2)(s.params)
-        updates, opt_state = self.optimizer.update(grads, s.opt_state)
-        metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "rare": Mean(jnp.float32(jnp.nan), jnp.float32(0)),
-        }
-        return s.replace(
-            step=s.step + 1, params=optax.apply_updates(s.params, updates), opt_state=opt_state
-        ), metrics
+    def loss(self, params, frozen, batch, rng, step):
+        loss = batch["factor"] * params["w"] ** 2
+        return loss, {"loss": loss, "rare": Mean(jnp.float32(jnp.nan), jnp.float32(0))}
 
 
-@pytest.mark.parametrize(
-    "bad", [np.nan, np.inf, 1e38]
-)  # of the last, the loss overflows in the gradient's square
-def test_a_step_that_is_not_finite_changes_nothing(bad):
-    task, key = Task(), jax.random.key(0)
-    s = state.init(task, key, ema_decay=0.9)
-    s, metrics = state.train_step(task, s, 1.0, key, ema_decay=0.9)
-    assert metrics["skipped"] == 0 and s.params["w"] < 3
-    before = s
+class OwnUpdate(Parabola):
+    """The same with an update of its own, see CustomUpdateTask."""
+
+    def init_state(self, rng, frozen):
+        return step.init_state(Parabola(), rng, frozen)
+
+    def train_step(self, state, frozen, batch, rng):
+        return step.gradient_step(Parabola())(state, frozen, batch, rng)
+
+
+def take_step(task, state, factor, ema_decay):
+    batch = {"factor": jnp.float32(factor)}
+    return step.train_step(task, state, {}, batch, KEY, ema_decay=ema_decay)
+
+
+@pytest.mark.parametrize("task", [Parabola(), OwnUpdate()], ids=["gradient", "own update"])
+# With 1e38 the loss overflows, with 1e37 only the square in the gradient's norm.
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38, 1e37])
+def test_a_step_that_is_not_finite_changes_nothing(task, bad):
+    state = step.init_state(task, KEY, {}, ema_decay=0.9)
+    state, metrics = take_step(task, state, 1.0, 0.9)
+    assert metrics["skipped"] == 0 and state.params["w"] < 3
+    before = state
     for n in (1, 2, 3):
-        s, metrics = state.train_step(task, s, jnp.float32(bad), key, ema_decay=0.9)
-        assert (
-            metrics["skipped"] == 1
-            and metrics["skipped_in_row"] == n == s.skipped
-            and s.step == 1 + n
-        )
+        state, metrics = take_step(task, state, bad, 0.9)
+        assert metrics["skipped"] == 1 and metrics["skipped_in_row"] == n == state.skipped
+        assert state.step == 1 + n
+        assert bool(np.isfinite(metrics["loss"])) == (bad == 1e37)
     for part in ("params", "opt_state", "ema_params"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(s, part), getattr(before, part))
-    s, metrics = state.train_step(task, s, 1.0, key, ema_decay=0.9)
-    assert (
-        metrics["skipped"] == 0 == s.skipped_in_row
-        and s.skipped == 3
-        and s.params["w"] < before.params["w"]
-    )
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(before, part))
+    state, metrics = take_step(task, state, 1.0, 0.9)
+    assert metrics["skipped"] == 0 == state.skipped_in_row and state.skipped == 3
+    assert state.params["w"] < before.params["w"]
 
 
-def test_the_moving_average():
-    task, key = Task(), jax.random.key(0)
-    s = state.init(task, key, ema_decay=0.5)
+def test_moving_average():
+    task = Parabola()
+    state = step.init_state(task, KEY, {}, ema_decay=0.5)
     average = 3.0
-    for step in range(6):
-        s, _ = state.train_step(task, s, 1.0, key, ema_decay=0.5)
-        decay = min(0.5, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * float(s.params["w"])
-        assert np.isclose(s.ema_params["w"], average) and s.eval_params is s.ema_params
-    assert state.init(task, key).ema_params == {} and state.init(task, key).eval_params == {"w": 3}
+    for n in range(6):
+        state, _ = take_step(task, state, 1.0, 0.5)
+        decay = min(0.5, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * float(state.params["w"])
+        assert np.isclose(state.ema_params["w"], average)
+        assert state.eval_params is state.ema_params
+    without = step.init_state(task, KEY, {})
+    assert without.ema_params == {} and without.eval_params == {"w": 3}
 
 
-def test_a_run_skips_what_is_not_finite_and_stops_after_ten_in_a_row(tmp_path, monkeypatch, capfd):
-    step = NextScaleTask.train_step
+def test_a_run_skips_steps_and_stops_after_ten_in_a_row(tmp_path, monkeypatch, capfd):
+    loss_of = NextScaleTask.loss
 
-    def now_and_then(self, s, *more):
-        new, metrics = step(self, s, *more)
-        bad = (s.step == 4) | (s.step == 5) | (s.step >= 42)
-        return new, metrics | {"loss": jnp.where(bad, jnp.nan, metrics["loss"])}
+    def sometimes_nan(self, params, frozen, batch, rng=None, step=None):
+        loss, metrics = loss_of(self, params, frozen, batch, rng, step)
+        bad = (step == 4) | (step == 5) | (step >= 42)
+        return loss, metrics | {"loss": jnp.where(bad, jnp.nan, metrics["loss"])}
 
-    monkeypatch.setattr(NextScaleTask, "train_step", now_and_then)
+    monkeypatch.setattr(NextScaleTask, "loss", sometimes_nan)
     monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
+    run = tmp_path / "run"
     with tiny.cached():
-        assert (
-            cli.main(tiny.train(tmp_path / "run", ema_decay=0.9, keep_best=1, keep_checkpoints=1))
-            == 1
-        )
-    said = capfd.readouterr().err
-    assert "nothing changed: step 5, 6" in said
+        assert cli.main(tiny.train(run, ema_decay=0.9, keep_best=1, keep_checkpoints=1)) == 1
+    err = capfd.readouterr().err
+    assert "nothing changed: step 5, 6" in err
     assert (
-        "hmar train: loss or gradient was not finite in the last 10 steps, up to step 52: the run stops"
-        in said
+        "hmar train: loss or gradient was not finite in the last 10 steps, up to step 52: "
+        "the run stops" in err
     )
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [x["skipped"] for x in lines if "lr" in x] == [2, 0, 0, 0, 8] and np.isfinite(
-        lines[-1]["loss"]
-    )
-    for line in lines:
-        if "lr" in line:
-            work = (
-                flops.next_scale_step(tiny_transformer(tmp_path / "run"))
-                * line["images_per_second"]
-            )
-            assert (
-                np.isclose(line["mfu"], work / 1e12)
-                and min(line["device_seconds"], line["host_wait_seconds"]) > 0
-            )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    training = [x for x in lines if "lr" in x]
+    assert [x["skipped"] for x in training] == [2, 0, 0, 0, 8] and np.isfinite(lines[-1]["loss"])
+    work = flops.next_scale_step(load_spec_and_params(str(run))[0].transformer)
+    for line in training:
+        assert np.isclose(line["mfu"], work * line["images_per_second"] / 1e12)
+        assert min(line["device_seconds"], line["host_wait_seconds"]) > 0
 
-    step, saved = checkpoints.load_params_of_run(tmp_path / "run", "ema_params", "skipped")
-    assert step == 40 and saved["skipped"] == 2
-    _, parts = load_spec_and_params(str(tmp_path / "run"))
-    jax.tree.map(np.testing.assert_array_equal, parts["transformer"], saved["ema_params"])
+    last, saved = checkpoints.load_params_of_run(run, "ema_params", "skipped")
+    assert last == 40 and saved["skipped"] == 2
+    _, params = load_spec_and_params(str(run))
+    jax.tree.map(np.testing.assert_array_equal, params["transformer"], saved["ema_params"])
     losses = {x["step"]: x["validation/loss"] for x in lines if "validation/loss" in x}
-    best, found = checkpoints.load_params_of_run(tmp_path / "run", averaged=True, checkpoint="best")
+    best, found = checkpoints.load_params_of_run(run, averaged=True, checkpoint="best")
     assert losses[best] == min(losses.values())
-    _, parts = load_spec_and_params(str(tmp_path / "run"), "best")
-    jax.tree.map(np.testing.assert_array_equal, parts["transformer"], found["params"])
-    assert not np.array_equal(
-        saved["params"]["head"]["kernel"], saved["ema_params"]["head"]["kernel"]
-    )
+    _, params = load_spec_and_params(str(run), "best")
+    jax.tree.map(np.testing.assert_array_equal, params["transformer"], found["params"])
+    kernel = lambda part: saved[part]["head"]["kernel"]
+    assert not np.array_equal(kernel("params"), kernel("ema_params"))
+
+
+# Random choices for the images of a batch
+
+TOKENIZER = TokenizerConfig(
+    scales=(1, 2, 3),
+    vocab_size=16,
+    z_channels=4,
+    channels=8,
+    channel_multipliers=(1,),
+    groups=2,
+    num_res_blocks=0,
+)
+TRANSFORMER = TransformerConfig(
+    TOKENIZER.scales, vocab_size=16, z_channels=4, num_classes=5, depth=1, width=16, heads=2
+)
+BATCH = {
+    "label": jnp.arange(12) % 5,
+    "tokens": jax.random.randint(jax.random.key(1), (12, 14), 0, 16),
+}
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """Parameters of the tokenizer and of stage 1."""
+    image = jnp.zeros((1, TOKENIZER.image_side, TOKENIZER.image_side, 3))
+    return {
+        "tokenizer": jax.jit(Tokenizer(TOKENIZER).init)(KEY, image)["params"],
+        "transformer": jax.jit(NextScaleTransformer(TRANSFORMER).init)(KEY),
+    }
+
+
+def make_task(stage: str, grad_accum_steps: int = 1, **changes):
+    common = dict(steps=10, batch_size=12, grad_accum_steps=grad_accum_steps)
+    # Without clipping, and with large initial gates: every parameter has a gradient.
+    recipe = dict(class_dropout=0.5, clip=0.0) | changes
+    model = dataclasses.replace(TRANSFORMER, init_adaln_gamma=0.5, init_head=1.0)
+    if stage == "stage1":
+        spec = HmarSpec(TOKENIZER, model)
+        return NextScaleTask(spec=spec, recipe=NextScaleRecipe(**recipe), **common)
+    spec = HmarSpec(TOKENIZER, model, masked_depth=1)
+    return MaskedTask(spec=spec, recipe=MaskedRecipe(**recipe), **common)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_accumulation_does_not_change_random_choices(stage, frozen):
+    """Class dropout and masks are sampled before the batch is cut into microbatches."""
+    results = []
+    for count in (1, 2, 4):
+        task = make_task(stage, count)
+        state = step.init_state(task, jax.random.key(2), frozen)
+        update = jax.jit(lambda *args, task=task: step.train_step(task, *args))
+        results.append(update(state, frozen, BATCH, KEY))
+    state, metrics = results[0]
+    assert metrics["grad_norm"] > 0.01 and metrics["skipped"] == 0
+    moments = lambda state: jax.tree.leaves(state.opt_state[0].mu)
+    largest = max(float(abs(g).max()) for g in moments(state))
+    for other, found in results[1:]:
+        assert found.keys() == metrics.keys()
+        for name in metrics:
+            np.testing.assert_allclose(found[name], metrics[name], rtol=1e-5, err_msg=name)
+        for a, b in zip(moments(other), moments(state), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_prepared_batches(stage):
+    task = make_task(stage)
+    batch, rng = task.prepare_batch(BATCH, KEY)
+    again, _ = task.prepare_batch(BATCH, KEY)
+    other, _ = task.prepare_batch(BATCH, jax.random.key(5))
+    jax.tree.map(np.testing.assert_array_equal, batch, again)
+    assert not np.array_equal(batch["label"], other["label"])
+    dropped = batch["label"] == task.spec.null_class
+    assert 0 < dropped.sum() < 12
+    assert np.array_equal(batch["label"][~dropped], BATCH["label"][~dropped])
+    assert np.array_equal(batch["tokens"], BATCH["tokens"])
+    assert not np.array_equal(jax.random.key_data(rng), jax.random.key_data(KEY))
+
+    kept, _ = make_task(stage, class_dropout=0.0).prepare_batch(BATCH, KEY)
+    assert np.array_equal(kept["label"], BATCH["label"])
+    null, _ = make_task(stage, class_dropout=1.0).prepare_batch(BATCH, KEY)
+    assert (null["label"] == task.spec.null_class).all()
 
 
 def test_flops_counted_by_hand():
     """Against XLA's own count of an unrolled forward pass of matrix products."""
-    from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
-
     config = TransformerConfig(
         scales=(1, 2, 3, 4),
         vocab_size=512,
@@ -147,12 +229,10 @@ def test_flops_counted_by_hand():
     )
     model = NextScaleTransformer(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    codes = jax.ShapeDtypeStruct((1, 29, 32), jnp.float32)
-    counted = (
-        jax.jit(model.logits)
-        .lower(params, jax.ShapeDtypeStruct((1,), jnp.int32), codes)
-        .cost_analysis()["flops"]
-    )
+    class_ids = jax.ShapeDtypeStruct((1,), jnp.int32)
+    scale_inputs = jax.ShapeDtypeStruct((1, 29, 32), jnp.float32)
+    lowered = jax.jit(model.logits).lower(params, class_ids, scale_inputs)
+    counted = lowered.cost_analysis()["flops"]
     products, attention = flops.block_forward(config)
     by_hand = products + attention + sum(flops.ends_forward(config))
     assert by_hand < counted < 1.1 * by_hand  # XLA also counts norms and softmax
@@ -161,9 +241,6 @@ def test_flops_counted_by_hand():
     assert np.isclose(flops.next_scale_step(d16), 0.865e12, rtol=1e-3)
     causal = TransformerConfig(scales=(1, 2, 3), pattern="causal")
     assert flops.attention_cells(causal) == 1 + 4 * 5 + 9 * 14
-    assert (
-        flops.masked_step(d16, 16)
-        > 0.97 * flops.next_scale_step(d16)
-        > flops.masked_step(d16, 8)
-        > 0.5 * flops.next_scale_step(d16)
-    )
+    next_scale = flops.next_scale_step(d16)
+    assert flops.masked_step(d16, 16) > 0.97 * next_scale
+    assert 0.97 * next_scale > flops.masked_step(d16, 8) > 0.5 * next_scale
