@@ -73,8 +73,8 @@ def test_a_step_on_every_mesh_equals_that_on_one_device(task):
     ]
     if task != "tokenizer":
         cases += [
-            f"{task}:data=2,fsdp=2,tensor=2,accumulate=2,remat=blocks",
-            f"{task}:fsdp=4,data=2,accumulate=2",
+            f"{task}:data=2,fsdp=2,tensor=2,grad_accum_steps=2,remat=blocks",
+            f"{task}:fsdp=4,data=2,grad_accum_steps=2",
         ]
     found = on_eight_devices(*cases)
     check(found)
