@@ -1,8 +1,6 @@
 """python -m hmar_jax: the command `hmar`."""
 
-import sys
-
-from hmar_jax.cli.main import main
+from hmar_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -83,10 +83,13 @@ def check_value(name: str, value: Any, field: dataclasses.Field, cls: type | Non
     if value is None and field.default is None:
         return
     allowed = kinds(cls, field)
-    if tuple in allowed and not isinstance(value, tuple):
+    if tuple not in allowed:
+        _check_item(name, value, allowed, declared)
+        return
+    if not isinstance(value, tuple):
         raise InputError(f"{name} must be a list; got {value!r}")
-    for item in value if tuple in allowed else (value,):
-        _check_item(name, item, allowed, declared)
+    for item in value:
+        _check_item(f"{name}: each item", item, allowed, declared)
 
 
 def _check_item(name: str, value: Any, allowed: tuple[type, ...], declared: Declaration):
@@ -127,12 +130,19 @@ def describe_range(declared: Declaration) -> str:
     if low is not None and high is not None:
         opening = "[" if declared.at_least is not None else "("
         closing = "]" if declared.at_most is not None else ")"
-        return f"in {opening}{low:g}, {high:g}{closing}"
+        return f"in {opening}{_digits(low)}, {_digits(high)}{closing}"
     if low is not None:
-        return f"of at least {low:g}" if declared.at_least is not None else f"above {low:g}"
+        kind = "of at least" if declared.at_least is not None else "above"
+        return f"{kind} {_digits(low)}"
     if high is not None:
-        return f"of at most {high:g}" if declared.at_most is not None else f"below {high:g}"
+        kind = "of at most" if declared.at_most is not None else "below"
+        return f"{kind} {_digits(high)}"
     return ""
+
+
+def _digits(number: float) -> str:
+    """A bound in all its digits: 1048576, not 1.04858e+06."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def kinds(cls: type | None, field: dataclasses.Field) -> tuple[type, ...]:
@@ -238,7 +248,7 @@ def warn_renamed(old: str, new: str) -> None:
 def _help(field: dataclasses.Field, declared: Declaration, repeated: bool) -> str:
     limits = describe_range(declared)
     choices = f"One of {', '.join(declared.choices)}." if declared.choices else ""
-    parts = [declared.help, f"Must be {limits}." if limits else "", choices]
+    parts = [declared.help, f"Must be {limits.removeprefix('of ')}." if limits else "", choices]
     if repeated:
         parts.append("May be given several times: the results stand side by side.")
     parts.append("Default: the model's own." if field.default is None else "")
@@ -254,8 +264,9 @@ def _argument_type(cls: type, field: dataclasses.Field) -> Callable[[str], Any]:
                 return declared.parse(text)
             value = parse_text(text, kinds(cls, field))
             check_value(f"--{field.name}", value, field, cls)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+        except InputError as error:  # argparse names the option itself
+            message = str(error).removeprefix(f"--{field.name}").lstrip(": ")
+            raise argparse.ArgumentTypeError(message) from None
         return value
 
     return parse

@@ -200,7 +200,7 @@ def test_evaluate(hmar, elsewhere):
         "--n=12",
         "--json=figures.json",
     )
-    assert status == 0 and "read" in out
+    assert status == 0 and "class accuracy" in out
     figures = json.loads(pathlib.Path("figures.json").read_text())
     assert figures["samples"] == 12 and 0 <= figures["class_accuracy"] <= 1
 

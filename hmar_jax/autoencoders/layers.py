@@ -63,6 +63,8 @@ class ConvNetConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.channel_multipliers:
+            raise InputError("channel_multipliers must have at least one level; got ()")
         for multiplier in self.channel_multipliers:
             channels = self.channels * multiplier
             if channels % self.groups:

@@ -7,6 +7,7 @@ import argparse
 import errno
 import os
 import sys
+import warnings
 
 from hmar_jax import families, settings
 from hmar_jax.cli import arguments, commands
@@ -14,6 +15,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.logging import show_log
 
 _MODEL_HELP = "a bundled model (digits), a run directory or a model directory"
+_SEED_HELP = "of the random numbers (default 0)"
 _CONFIG_HELP = "FILE:NAME[,key=value...]; single values also by --config.KEY=VALUE"
 
 
@@ -54,7 +56,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> None:
     """The console command."""
+    warnings.formatwarning = _format_warning
     sys.exit(main())
+
+
+def _format_warning(message, category, filename, lineno, line=None) -> str:
+    """A deprecated name in one line; other warnings as usual."""
+    if category is FutureWarning:
+        return f"hmar: {message}\n"
+    return _format_other_warning(message, category, filename, lineno, line)
+
+
+_format_other_warning = warnings.formatwarning
 
 
 class _Parser(argparse.ArgumentParser):
@@ -268,7 +281,7 @@ def _add_sample(command) -> None:
     sub.add_argument(
         "--n", type=arguments.positive, default=8, help="images of each class (default 8)"
     )
-    sub.add_argument("--seed", type=arguments.seed, default=0)
+    sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
     sub.add_argument(
         "--out",
         type=arguments.output,
@@ -318,7 +331,7 @@ def _add_edit(command) -> None:
         default=None,
         help="class of the new content: an id or name (default: no class)",
     )
-    sub.add_argument("--seed", type=arguments.seed, default=0)
+    sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
     sub.add_argument(
         "--out", type=arguments.output, required=True, help="a .png file: the edited image"
     )
@@ -355,7 +368,7 @@ def _add_evaluate(command) -> None:
     sub.add_argument(
         "--n", type=arguments.positive, default=500, help="samples in all (default 500)"
     )
-    sub.add_argument("--seed", type=arguments.seed, default=0)
+    sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
     sub.add_argument(
         "--json", type=arguments.output, default=None, help="also write the metrics to this file"
     )

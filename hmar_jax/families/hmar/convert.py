@@ -54,7 +54,10 @@ def convert_files(
         scale list is not known.
     """
     if options.tokenizer is None:
-        raise InputError("the tokenizer's file is required; give tokenizer=vae.pth")
+        raise InputError(
+            "the tokenizer's file is required: tokenizer=vae.pth, or --tokenizer=vae.pth on the "
+            "command line"
+        )
     tokenizer_state = read_state(options.tokenizer, "tokenizer", "such as vae.pth")
     files = (options.tokenizer, model, options.masked)
     origin = "converted from " + " and ".join(pathlib.Path(p).name for p in files if p)

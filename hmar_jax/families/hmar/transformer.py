@@ -13,6 +13,7 @@ N blocks, V codebook, Z channels of the code, K scales.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.parallel.sharding import constrain_batch, map_over_images_and_heads
 from hmar_jax.settings import Settings, setting
 from pallas_kernels import block_attention
+from pallas_kernels.api import IMPLEMENTATIONS
 
 _NORM_EPS = 1e-6
 _QK_NORM_EPS = 1e-12  # of torch's normalize, used by the published code
@@ -132,6 +134,17 @@ class TransformerConfig(Settings):
     def drop_path_rates(self) -> np.ndarray:
         """(N,)"""
         return np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
+
+
+def _implementation(name: str) -> str | None:
+    """The implementation of block_attention that a config names; None: the best that runs.
+
+    A config may name one that is unknown here: only training uses it.
+    """
+    if name and name not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise InputError(f"model.attention must be empty or one of {known}; got {name!r}")
+    return name or None
 
 
 def layer_norm(x):
@@ -280,10 +293,17 @@ class Block(nn.Module):
         if block_sizes is None:
             out = jax.nn.dot_product_attention(q, k, v, scale=scale)
         else:
-            attend = lambda q, k, v: block_attention(
-                q, k, v, block_sizes, c.pattern, scale, implementation=c.attention or None
+            attend = functools.partial(
+                block_attention,
+                block_sizes=block_sizes,
+                pattern=c.pattern,
+                scale=scale,
+                implementation=_implementation(c.attention),
             )
-            out = map_over_images_and_heads(attend, q, k, v)
+            try:
+                out = map_over_images_and_heads(attend, q, k, v)
+            except NotImplementedError as error:
+                raise InputError(f"model.attention: {error}") from None
         project = nn.DenseGeneral(
             c.width, axis=(-2, -1), name="proj", dtype=dtype, kernel_init=self._residual_init()
         )
