@@ -269,6 +269,7 @@ def test_another_size_is_resized_with_a_warning(pipe, sample_images):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, sample_images):
+    tiny.masked_run()  # trained before the command's output is captured
     monkeypatch.chdir(tmp_path)
     Image.fromarray(sample_images[0]).save("image.png")
     Image.fromarray(sample_images[0]).resize((20, 30)).save("large.png")
