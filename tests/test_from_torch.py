@@ -1,4 +1,4 @@
-"""Published weights to images: tokens as the published sampler drew them."""
+"""Published weights to images: the tokens that the published sampler generated."""
 
 import dataclasses
 import json
@@ -9,8 +9,11 @@ import pytest
 
 import hmar_jax
 from hmar_jax.errors import InputError
-from hmar_jax.families.hmar import sampler, schedules
+from hmar_jax.families.base import image_keys
 from hmar_jax.families.hmar.combined import CombinedModel
+from hmar_jax.families.hmar.options import SamplingConfig
+from hmar_jax.families.hmar.sampler import SamplerOptions, Trace, sample
+from hmar_jax.families.hmar.schedules import masking_plan, resolve_schedule
 from tests.conftest import relative
 
 SIDES = (1, 2, 3, 4, 6)
@@ -31,7 +34,7 @@ def greedy(pipe, z, prefix):
     )
 
 
-def test_stage_1_draws_what_was_recorded(torch, golden, load_golden):
+def test_stage_1_samples_the_recorded_tokens(torch, golden, load_golden):
     pipe = hmar_jax.from_torch(
         str(golden / "next_scale.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES
     )
@@ -47,14 +50,8 @@ def test_shared_adaln_nested_in_a_trainers_checkpoint(torch, golden, load_golden
     vae = torch.load(golden / "vae.pth", weights_only=True)
     path = tmp_path / "checkpoint.pth"
     wrapped = {f"module.{k}": v for k, v in state.items()}
-    torch.save(
-        {
-            "epoch": 3,
-            "args": {"depth": 2},
-            "trainer": {"vae_local": vae, "var_wo_ddp": wrapped, "opt": {"state": {}}},
-        },
-        path,
-    )
+    trainer = {"vae_local": vae, "var_wo_ddp": wrapped, "opt": {"state": {}}}
+    torch.save({"epoch": 3, "args": {"depth": 2}, "trainer": trainer}, path)
     pipe = hmar_jax.from_torch(str(path), tokenizer=str(path), scales=SIDES)
     z = load_golden("next_scale_shared_aln")
     _, tokens = greedy(pipe, z, "gen/")
@@ -63,41 +60,59 @@ def test_shared_adaln_nested_in_a_trainers_checkpoint(torch, golden, load_golden
 
 def test_tokenizer_alone(torch, golden, load_golden):
     vae, z = str(golden / "vae.pth"), load_golden("tokenizer")
-    with pytest.raises(InputError, match="K=5 scales"):
-        hmar_jax.from_torch(None, tokenizer=vae)
-    with pytest.raises(InputError, match="K=3"):
-        hmar_jax.from_torch(None, tokenizer=vae, scales=(1, 2, 6))
-    pipe = hmar_jax.from_torch(None, tokenizer=vae, scales=SIDES)
-    assert np.array_equal(
-        pipe.encode(np.moveaxis(z["images"], 1, -1).clip(-1, 1) / 2 + 0.5), z["tokens_BL"]
+    assert message_of(tokenizer=vae) == (
+        "a tokenizer's weights do not record its scale list: give the sides of its K=5 scales, "
+        "such as scales=(1, 2, 3, 4, 6)"
     )
-    with pytest.raises(InputError, match="tokenizer alone"):
+    assert message_of(tokenizer=vae, scales=(1, 2, 6)) == (
+        "scales 1,2,6 have K=3 and L=41, but these weights have K=5 scales"
+    )
+    pipe = hmar_jax.from_torch(None, tokenizer=vae, scales=SIDES)
+    images = np.moveaxis(z["images"], 1, -1).clip(-1, 1) / 2 + 0.5
+    assert np.array_equal(pipe.encode(images), z["tokens_BL"])
+    with pytest.raises(InputError, match="an autoencoder alone .* cannot sample"):
         pipe.sample(jax.random.key(0), 1)
 
 
-def test_wrong_files(torch, golden, tmp_path):
+def message_of(*args, **options) -> str:
+    """The message of the InputError that from_torch raises."""
+    with pytest.raises(InputError) as error:
+        hmar_jax.from_torch(*args, **options)
+    return str(error.value)
+
+
+def test_invalid_files(torch, golden, tmp_path):
     vae, model = str(golden / "vae.pth"), str(golden / "next_scale.pth")
-    with pytest.raises(
-        InputError, match="K=5 scales and L=66 tokens, which is no published list: give scales"
-    ):
-        hmar_jax.from_torch(model, tokenizer=vae)
-    with pytest.raises(InputError, match="L=55, but these weights have K=5 scales and L=66"):
-        hmar_jax.from_torch(model, tokenizer=vae, scales=(1, 2, 3, 4, 5))
-    with pytest.raises(InputError, match="no tokenizer"):
-        hmar_jax.from_torch(model, tokenizer=model, scales=SIDES)
-    with pytest.raises(InputError, match="no transformer"):
-        hmar_jax.from_torch(vae, tokenizer=vae, scales=SIDES)
-    with pytest.raises(InputError, match="no such file"):
-        hmar_jax.from_torch(str(tmp_path / "none.pth"), tokenizer=vae)
+    assert message_of(model, tokenizer=vae) == (
+        "these weights have K=5 scales and L=66 tokens, which is no published list: give scales, "
+        "such as scales=(1, 2, 3, 4, 6)"
+    )
+    assert message_of(model, tokenizer=vae, scales=(1, 2, 3, 4, 5)) == (
+        "scales 1,2,3,4,5 have K=5 and L=55, but these weights have K=5 scales and L=66 tokens"
+    )
+    weights = dict(tokenizer=vae, scales=SIDES)
+    assert message_of(model, tokenizer=model, scales=SIDES) == (
+        f"{model} must hold a tokenizer, such as vae.pth; it holds a transformer"
+    )
+    assert message_of(vae, **weights) == (
+        f"{vae} must hold a transformer, such as hmar.pth; it holds a tokenizer"
+    )
+    assert message_of(model, scales=SIDES).startswith("the tokenizer's file is required: ")
+    assert message_of(model, tokenizer=vae, scales=(0,)) == (
+        "scales: each item must be an integer of at least 1; got 0"
+    )
+    assert message_of(model, **weights, depth=3).startswith("unknown option 'depth'; known: heads")
+    missing = str(tmp_path / "none.pth")
+    assert message_of(missing, tokenizer=vae) == f"{missing}: no such file"
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(InputError, match="not a file of PyTorch weights"):
-        hmar_jax.from_torch(str(tmp_path / "text.pth"), tokenizer=vae, scales=SIDES)
+    found = message_of(str(tmp_path / "text.pth"), **weights)
+    assert found.startswith(f"{tmp_path / 'text.pth'}: not a file of PyTorch weights (")
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="no model of this family"):
-        hmar_jax.from_torch(str(tmp_path / "other.pth"), tokenizer=vae, scales=SIDES)
+    found = message_of(str(tmp_path / "other.pth"), **weights)
+    assert found.startswith(f"{tmp_path / 'other.pth'}: contains no model of a known kind")
 
 
-def test_convert_makes_a_model_directory(torch, golden, load_golden, tmp_path, capsys):
+def test_convert_writes_a_model_directory(torch, golden, load_golden, tmp_path, capsys):
     from hmar_jax.cli.main import main
 
     out = tmp_path / "model"
@@ -110,14 +125,13 @@ def test_convert_makes_a_model_directory(torch, golden, load_golden, tmp_path, c
     assert main(command) == 2
     assert "give scales" in capsys.readouterr().err and not out.exists()
     assert main([*command, "--scales=1,2,3,4,6"]) == 0
-    assert (
-        "licence" in capsys.readouterr().out and "non-commercial" in (out / "README.md").read_text()
-    )
+    assert "licence" in capsys.readouterr().out
+    assert "non-commercial" in (out / "README.md").read_text()
     _, tokens = greedy(hmar_jax.load(str(out)), load_golden("next_scale_shared_aln"), "gen/")
     assert np.array_equal(tokens, load_golden("next_scale_shared_aln")["gen/tokens_BL"])
     assert main(["info", f"--model={out}"]) == 0
     assert "depth 2, width 64, 2 heads, diagonal" in capsys.readouterr().out
-    assert main([*command, "--scales=1,2,3,4,6"]) == 2  # never overwritten
+    assert main([*command, "--scales=1,2,3,4,6"]) == 2  # nothing is overwritten
     assert str(out) in capsys.readouterr().err
 
 
@@ -140,57 +154,62 @@ def test_combined_model(torch, golden, load_golden, case):
     assert np.array_equal(tokens, z[f"{case}/tokens_BL"])
 
 
-def test_masked_passes_need_stage_2(torch, golden):
+def test_masked_passes_require_stage_2(torch, golden):
     pipe = hmar_jax.from_torch(
         str(golden / "next_scale.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES
     )
-    with pytest.raises(InputError, match="no stage 2"):
+    with pytest.raises(InputError) as error:
         pipe.sample(jax.random.key(0), 1, schedule="default")
-    with pytest.raises(InputError, match=r"scale 1 \(2x2\) sums to 3"):
+    assert str(error.value) == (
+        "schedule 'default' has masked passes, which require stage 2; this model has none: "
+        "use schedule=none"
+    )
+    with pytest.raises(InputError) as error:
         pipe.sample(jax.random.key(0), 1, schedule=[[1], [1, 2], [9], [16], [36]])
+    assert str(error.value) == "schedule of scale 1 (2x2) must sum to its 4 tokens; got sum 3"
 
 
-def test_stage_2_beside_its_stage_1(torch, golden, load_golden):
-    """The two files are the combined one."""
+def test_stage_2_with_its_stage_1(torch, golden, load_golden):
+    """Two files give the same model as the combined one."""
     weights = dict(tokenizer=str(golden / "vae.pth"), scales=SIDES)
-    pipe = hmar_jax.from_torch(
-        str(golden / "next_scale.pth"), masked=str(golden / "masked.pth"), **weights
+    stage1, stage2 = str(golden / "next_scale.pth"), str(golden / "masked.pth")
+    combined = str(golden / "hmar.pth")
+    pipe = hmar_jax.from_torch(stage1, masked=stage2, **weights)
+    expected = hmar_jax.from_torch(combined, **weights)
+    assert pipe.spec.masked_depth == 2
+    assert jax.tree.structure(pipe.params) == jax.tree.structure(expected.params)
+    jax.tree.map(np.testing.assert_array_equal, pipe.params, expected.params)
+
+    other = str(golden / "next_scale_shared_aln.pth")
+    assert message_of(other, masked=stage2, **weights) == (
+        "stage 2 does not fit stage 1: depth is 4 there and 2 here"
     )
-    combined = hmar_jax.from_torch(str(golden / "hmar.pth"), **weights)
-    assert pipe.spec.masked_depth == 2 and jax.tree.structure(pipe.params) == jax.tree.structure(
-        combined.params
+    assert message_of(stage1, masked=stage1, **weights) == f"{stage1} must be a stage 2 by itself"
+    assert message_of(combined, masked=stage2, **weights) == (
+        f"{combined} must be a stage 1 with masked={stage2}"
     )
-    assert all(
-        np.array_equal(a, b)
-        for a, b in zip(jax.tree.leaves(pipe.params), jax.tree.leaves(combined.params))
+    assert message_of(masked=stage2, **weights) == (
+        f"masked={stage2} requires the stage 1 it was trained on"
     )
-    # Its own stage 1 is asked for, and nothing else.
-    for model, masked, words in (
-        ("next_scale_shared_aln.pth", "masked.pth", "depth is 4 there and 2 here"),
-        ("next_scale.pth", "next_scale.pth", "is no stage 2"),
-        ("hmar.pth", "masked.pth", "holds a stage 2 already"),
-    ):
-        with pytest.raises(InputError, match=words):
-            hmar_jax.from_torch(str(golden / model), masked=str(golden / masked), **weights)
-    with pytest.raises(InputError, match="without a model"):
-        hmar_jax.from_torch(masked=str(golden / "masked.pth"), **weights)
 
 
 def test_stage_2_of_another_stage_1(torch, golden, tmp_path):
     state = torch.load(golden / "next_scale.pth", weights_only=True)
     state["blocks.0.ffn.fc1.bias"] = state["blocks.0.ffn.fc1.bias"] + 1
     torch.save(state, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="another stage 1"):
-        hmar_jax.from_torch(
-            str(tmp_path / "other.pth"),
-            masked=str(golden / "masked.pth"),
-            tokenizer=str(golden / "vae.pth"),
-            scales=SIDES,
-        )
+    message = message_of(
+        str(tmp_path / "other.pth"),
+        masked=str(golden / "masked.pth"),
+        tokenizer=str(golden / "vae.pth"),
+        scales=SIDES,
+    )
+    assert message == (
+        "stage 2 was trained on another stage 1: its frozen parameters differ from this one's"
+    )
 
 
 def test_stage_2_alone(torch, golden, load_golden, tmp_path, capsys):
-    """It predicts what stage 2 of the combined model does, whole scales from masks too; and a model directory of it works."""
+    """It predicts as stage 2 of the combined model, and whole scales from masks alone."""
     from hmar_jax.cli.main import main
 
     out = tmp_path / "masked"
@@ -207,25 +226,21 @@ def test_stage_2_alone(torch, golden, load_golden, tmp_path, capsys):
         str(golden / "hmar.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES
     )
     rng, z = np.random.default_rng(0), load_golden("tokenizer")
-    ids, codes = np.array([1, 2]), z["ns_input"][:, 1:5]
-    for masked in (rng.random((2, 4)) < 0.5, np.ones((2, 4), bool)):
-        predictions = [
-            jax.jit(
-                lambda p: CombinedModel(pipe.spec).masked_logits(
-                    p, 1, ids, codes, z["mask_input"][:, 1:5], masked
-                )
-            )(pipe.params)
-            for pipe in (alone, whole)
-        ]
+    ids, scale_inputs = np.array([1, 2]), z["ns_input"][:, 1:5]
+    features = z["mask_input"][:, 1:5]
+    for is_masked in (rng.random((2, 4)) < 0.5, np.ones((2, 4), bool)):
+        predictions = []
+        for pipe in (alone, whole):
+            model = CombinedModel(pipe.spec)
+            logits = jax.jit(model.masked_logits, static_argnames="k")
+            predictions.append(logits(pipe.params, ids, scale_inputs, features, is_masked, k=1))
         assert relative(*predictions) < 1e-5
-    first = jax.jit(lambda p: CombinedModel(alone.spec).next_scale_logits(p, 1, ids, codes)[0])(
-        alone.params
-    )
-    assert relative(first, predictions[1]) < 1e-5  # the first pass sees masks only
-    assert (
-        main(["sample", f"--model={out}", "--classes=1", "--n=1", f"--out={tmp_path / 'x.png'}"])
-        == 0
-    )
+    # Its first pass sees masks only.
+    logits = jax.jit(CombinedModel(alone.spec).next_scale_logits, static_argnames="k")
+    first, _ = logits(alone.params, ids, scale_inputs, k=1)
+    assert relative(first, predictions[1]) < 1e-5
+    command = ["sample", f"--model={out}", "--classes=1", "--n=1", f"--out={tmp_path / 'x.png'}"]
+    assert main(command) == 0
 
 
 def test_combined_model_as_a_directory(torch, golden, load_golden, tmp_path, capsys):
@@ -237,33 +252,27 @@ def test_combined_model_as_a_directory(torch, golden, load_golden, tmp_path, cap
         f"--tokenizer={golden / 'vae.pth'}",
         "--scales=1,2,3,4,6",
     ]
-    assert (
-        main(["convert", *weights, f"--out={out}"]) == 0 and main(["info", f"--model={out}"]) == 0
-    )
+    assert main(["convert", *weights, f"--out={out}"]) == 0
+    assert main(["info", f"--model={out}"]) == 0
     assert "next-scale and masked prediction" in capsys.readouterr().out
     npz = tmp_path / "x.npz"
-    schedule = json.dumps(json.loads(str(z["schedule_c"])))
-    assert (
-        main(
-            [
-                "sample",
-                f"--model={out}",
-                "--classes=1,2",
-                "--n=1",
-                "--greedy",
-                f"--guidance={float(z['cfg'])}",
-                f"--schedule={schedule}",
-                f"--npz={npz}",
-                f"--out={tmp_path / 'x.png'}",
-            ]
-        )
-        == 0
-    )
+    command = [
+        "sample",
+        f"--model={out}",
+        "--classes=1,2",
+        "--n=1",
+        "--greedy",
+        f"--guidance={float(z['cfg'])}",
+        f"--schedule={json.dumps(json.loads(str(z['schedule_c'])))}",
+        f"--npz={npz}",
+        f"--out={tmp_path / 'x.png'}",
+    ]
+    assert main(command) == 0
     assert np.array_equal(np.load(npz)["tokens"], z["c/tokens_BL"])
 
 
 def test_var_with_its_cache(torch, golden, load_golden):
-    """Greedy generation with keys and values of earlier scales: logits of every pass, tokens, running sums, image."""
+    """Greedy VAR with cached keys and values: every pass's logits, tokens, features, image."""
     z = load_golden("var")
     stage1 = hmar_jax.from_torch(
         str(golden / "next_scale.pth"), tokenizer=str(golden / "vae.pth"), scales=SIDES
@@ -271,24 +280,14 @@ def test_var_with_its_cache(torch, golden, load_golden):
     spec = dataclasses.replace(
         stage1.spec, transformer=dataclasses.replace(stage1.spec.transformer, pattern="causal")
     )
-    plan, draw = (
-        schedules.plan(schedules.resolve(spec.tokenizer.scale_list, "none")),
-        sampler.Draw(greedy=True),
-    )
+    plan = masking_plan(resolve_schedule(spec.autoencoder.scale_list, "none"))
+    options = SamplerOptions.of(SamplingConfig(greedy=True, guidance=float(z["cfg"])))
 
     @jax.jit
     def run(params):
-        trace = sampler.Trace()
-        images, tokens = sampler.sample(
-            CombinedModel(spec),
-            params,
-            sampler.image_keys(jax.random.key(0), 2),
-            jax.numpy.asarray(z["labels"]),
-            draw,
-            sampler.Strength(guidance=float(z["cfg"])),
-            plan,
-            trace,
-        )
+        trace = Trace()
+        keys, ids = image_keys(jax.random.key(0), 2), jax.numpy.asarray(z["labels"])
+        images, tokens = sample(CombinedModel(spec), params, keys, ids, options, plan, trace)
         return images, tokens, [p.logits for p in trace.passes], trace.f_hats
 
     images, tokens, logits, f_hats = run(stage1.params)

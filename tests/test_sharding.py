@@ -73,8 +73,8 @@ def test_a_step_on_every_mesh_equals_that_on_one_device(task):
     ]
     if task != "tokenizer":
         cases += [
-            f"{task}:data=2,fsdp=2,tensor=2,accumulate=2,remat=blocks",
-            f"{task}:fsdp=4,data=2,accumulate=2",
+            f"{task}:data=2,fsdp=2,tensor=2,grad_accum_steps=2,remat=blocks",
+            f"{task}:fsdp=4,data=2,grad_accum_steps=2",
         ]
     found = on_eight_devices(*cases)
     check(found)
@@ -169,13 +169,15 @@ def test_what_a_mesh_cannot_divide_is_logged_with_its_bytes(caplog):
 def test_a_batch_that_does_not_divide():
     devices = np.array([types.SimpleNamespace(process_index=i // 4) for i in range(8)])
     mesh = types.SimpleNamespace(shape={"data": 4, "fsdp": 2, "tensor": 1}, devices=devices)
-    sharding.check_batch(mesh, 32, accumulate=4)
+    sharding.check_batch(mesh, 32, grad_accum_steps=4)
     with pytest.raises(
         InputError, match=r"batch_size must be a multiple of 8 .* 8 devices .* of 2 hosts; got 12"
     ):
         sharding.check_batch(mesh, 12)
-    with pytest.raises(InputError, match=r"multiple of 32 .*in 4 microbatches \(accumulate=4\)"):
-        sharding.check_batch(mesh, 48, accumulate=4)
+    with pytest.raises(
+        InputError, match=r"multiple of 32 .*in 4 microbatches \(grad_accum_steps=4\)"
+    ):
+        sharding.check_batch(mesh, 48, grad_accum_steps=4)
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch():

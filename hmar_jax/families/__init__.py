@@ -1,8 +1,8 @@
 """The registry of model families: the only file that names every family.
 
-A family is a package with two modules, imported when they are needed:
+A family is a package with two modules, which are imported on first use:
   options.py  SamplingConfig, EditingConfig, ConvertConfig: settings, without heavy imports
-  family.py   what families/base.py's `Family` asks for
+  family.py   the attributes of the protocol `Family` in families/base.py
 """
 
 import importlib
@@ -13,16 +13,24 @@ from hmar_jax.autoencoders import AUTOENCODERS
 from hmar_jax.errors import InputError
 
 FAMILIES = {"hmar": "hmar_jax.families.hmar"}
-DEFAULT_FAMILY = "hmar"  # of files that name none
+DEFAULT_FAMILY = "hmar"  # of configs and model files that name no family
 
 
 def get_family(name: str) -> Any:
-    """The module of a family, see families/base.py; InputError if there is none of this name."""
+    """Imports the family.py of a family, a module as `Family` in families/base.py describes.
+
+    Raises:
+      InputError: no family has this name.
+    """
     return importlib.import_module(f"{_package(name)}.family")
 
 
 def get_options(name: str) -> Any:
-    """The module with a family's settings; quick to import."""
+    """Imports the options.py of a family, a module with its settings; quick to import.
+
+    Raises:
+      InputError: no family has this name.
+    """
     return importlib.import_module(f"{_package(name)}.options")
 
 
@@ -33,11 +41,14 @@ def _package(name: str) -> str:
 
 
 def get_trainable(name: str, task: str) -> Any:
-    """The family or the kind of autoencoder that a config trains: a module with TASKS.
+    """Imports what a config trains: a module as training/trainable.py's `Trainable` describes.
 
     Args:
-      name: config.family, a name in FAMILIES or AUTOENCODERS; empty in older runs.
-      task: config.task, which then tells.
+      name: config.family, a name in FAMILIES or AUTOENCODERS; empty in runs of the first version.
+      task: config.task, which decides where the name is empty.
+
+    Raises:
+      InputError: neither a family nor a kind of autoencoder has this name.
     """
     from hmar_jax.autoencoders import models  # imports JAX
 
@@ -52,10 +63,11 @@ def get_trainable(name: str, task: str) -> Any:
 
 
 def spec_from_json(data: Any, where: str) -> Any:
-    """The spec in a model's config.json: of a family, or of an autoencoder alone.
+    """Reads the spec in a model's config.json: of a family, or of an autoencoder alone.
 
     Args:
-      where: names the file in errors.
+      data: the parsed file.
+      where: how errors name the file.
 
     Raises:
       InputError: another format, or unknown or missing keys.

@@ -1,6 +1,8 @@
-"""What a model family offers: all that pipeline, evaluation and command line ask of it.
+"""The protocols of a model family: what pipeline, evaluation and command line use of a model.
 
 A family's family.py is a module with the attributes of `Family`.
+
+Letters: B images, h w sides of an image in pixels.
 """
 
 from typing import Any, Protocol
@@ -14,18 +16,18 @@ from hmar_jax.training.trainable import Trainable
 
 
 class Spec(Protocol):
-    """What a model is: architectures, classes, sampling defaults; <-> config.json."""
+    """What a model is: architectures, classes, sampling defaults; the contents of config.json."""
 
     family: str
     autoencoder: Any  # config of the autoencoder
     class_names: tuple[str, ...]
-    sampling: Any  # SamplingConfig; None where the model cannot sample
+    sampling: Any  # SamplingConfig of the family; None: the model cannot sample
     origin: str  # where the parameters come from
     licence: str
 
     @property
     def kind(self) -> str:
-        """For people: what model this is."""
+        """What kind of model this is, in words."""
         ...
 
     @property
@@ -37,17 +39,21 @@ class Spec(Protocol):
         ...
 
     def with_dtype(self, dtype: str) -> "Spec":
-        """The same model with matrix products and convolutions in another type."""
+        """The same model with matrix products and convolutions in another dtype."""
         ...
 
-    def to_json(self) -> dict[str, Any]: ...
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps; from_json returns an equal spec."""
+        ...
 
     @classmethod
-    def from_json(cls, data: Any, where: str) -> "Spec": ...
+    def from_json(cls, data: Any, where: str) -> "Spec":
+        """Reads what to_json wrote; InputError names the file as `where`."""
+        ...
 
 
 class Sampler(Protocol):
-    """Images from classes. Call it with arrays of one row an image; it is jitted inside."""
+    """Samples images of classes. Calls are jitted inside; arrays have one row for each image."""
 
     def check(self, config: Settings) -> None:
         """Raises InputError where the options do not fit the model."""
@@ -61,23 +67,31 @@ class Sampler(Protocol):
         config: Settings,
         known: Any = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Images (B, h, w, 3) float32 in [0, 1], and latents (B, ...).
+        """Samples images.
 
         Args:
-          keys: (B,) random keys, one an image.
+          params: all parameters of the model.
+          keys: (B,) random keys. An image depends on its own key and class alone.
           class_ids: (B,) int32; spec.null_class samples without a class.
-          known: for editing, of `make_known`: what is given of each image.
+          config: the family's SamplingConfig or EditingConfig.
+          known: for editing, what `make_known` returns: the part of each image that is kept.
+
+        Returns:
+          Images (B, h, w, 3) float32 in [0, 1], and latents (B, ...).
         """
         ...
 
     def make_known(self, latents: Any, mask: Any, config: Settings, has_class: bool) -> Any:
-        """What editing keeps: arrays of one row an image, for `known`.
+        """Selects the part of images that editing keeps.
 
         Args:
-          latents: encodings of images in which the mask is filled.
+          latents: encoded images, in which the masked pixels were filled before encoding.
           mask: (B, h, w) bool, True where new content goes.
-          config: EditingConfig.
-          has_class: whether new content of a class is asked for.
+          config: the family's EditingConfig.
+          has_class: whether the caller gives a class for the new content.
+
+        Returns:
+          A tree of arrays (B, ...), for `known`.
         """
         ...
 
@@ -86,30 +100,32 @@ class Family(Trainable, Protocol):
     """A family of generative models."""
 
     Spec: type
-    SamplingConfig: type  # every sampling option once
-    EditingConfig: type | None  # the same and the options of editing; None: no editing
-    ConvertConfig: type | None  # options of reading published weights; None: there are none
+    SamplingConfig: type  # every sampling option, declared once
+    EditingConfig: type | None  # sampling options and those of editing; None: cannot edit
+    ConvertConfig: type | None  # options for reading published weights; None: there are none
 
     def init_params(self, spec: Any, rng: jax.Array) -> Params:
-        """All parameters of a model, autoencoder included."""
+        """Random parameters of a model, autoencoder included."""
         ...
 
-    def make_sampler(self, spec: Any) -> Sampler: ...
+    def make_sampler(self, spec: Any) -> Sampler:
+        """The sampler of a model; compiles nothing yet."""
+        ...
 
     def describe(self, spec: Any, params: Params) -> list[tuple[str, str]]:
-        """Rows of `hmar info`."""
+        """Rows (name, text) of `hmar info`, beside those of the autoencoder."""
         ...
 
     def assemble_params(self, spec: Any, trained: Params, parent_params: Params) -> Params:
-        """A model's parameters from those of a run and of the frozen model in its directory."""
+        """Merges a run's trained parameters with those of its frozen parent into a model's."""
         ...
 
     def convert(self, model: str | None, config: Settings) -> tuple[Any, Params]:
-        """Spec and parameters from files of published weights."""
+        """Reads files of published weights; returns spec and parameters."""
         ...
 
 
 def image_keys(rng: jax.Array, count: int) -> jax.Array:
-    """(count,) keys, split from rng by index: image i has the same key for any count above i."""
+    """Splits a key by index: (count,) keys, where key i is the same for every count above i."""
     keys = jnp.repeat(rng[None], count, 0)
     return jax.vmap(jax.random.fold_in)(keys, jnp.arange(count))

@@ -279,21 +279,25 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int = 1) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, grad_accum_steps: int = 1) -> None:
     """Raises InputError where the mesh, and with it the hosts, cannot divide a batch.
 
     Args:
-      accumulate: number of microbatches whose gradients are accumulated.
+      grad_accum_steps: number of microbatches whose gradients are accumulated.
     """
     parts = batch_parts(mesh)
-    if batch_size % (parts * accumulate):
+    if batch_size % (parts * grad_accum_steps):
         over = f"{parts} devices (mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']})"
         if not isinstance(mesh, AbstractMesh):
             hosts = len({d.process_index for d in mesh.devices.flat})
             over += f" of {hosts} host{'s' * (hosts > 1)}"
-        times = f" in {accumulate} microbatches (accumulate={accumulate})" if accumulate > 1 else ""
+        times = (
+            f" in {grad_accum_steps} microbatches (grad_accum_steps={grad_accum_steps})"
+            if grad_accum_steps > 1
+            else ""
+        )
         raise InputError(
-            f"batch_size must be a multiple of {parts * accumulate} to be divided over "
+            f"batch_size must be a multiple of {parts * grad_accum_steps} to be divided over "
             f"{over}{times}; got {batch_size}"
         )
 

@@ -1,9 +1,9 @@
-"""Editing without training: which tokens of an image are kept.
+"""Editing without training: the tokens of an image that are kept.
 
-The paper (arXiv 2506.04421) shows editing and does not say how. This is MaskGIT's way (arXiv
-2202.04200): sampling in which some tokens are known.
+The paper (arXiv 2506.04421) shows edited images without a description of the method. This follows
+MaskGIT (arXiv 2202.04200): sampling in which some tokens are known.
 
-Letters: B images, h w sides of an image in pixels, K scales with s_k x s_k tokens, L tokens.
+Letters: B images, h w sides of an image in pixels, L tokens of all scales.
 """
 
 import numpy as np
@@ -12,20 +12,20 @@ from scipy import ndimage
 from hmar_jax.autoencoders.scales import ScaleList
 from hmar_jax.io.masks import resize_mask
 
-# Scales of at most so many tokens hold the layout of the whole image, and can be kept as a whole.
+# Scales of at most this many tokens hold the layout of the whole image; keep_coarse keeps them.
 COARSE_TOKENS = 4
 
 
 def kept_tokens(
     scales: ScaleList, mask: np.ndarray, *, dilation: int = 0, keep_coarse: bool = False
 ) -> np.ndarray:
-    """Tokens whose whole cell lies outside the mask.
+    """Selects the tokens whose whole cell lies outside the mask.
 
     Args:
       mask: (B, h, w) bool, True where new content goes.
-      dilation: cells around the mask, at every scale, that are not kept either: what the tokenizer
-        makes of a cell depends on its neighbours.
-      keep_coarse: keep the scales of at most COARSE_TOKENS tokens whatever the mask.
+      dilation: cells around the mask, at every scale, that are not kept either: the token of a cell
+        depends on neighbouring cells.
+      keep_coarse: keep all tokens of the scales of at most COARSE_TOKENS tokens.
 
     Returns:
       (B, L) bool, True where the token is kept.

@@ -1,6 +1,6 @@
-"""From logits to what may be sampled: guidance, top-k, top-p, and mixtures of tokens.
+"""Operations on logits before sampling: guidance, top-k, top-p, and mixtures of tokens.
 
-Letters: B images, l tokens, V codebook entries.
+Letters: V codebook entries.
 """
 
 import jax
@@ -8,14 +8,21 @@ import jax.numpy as jnp
 
 
 def guide(conditional, unconditional, t):
-    """Classifier-free guidance: (1 + t) conditional - t unconditional; logits (..., V), t scalar."""
+    """Classifier-free guidance: (1 + t) conditional - t unconditional.
+
+    Args:
+      conditional, unconditional: logits (..., V).
+      t: scalar guidance strength; 0: none.
+    """
     return (1 + t) * conditional - t * unconditional
 
 
 def top_k(logits, k: int):
-    """Keeps the k largest logits of (..., V) and ties of the k-th; the others become -inf.
+    """Sets all but the k largest logits to -inf; ties with the k-th stay.
 
-    k of 0, or of V and more, keeps all.
+    Args:
+      logits: (..., V).
+      k: 0, or at least V: all stay.
     """
     if not 0 < k < logits.shape[-1]:
         return logits
@@ -24,10 +31,14 @@ def top_k(logits, k: int):
 
 
 def top_p(logits, p):
-    """Keeps the likeliest entries of (..., V) that together reach probability p; the others become -inf.
+    """Keeps the most likely entries, whose probabilities sum to p; sets the others to -inf.
 
-    Sorted ascending, an entry is removed where the probability up to and including it is at most
-    1 - p; the likeliest always stays. p is a scalar in (0, 1]; 1 keeps all.
+    Sorted by ascending probability, an entry is removed where the cumulative probability up to and
+    including it is at most 1 - p. The most likely entry always stays.
+
+    Args:
+      logits: (..., V).
+      p: scalar in (0, 1]; 1: all stay.
     """
     order = jnp.argsort(logits, axis=-1)
     ascending = jnp.take_along_axis(logits, order, -1)
@@ -38,16 +49,16 @@ def top_p(logits, p):
 
 
 def smooth_weights(logits, noise, ratio: float):
-    """The weights of a mixture of entries: nearly one at the last scale, many at the first.
+    """Weights of a mixture of entries: many entries at the first scale, nearly one at the last.
 
-    softmax(((1 + r) logits + noise) / tau), tau = max(0.27 (1 - 0.95 r), 0.005). This is VAR's
-    "more_smooth" (its published code; arXiv 2404.02905 does not name it), for images to look at,
-    not to measure.
+    softmax(((1 + r) logits + noise) / tau), tau = max(0.27 (1 - 0.95 r), 0.005). This is the option
+    more_smooth of VAR's published code, which arXiv 2404.02905 does not describe. The images are
+    smoother, but not samples of the model: do not evaluate them.
 
     Args:
-      logits: (..., V); entries of -inf get nothing.
+      logits: (..., V); the weight of -inf is 0.
       noise: (..., V) standard Gumbel.
-      ratio: r = k / (K - 1).
+      ratio: r = k / (K - 1), of scale k of K.
 
     Returns:
       (..., V), sums to 1.

@@ -1,6 +1,6 @@
-"""Cross-entropy over scales and its weightings.
+"""Cross-entropy over scales, and weights of positions in the loss.
 
-HMAR (arXiv 2506.04421, section 3.2, "loss weighting"); the numbers are those of the published code.
+HMAR (arXiv 2506.04421, section 3.2, "loss weighting"), with the constants of the published code.
 
 Letters: B images, L tokens, V codebook entries, K scales with l_k tokens.
 """
@@ -19,12 +19,15 @@ MASKED_WEIGHTINGS = ("unweighted", "lognorm", "equal", "lognorm" + _SHIFTED, "eq
 
 
 def position_weights(scales: ScaleList, kind: str) -> np.ndarray:
-    """(L,) float64: the weight of each position in the loss.
+    """The weight of each position in the loss.
 
     Args:
-      kind: "lognorm", HMAR's: a normal density over the reversed, standardised scale ratios,
-        normalised over the scales and shared equally inside a scale. "equal": 1 / l_k, so every
-        scale counts alike; sums to K, not 1. "plain": 1 / L, VAR's.
+      kind: "lognorm", HMAR's: a normal density of the scale ratios, standardized and in reverse
+        order, normalized over the scales and divided equally inside a scale. "equal": 1 / l_k, so
+        that every scale counts alike; sums to K, not 1. "plain", VAR's: 1 / L.
+
+    Returns:
+      (L,) float64.
 
     Raises:
       InputError: unknown kind.
@@ -45,13 +48,13 @@ def position_weights(scales: ScaleList, kind: str) -> np.ndarray:
 
 
 def masked_weights(scales: ScaleList, kind: str, is_masked) -> jax.Array:
-    """The weight of each position in the loss of masked prediction: 0 where nothing is masked.
+    """The weight of each position in the loss of masked prediction: 0 where it is not masked.
 
     Args:
-      kind: "unweighted": the mean over an image's masked positions, the published default.
-        "lognorm", "equal": as position_weights, of the masked positions, normalised to sum to 1 for
-        each image. "lognorm_published", "equal_published": as the published code has them, each
-        position with the weight of the one l_0 places before it, and not normalised.
+      kind: "unweighted", the published default: the mean over an image's masked positions.
+        "lognorm", "equal": position_weights of the masked positions, normalized to sum to 1 for
+        each image. "lognorm_published", "equal_published": as in the published code, where each
+        position has the weight of the one l_0 places before it, without normalization.
       is_masked: (B, L - l_0) bool, positions after the first scale, which is never masked.
 
     Returns:
@@ -76,10 +79,19 @@ def masked_weights(scales: ScaleList, kind: str, is_masked) -> jax.Array:
 
 
 def cross_entropy(logits, targets, label_smoothing: float = 0.0) -> jax.Array:
-    """Per position: logits (..., V), targets (...) int -> (...) float32."""
+    """Cross-entropy of each position.
+
+    Args:
+      logits: (..., V).
+      targets: (...) int.
+      label_smoothing: probability that is spread evenly over the codebook.
+
+    Returns:
+      (...) float32.
+    """
     logits = logits.astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    if label_smoothing:  # without one-hot labels (..., V), which optax.smooth_labels needs
+    if label_smoothing:  # unlike optax.smooth_labels, without one-hot labels (..., V)
         mean_log_prob = logits.mean(-1) - jax.nn.logsumexp(logits, axis=-1)
         loss = (1 - label_smoothing) * loss - label_smoothing * mean_log_prob
     return loss

@@ -1,9 +1,9 @@
-"""Which tokens are masked while stage 2 trains.
+"""Random masks for the training of stage 2.
 
-HMAR (arXiv 2506.04421, section 3.3) after MaskGIT (arXiv 2202.04200, section 3.1): a ratio is
-sampled, and that share of the positions of every scale is masked.
+HMAR (arXiv 2506.04421, section 3.3) follows MaskGIT (arXiv 2202.04200, section 3.1): sample a mask
+ratio, then mask that share of the positions of every scale.
 
-Letters: B images, L tokens, K scales with l_k tokens.
+Letters: B images, L tokens, scale k has l_k tokens.
 """
 
 import jax
@@ -16,15 +16,21 @@ RATIOS = ("uniform", "cosine")
 
 
 def ranks(values) -> jax.Array:
-    """The place of each value among the last axis, sorted ascending: (..., l) -> (..., l) int32."""
+    """Ranks along the last axis: (..., l) -> (..., l) int32, 0 for the smallest value.
+
+    Of equal values, the first has the lower rank.
+    """
     return jnp.argsort(jnp.argsort(values, axis=-1), axis=-1)
 
 
 def sample_mask_ratios(rng: jax.Array, count: int, kind: str) -> jax.Array:
-    """(count,) float32 in (0, 1].
+    """Samples mask ratios.
 
     Args:
-      kind: "uniform", as published; "cosine": cos(pi/2 u), MaskGIT's, which is more often near 1.
+      kind: "uniform", as published, or "cosine", MaskGIT's: cos(pi/2 u), more often near 1.
+
+    Returns:
+      (count,) float32 in (0, 1].
 
     Raises:
       InputError: unknown kind.
@@ -38,7 +44,7 @@ def sample_mask_ratios(rng: jax.Array, count: int, kind: str) -> jax.Array:
 
 
 def sample_masks(rng: jax.Array, scales: ScaleList, ratios) -> jax.Array:
-    """ceil(ratio l_k) positions of each scale after the first, which has nothing to mask.
+    """Masks ceil(ratio l_k) random positions of each scale after the first, which is never masked.
 
     Args:
       ratios: (B,) in (0, 1].

@@ -1,4 +1,7 @@
-"""Options of sampling, editing and conversion, each declared once. Nothing heavy is imported here."""
+"""Options of sampling, editing and conversion, each declared once.
+
+The command line imports this module before JAX, so it imports nothing heavy.
+"""
 
 import dataclasses
 from typing import Any
@@ -7,7 +10,7 @@ from hmar_jax.settings import Settings, parse_json, setting
 
 
 def _parse_schedule(text: str) -> Any:
-    """A name, or JSON; the sampler checks it against the model's scales."""
+    """Parses a name or JSON; the sampler checks it against the model's scales."""
     if not text.startswith("["):
         return text
     return parse_json(text, "a list of lists such as [[1],[1,3],[9],[16]]")
@@ -17,8 +20,8 @@ def _parse_schedule(text: str) -> Any:
 class SamplingConfig(Settings):
     """How tokens are sampled.
 
-    Numbers with a fraction are traced: another value compiles nothing, except that a value that
-    switches something on or off (its default does) makes another program.
+    Options of type float are traced: another value compiles nothing. Switching one on or off, that
+    is, changing it from or to its default, compiles another program.
     """
 
     guidance: float = setting(
@@ -30,26 +33,26 @@ class SamplingConfig(Settings):
     temperature: float = setting(
         1.0, "Temperature of next-scale passes: their logits are divided by it.", above=0
     )
-    top_k: int = setting(0, "Sample from the k likeliest tokens; 0: off.", at_least=0)
+    top_k: int = setting(0, "Sample from the k most likely tokens; 0: off.", at_least=0)
     top_p: float = setting(
         0.0,
-        "Sample from the likeliest tokens that together reach this probability; 0: off.",
+        "Sample from the most likely tokens whose probabilities sum to p (nucleus); 0: off.",
         at_least=0,
         at_most=1,
     )
-    greedy: bool = setting(False, "Take the likeliest token everywhere.")
+    greedy: bool = setting(False, "Take the most likely token instead of a sample.")
     schedule: Any = setting(
         None,
-        "Passes of each scale: none (one each), default, cosine:N, or token counts such as "
-        "[[1],[1,3],[9],[16]].",
+        "Passes of each scale: none (one each), default, cosine:N, or tokens fixed in each pass, "
+        "such as [[1],[1,3],[9],[16]].",
         parse=_parse_schedule,
     )
     smooth: bool = setting(
-        False, "Decode mixtures of tokens: smoother images, to look at and not to measure."
+        False, "Decode mixtures of tokens: smoother images, not to be used in evaluations."
     )
     choice_temperature: float = setting(
         0.0,
-        "Randomness in the order in which masked passes fix tokens (MaskGIT); 0: none.",
+        "Randomness of the order in which masked passes fix tokens (MaskGIT); 0: none.",
         at_least=0,
         former_name="confidence_noise",
     )
@@ -57,7 +60,7 @@ class SamplingConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class EditingConfig(SamplingConfig):
-    """How a region of an image is regenerated, beside how tokens are sampled."""
+    """How a region of an image is regenerated: the sampling options and two more."""
 
     keep_coarse: bool | None = setting(
         None,
@@ -74,19 +77,19 @@ class EditingConfig(SamplingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig(Settings):
-    """Files of published PyTorch weights, and what they do not tell."""
+    """Files of published PyTorch weights, and settings that the weights do not record."""
 
     tokenizer: str | None = setting(
         None, "The tokenizer's .pth file, such as vae.pth.", metavar="FILE"
     )
     masked: str | None = setting(
-        None, "The .pth file of a stage 2, where the model's file is its stage 1.", metavar="FILE"
+        None, "The .pth file of stage 2, where the model's file holds stage 1.", metavar="FILE"
     )
     scales: tuple[int, ...] | None = setting(
-        None, "Sides, such as 1,2,3,4,6, where the list is not a published one.", at_least=1
+        None, "Sides of the token grids, such as 1,2,3,4,6; default: a published list.", at_least=1
     )
     heads: int | None = setting(
         None,
-        "Attention heads, where the weights do not tell; default: as many as blocks.",
+        "Attention heads, where the weights do not record them; default: the number of blocks.",
         at_least=1,
     )

@@ -1,4 +1,7 @@
-"""Training recipes of both stages: HMAR (arXiv 2506.04421) trains with VAR's (arXiv 2404.02905)."""
+"""Training recipes of both stages.
+
+HMAR (arXiv 2506.04421) uses the recipe of VAR (arXiv 2404.02905).
+"""
 
 import dataclasses
 
@@ -10,11 +13,14 @@ from hmar_jax.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerRecipe(OptimizerConfig):
-    """What both stages share."""
+    """Settings of both stages."""
 
     label_smoothing: float = setting(0.0, "Label smoothing.", at_least=0, at_most=1)
     class_dropout: float = setting(
-        0.1, "Share of images whose class is replaced by the null class.", at_least=0, at_most=1
+        0.1,
+        "Probability that the class of an image is replaced by the null class.",
+        at_least=0,
+        at_most=1,
     )
 
 
@@ -39,7 +45,7 @@ class MaskedRecipe(TransformerRecipe):
         choices=MASKED_WEIGHTINGS,
     )
     mask_ratios: str = setting("uniform", "Distribution of mask ratios.", choices=RATIOS)
-    # Published: shared. Every step's gradient is then that of one difficulty alone.
+    # The published code shares it; the gradient of a step then comes from a single mask ratio.
     shared_mask: bool = setting(
         False, "One ratio and one set of masked positions for all images of a batch, as published."
     )

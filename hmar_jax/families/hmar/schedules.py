@@ -1,10 +1,10 @@
-"""Sampling schedules: how many tokens of each scale are fixed in each pass, as data.
+"""Sampling schedules: how many tokens of each scale are fixed in each pass.
 
-HMAR (arXiv 2506.04421, section 3.3): the first number of a scale is what the next-scale pass fixes,
-the others are masked passes. The first scale has the start token for input and no masked passes.
-Schedules change at sampling time, without training.
+HMAR (arXiv 2506.04421, section 3.3). The first number of a scale counts the tokens that the
+next-scale pass fixes, the others those of the masked passes. The first scale, whose input is the
+start token, has no masked passes. A schedule is chosen at sampling time, without training.
 
-Letters: K scales with l_k tokens.
+Letters: K scales, of which scale k has l_k tokens.
 """
 
 import dataclasses
@@ -20,25 +20,28 @@ from hmar_jax.errors import InputError
 
 Schedule = tuple[tuple[int, ...], ...]  # K rows; row k sums to l_k
 
-# The published defaults; scales that they leave out have one pass.
+# The published defaults; the remaining scales have one pass.
 _PUBLISHED_STARTS = {
     PUBLISHED_SIDES[256]: ((1,), (1, 3), (1, 1, 2, 5)),
     PUBLISHED_SIDES[512]: ((1,), (1, 3), (1, 1, 2, 5), (5, 11)),
     PUBLISHED_SIDES[1024]: ((1,), (1, 3), (1, 1, 2, 5), (3, 5, 8)),
 }
-# Defaults of other lists: this many passes for scales of up to so many tokens, one for the others.
-# Masked passes pay where the layout is decided (paper); on the digits, four at every scale were
-# better than the passes of the published list (benchmarks/RESULTS.md).
+# Defaults of other scale lists: this many passes for scales of at most this many tokens, one for
+# the others. Masked passes help most at the scales that decide the layout (paper). On the digits,
+# four passes were better than those of the published list (benchmarks/RESULTS.md).
 _DEFAULT_PASSES, _MAX_REFINED_TOKENS = 4, 16
 
 
 def resolve_schedule(scales: ScaleList, given: Any) -> Schedule:
-    """A schedule from what a user may give.
+    """The schedule that a user's option stands for.
 
     Args:
-      given: "none" or None (one pass a scale), "default", "cosine:N" (N passes a scale, or as many
-        as it has tokens, few tokens first), "cosine:1,2,4,4" (passes of each scale), or a list of K
-        lists of counts.
+      given: "none" or None (one pass a scale), "default", "cosine:N" (N passes a scale, at most as
+        many as it has tokens, few tokens first), "cosine:1,2,4,4" (passes of each scale), or a list
+        of K lists of counts.
+
+    Returns:
+      K rows; row k sums to l_k.
 
     Raises:
       InputError: an unknown name, another number of scales, a count below 1, or a row that does not
@@ -55,14 +58,14 @@ def resolve_schedule(scales: ScaleList, given: Any) -> Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class MaskingPlan:
-    """A schedule as arrays for the compiled sampler: another schedule compiles nothing.
+    """A schedule as arrays for the compiled sampler.
 
-    Only which scales have masked passes at all is part of the program.
+    Another schedule compiles nothing, unless other scales have masked passes.
     """
 
     has_masked_passes: tuple[bool, ...]  # (K,) static
     num_passes: tuple[np.ndarray, ...]  # K scalars, the next-scale pass included
-    # K times (l_k,) int32: tokens still masked in pass j; 0 beyond the last pass
+    # K arrays (l_k,) int32: tokens that are masked in pass j; 0 beyond the last pass
     num_masked: tuple[np.ndarray, ...]
 
 
@@ -70,7 +73,7 @@ jax.tree_util.register_dataclass(MaskingPlan, ("num_passes", "num_masked"), ("ha
 
 
 def masking_plan(schedule: Schedule) -> MaskingPlan:
-    """The arrays of a schedule that `resolve_schedule` has checked."""
+    """The arrays of a schedule that `resolve_schedule` returned."""
     num_masked = []
     for row in schedule:
         after = np.zeros(sum(row), np.int32)
@@ -84,17 +87,20 @@ def masking_plan(schedule: Schedule) -> MaskingPlan:
 
 
 def cosine_counts(length: int, num_passes: int) -> tuple[int, ...]:
-    """Counts that sum to `length`, at least one token in each pass.
+    """How many of `length` tokens each pass fixes, at least one in each.
 
-    After pass j of n, cos(pi/2 j/n) of the tokens are still masked (MaskGIT, arXiv 2202.04200,
-    section 3.3).
+    After pass j of n, a share of cos(pi/2 j/n) of the tokens is still masked (MaskGIT, arXiv
+    2202.04200, section 3.3).
+
+    Returns:
+      At most num_passes counts, which sum to length.
     """
     num_passes = min(num_passes, length)
     counts, num_masked = [], length
     for j in range(1, num_passes + 1):
         share = math.cos(math.pi / 2 * j / num_passes)
         after = math.floor(length * share) if j < num_passes else 0
-        # At least one token now, and one for each pass to come.
+        # Fix at least one token now, and leave one for each later pass.
         after = max(min(after, num_masked - 1), num_passes - j)
         counts.append(num_masked - after)
         num_masked = after
@@ -114,8 +120,8 @@ def _cosine_schedule(scales: ScaleList, text: str) -> Schedule:
     passes = numbers.split(",")
     if name != "cosine" or not all(n.isdecimal() and int(n) >= 1 for n in passes):
         raise InputError(
-            "schedule must be none, default, cosine:N with N passes a scale (or cosine:N,N,... with "
-            f"a number for each), or a list of lists; got {text!r}"
+            "schedule must be none, default, cosine:N with N passes a scale (or cosine:N,N,... "
+            f"with a number for each), or a list of lists; got {text!r}"
         )
     if len(passes) not in (1, scales.num_scales):
         raise InputError(
@@ -128,7 +134,11 @@ def _cosine_schedule(scales: ScaleList, text: str) -> Schedule:
 
 
 def _complete(scales: ScaleList, rows: Schedule) -> Schedule:
-    """The rows of the scales after the first; scales that are left out have one pass."""
+    """Adds the first scale, and one pass for each scale without a row.
+
+    Args:
+      rows: of the scales from the second on.
+    """
     rest = scales.lengths[1 + len(rows) :]
     return (scales.lengths[:1], *rows, *((length,) for length in rest))
 
