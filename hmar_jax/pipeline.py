@@ -68,7 +68,7 @@ class Pipeline:
         self.image_side: int = self.autoencoder.image_side
         self._encode = jax.jit(self.autoencoder.encode)
         self._decode = jax.jit(self.autoencoder.decode)
-        self._sampler = None
+        self._sampler: Any = None
         if self.can_sample:
             family = families.get_family(self.spec.family)
             self._sampler = family.make_sampler(self.spec)
@@ -96,9 +96,10 @@ class Pipeline:
         def call(*args, **kwargs):
             return bound(*args, **kwargs)
 
-        call.__signature__ = signature.replace(parameters=[*fixed, *options])
         call.__doc__ = f"{inspect.getdoc(method)}\n\nOptions of this model:\n{described}\n"
-        setattr(self, method.__name__, call)
+        documented: Any = call
+        documented.__signature__ = signature.replace(parameters=[*fixed, *options])
+        setattr(self, method.__name__, documented)
 
     # Sampling
 
@@ -168,8 +169,8 @@ class Pipeline:
         if family.EditingConfig is None:
             raise InputError(f"this model cannot edit: {self.spec.kind}")
         known = {field.name for field in dataclasses.fields(masks.CompositeConfig)}
-        blending = {name: value for name, value in options.items() if name in known}
-        blending = masks.CompositeConfig(**{k: v for k, v in blending.items() if v is not None})
+        given = {k: v for k, v in options.items() if k in known and v is not None}
+        blending = masks.CompositeConfig(**given)
         rest = {name: value for name, value in options.items() if name not in known}
         config = self.sampling_config(family.EditingConfig, rest)
         ids, one_class = self._classes(class_id)

@@ -44,6 +44,7 @@ class Declaration:
     former_name: str | None = None  # still accepted, with a warning
     derived: bool = False  # follows from the data or another model: no key of a config
     harmless: bool = False  # may differ between the starts of one run: changes no result
+    tasks: tuple[str, ...] = ()  # of sampling options: tasks whose configs have it as a key
 
 
 def setting(default: Any, help: str, **declaration) -> Any:
@@ -165,6 +166,11 @@ def kinds(cls: type | None, field: dataclasses.Field) -> tuple[type, ...]:
 
 
 # Config files
+
+
+def names_of_task(cls: type, task: str) -> tuple[str, ...]:
+    """Names of the settings of a class that a task's configs have as keys."""
+    return tuple(f.name for f in dataclasses.fields(cls) if task in declaration(f).tasks)
 
 
 def defaults(cls: type, exclude: Iterable[str] = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The architecture, read from the imports: floors, no circles, and families behind their registry."""
+"""The architecture, read from the imports: floors, no circles, families behind a registry."""
 
 import ast
 import graphlib
@@ -64,7 +64,7 @@ def imports(path: pathlib.Path, inside_functions: bool = True) -> set[str]:
 
 
 def own_imports(path: pathlib.Path) -> set[str]:
-    """Modules of this project that a file imports; of a package, its submodules where they are named."""
+    """Modules of this project that a file imports; submodules in place of their package."""
     found = {name for name in imports(path) if name in MODULES}
     return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 

@@ -88,7 +88,7 @@ print("agrees")
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param("digits", marks=pytest.mark.slow)])
 def test_an_image_is_the_same_on_eight_devices(model):
-    """Masked passes and guidance included; in a process of its own: JAX counts its devices when it starts."""
+    """With masked passes and guidance; in its own process, as JAX counts devices at its start."""
     if model == "digits" and "digits" not in hmar_jax.pipeline.bundled_models():
         pytest.skip("no bundled model digits")
     name = str(tiny.masked_run()) if model == "tiny" else model
@@ -205,7 +205,7 @@ def test_images_of_another_size_are_resized_with_a_warning(pipe, sample_images):
 @pytest.mark.parametrize(
     "image, words",
     [
-        (np.zeros((8, 8), np.uint8), r"shape \(8, 8\)"),
+        (np.zeros((8, 8), np.uint8), r"got \(8, 8\)"),
         (np.zeros((8, 8, 4), np.uint8), "shape"),
         (np.zeros((1, 1, 8, 8, 3), np.uint8), "shape"),
         (np.zeros((8, 8, 3), np.int32), "got int32"),

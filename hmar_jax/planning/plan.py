@@ -70,7 +70,7 @@ class TrainingPlan:
 
     @property
     def step_seconds(self) -> tuple[float, float]:
-        """Roofline: all at the same time, and one after another; no step is faster than the first."""
+        """Roofline: all at the same time (no step is faster), and one after another."""
         names = ("compute", "memory", "interconnect")
         parts = [self.seconds[name] for name in names if name in self.seconds]
         return max(parts), sum(parts)

@@ -193,9 +193,9 @@ def _check_image_side(config: Any, parent: Parent) -> None:
     tokenizer = parent.spec.autoencoder
     if config.image_side and config.image_side != tokenizer.image_side:
         raise InputError(
-            f"config.image_side={config.image_side} does not fit the tokenizer {parent.name!r}: its "
-            f"scales {','.join(map(str, tokenizer.scales))} at {tokenizer.pixels_per_token} pixels a "
-            f"token make {tokenizer.image_side} pixels"
+            f"config.image_side={config.image_side} does not fit the tokenizer {parent.name!r}: "
+            f"its scales {','.join(map(str, tokenizer.scales))} at {tokenizer.pixels_per_token} "
+            f"pixels a token make {tokenizer.image_side} pixels"
         )
 
 

@@ -1,4 +1,4 @@
-"""Stage 2, masked prediction inside a scale: the same trunk, with its last blocks and head retrained.
+"""Stage 2, masked prediction inside a scale: the same trunk, last blocks and head retrained.
 
 HMAR (arXiv 2506.04421, section 3.3). Some tokens of a scale are known, the others are masked. The
 input of a position is the image so far, as in stage 1, plus the features of the position's own

@@ -40,7 +40,7 @@ class MaskedTask(TransformerTask):
         return jax.tree.map(jnp.copy, params)  # the state may be donated, frozen parameters not
 
     def prepare_batch(self, batch: Batch, rng: jax.Array) -> tuple[Batch, jax.Array]:
-        """Replaces some labels by the null class; adds "ratio" (B,) and "is_masked" (B, L - l_0)."""
+        """Replaces labels by the null class; adds "ratio" (B,) and "is_masked" (B, L - l_0)."""
         class_key, ratio_key, mask_key, dropout_key = jax.random.split(rng, 4)
         labels = self.drop_classes(class_key, batch["label"])
         ratios, is_masked = self.sample_batch_masks(ratio_key, mask_key, labels.shape[0])

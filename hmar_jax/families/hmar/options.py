@@ -8,6 +8,8 @@ from typing import Any
 
 from hmar_jax.settings import Settings, parse_json, setting
 
+_BOTH, _STAGE2 = ("next_scale", "masked"), ("masked",)  # whose models have a default of their own
+
 
 def _parse_schedule(text: str) -> Any:
     """Parses a name or JSON; the sampler checks it against the model's scales."""
@@ -25,20 +27,26 @@ class SamplingConfig(Settings):
     """
 
     guidance: float = setting(
-        0.0, "Classifier-free guidance of next-scale passes; 0: none.", at_least=0
+        0.0, "Classifier-free guidance of next-scale passes; 0: none.", at_least=0, tasks=_BOTH
     )
     masked_guidance: float = setting(
-        0.0, "Classifier-free guidance of masked passes; 0: none.", at_least=0
+        0.0, "Classifier-free guidance of masked passes; 0: none.", at_least=0, tasks=_STAGE2
     )
     temperature: float = setting(
-        1.0, "Temperature of next-scale passes: their logits are divided by it.", above=0
+        1.0,
+        "Temperature of next-scale passes: their logits are divided by it.",
+        above=0,
+        tasks=_BOTH,
     )
-    top_k: int = setting(0, "Sample from the k most likely tokens; 0: off.", at_least=0)
+    top_k: int = setting(
+        0, "Sample from the k most likely tokens; 0: off.", at_least=0, tasks=_BOTH
+    )
     top_p: float = setting(
         0.0,
         "Sample from the most likely tokens whose probabilities sum to p (nucleus); 0: off.",
         at_least=0,
         at_most=1,
+        tasks=_BOTH,
     )
     greedy: bool = setting(False, "Take the most likely token instead of a sample.")
     schedule: Any = setting(
@@ -55,6 +63,7 @@ class SamplingConfig(Settings):
         "Randomness of the order in which masked passes fix tokens (MaskGIT); 0: none.",
         at_least=0,
         former_name="confidence_noise",
+        tasks=_STAGE2,
     )
 
 

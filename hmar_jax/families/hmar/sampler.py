@@ -126,8 +126,8 @@ class HmarSampler:
         schedule = resolve_schedule(self.spec.autoencoder.scale_list, given)
         if not self.spec.masked_depth and any(len(row) > 1 for row in schedule):
             raise InputError(
-                f"schedule {given!r} has masked passes, which require stage 2; this model has none: "
-                "use schedule=none"
+                f"schedule {given!r} has masked passes, which require stage 2; this model has "
+                "none: use schedule=none"
             )
         return schedule
 

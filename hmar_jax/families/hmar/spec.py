@@ -10,13 +10,14 @@ from hmar_jax.autoencoders.base import config_to_json
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.options import SamplingConfig
 from hmar_jax.families.hmar.transformer import TransformerConfig
+from hmar_jax.settings import names_of_task
 
 FORMAT = "hmar_jax model 1"
 NAME = "hmar"
 
 # What a model keeps of its sampling options; the others are the caller's alone.
-STAGE1_SAMPLING = ("guidance", "temperature", "top_k", "top_p")
-STAGE2_SAMPLING = (*STAGE1_SAMPLING, "masked_guidance", "choice_temperature")
+STAGE1_SAMPLING = names_of_task(SamplingConfig, "next_scale")
+STAGE2_SAMPLING = names_of_task(SamplingConfig, "masked")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,7 @@ class TransformerConfig(Settings):
     )
     attention: str = setting(
         "",
-        "Implementation of block_attention in training (pallas_kernels); empty: the best that runs.",
+        "Implementation of block_attention in training (pallas_kernels); empty: the best one.",
         harmless=True,
     )
     remat: str = setting(
@@ -511,7 +511,8 @@ class NextScaleTransformer:
           kv_cache: keys and values of earlier scales (causal pattern), as returned for scale k - 1.
 
         Returns:
-          (B, l_k, V) float32, and keys and values to pass on (None in the diagonal pattern, which needs none).
+          (B, l_k, V) float32, and keys and values to pass on; None in the diagonal pattern, which
+          needs none.
         """
         condition = self.embed(params, class_ids, method="class_embedding")
         x = self._embed_scale(params, class_ids, scale_inputs, k)
