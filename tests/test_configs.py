@@ -120,7 +120,7 @@ def test_parameter_counts_of_var(name, digits, published):
     assert round(count / 1e9, digits) == published, count
 
 
-# Batch, epochs, base learning rate, initial gamma, last learning rate, weight decay, its last value,
+# Batch, epochs, base learning rate, initial gamma, last learning rate, weight decay, last decay,
 # guidance, top-k.
 PUBLISHED = {
     "d16_256": (768, 200, 1e-4, 1e-3, 0.1, 0.05, 0.05, 1.7, 1000),
