@@ -1,7 +1,7 @@
 """What masked passes change: metrics of samples by schedule, each at its own best guidance.
 
     python benchmarks/refinement.py --model=digits [--seeds=5] \\
-        [--variants none default default,confidence_noise=4]
+        [--variants none default default,choice_temperature=4]
 
 A variant is a schedule followed by sampling options. For each variant, every guidance is tried with
 some seeds. The best one has the lowest mean Fréchet distance among those whose class accuracy is at
@@ -23,10 +23,9 @@ import numpy as np
 import hmar_jax
 from hmar_jax.data.sources import open_source
 from hmar_jax.evaluation.classifier import read_all
-from hmar_jax.evaluation.report import digit_report
-from hmar_jax.families.hmar.masked_task import MaskedTask, tenth_name
+from hmar_jax.evaluation.report import classifier_report
+from hmar_jax.families.hmar.masked_task import MaskedTask, ratio_metric
 from hmar_jax.training.metrics import average
-from hmar_jax.training.state import TrainState
 
 _METRICS = ("class_accuracy", "diversity", "nearest_train_ratio", "frechet")
 _FIRST_SEARCH_SEED = 1000
@@ -107,7 +106,8 @@ def main():
 
 def mean_and_deviation(runs: list[dict[str, float]], name: str) -> str:
     values = [run[name] for run in runs]
-    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+    deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{deviation}"
 
 
 def evaluate(
@@ -116,30 +116,22 @@ def evaluate(
     """The classifier report of `samples` images, with the classes in turn."""
     schedule, *options = variant.split(",")
     options = {key: float(value) for key, value in (o.split("=") for o in options)}
-    ids = np.arange(samples) % pipe.spec.transformer.num_classes
+    ids = np.arange(samples) % pipe.spec.num_classes
     images = pipe.sample(jax.random.key(seed), ids, guidance=guidance, schedule=schedule, **options)
-    return digit_report(np.asarray(images), ids, *real)
+    return classifier_report(np.asarray(images), ids, *real)
 
 
 def losses(pipe, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Mean cross-entropy of masked tokens of real images, by tenth of the mask ratio."""
-    spec = pipe.spec
-    task = MaskedTask(
-        transformer=spec.transformer,
-        tokenizer=spec.tokenizer,
-        masked_depth=spec.masked_depth,
-        steps=1,
-        batch_size=1,
-        learning_rate=0.0,
-    )
-    state = TrainState.start(pipe.params["masked"], ())
+    task = MaskedTask(spec=pipe.spec, steps=1, batch_size=1)  # steps and batches of no training
     batch = {
         "tokens": pipe.encode(images),
         "label": jnp.asarray(labels),
         "valid": jnp.ones(len(labels), bool),
     }
-    found = average([jax.device_get(jax.jit(task.eval_step)(state, batch, pipe.params))])
-    return {tenth_name(t): found[tenth_name(t)] for t in range(10)}
+    metrics = jax.jit(task.eval_metrics)(pipe.params["masked"], pipe.params, batch)
+    found = average([jax.device_get(metrics)])
+    return {ratio_metric(i): found[ratio_metric(i)] for i in range(10)}
 
 
 if __name__ == "__main__":

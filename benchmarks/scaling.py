@@ -229,15 +229,16 @@ def work(args, overrides: list[str], worker: dict) -> None:
     import jax
     import numpy as np
 
-    from hmar_jax import config_files
+    from hmar_jax import autoencoders, config_files
     from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
-    from hmar_jax.data.record_spec import RecordField, RecordSpec
     from hmar_jax.data.records import RecordsInMemory, make_record_loader
-    from hmar_jax.families.hmar import tasks
-    from hmar_jax.families.hmar.flops import peak_flops
+    from hmar_jax.experiment import task_kind, task_shapes
     from hmar_jax.io.checkpoints import RunCheckpoints
     from hmar_jax.parallel import processes, sharding
-    from hmar_jax.training import compiled_steps
+    from hmar_jax.parallel.chips import peak_flops
+    from hmar_jax.pipeline import load_spec_and_params
+    from hmar_jax.training.compiled_steps import compile_steps
+    from hmar_jax.training.trainable import IMAGENET, Parent
 
     if worker["processes"] > 1:
         processes.initialize(worker["coordinator"], worker["processes"], worker["process"])
@@ -247,21 +248,26 @@ def work(args, overrides: list[str], worker: dict) -> None:
     for text in overrides:
         config_files.override(config, *text.removeprefix("--config.").split("=", 1))
     config.steps, config.model.drop_path = 1000, 0.0
+    trainable, kind = task_kind(config)
+    name = config[kind.parent_key]
+    parent = Parent(
+        name,
+        load_spec_and_params(name)[0] if name else trainable.planning_parent(config, None),
+    )
 
     def prepare(batch_size: int, parts: int = 1):
         """The compiled steps, loader and frozen arrays for a batch size, and FLOPs per image."""
-        config.batch_size, config.accumulate = batch_size, parts
+        config.batch_size, config.grad_accum_steps = batch_size, parts
         sharding.check_batch(mesh, batch_size, parts)
-        shapes = tasks.shapes(config)
-        made = compiled_steps.build(shapes.task, mesh, shapes.extra)
+        task, frozen, _, _ = task_shapes(config, parent, IMAGENET)
+        steps = compile_steps(task, mesh, frozen, config.ema_decay)
         rng = np.random.default_rng(0)
-        tokenizer = shapes.task.tokenizer
-        length = tokenizer.scale_list.length
-        field = RecordField("tokens", (length,), "int32", tokenizer.vocab_size)
+        record = autoencoders.make_autoencoder(parent.spec.autoencoder).record_spec
+        [tokens] = record.fields
         source = RecordsInMemory.from_arrays(
-            {"tokens": rng.integers(0, tokenizer.vocab_size, (args.rows, length), np.int32)},
-            rng.integers(0, 1000, args.rows, np.int32),
-            RecordSpec("tokens", (field,)),
+            {"tokens": rng.integers(0, tokens.vocab_size, (args.rows, *tokens.shape), np.int32)},
+            rng.integers(0, IMAGENET.num_classes, args.rows, np.int32),
+            record,
         )
         shard, shards = sharding.host_share(mesh, batch_size)
         loader = make_record_loader(
@@ -274,38 +280,38 @@ def work(args, overrides: list[str], worker: dict) -> None:
                 if "quantizer" in str(path)
                 else np.zeros(x.shape, x.dtype)
             ),
-            made.extra,
+            steps.frozen,
         )
-        extra = sharding.place(values, jax.tree.map(lambda x: x.sharding, made.extra))
-        return made, loader, extra, shapes.task.flops_per_image
+        frozen = sharding.place(values, jax.tree.map(lambda x: x.sharding, steps.frozen))
+        return steps, loader, frozen, task.flops_per_image
 
     key = sharding.place_key(jax.random.key(0), mesh)
 
-    def train(made, loader, extra, steps: int, batch_size: int, state=None, at=None):
+    def train(steps, loader, frozen, num_steps: int, batch_size: int, state=None, at=None):
         """Trains from the start, or from a state and a position in the data.
 
         Returns:
           State, iterator of the data, losses, and seconds in total and waiting for data, of the
           steps after the first ones.
         """
-        state = made.init(key, *extra) if state is None else state
+        state = steps.init(key, frozen) if state is None else state
         batches, losses, waited = iter(loader), [], 0.0
         if at is not None:
             restore_loader_state(batches, at)
-        for step in range(steps):
+        for step in range(num_steps):
             if step == _WARM_UP:
                 jax.block_until_ready(state)
                 start, waited = time.perf_counter(), 0.0
             before = time.perf_counter()
             batch = sharding.global_batch(mesh, next(batches), batch_size)
             waited += time.perf_counter() - before
-            state, metrics = made.train_step(state, batch, key, *extra)
+            state, metrics = steps.train_step(state, frozen, batch, key)
             losses.append(metrics["loss"])
         jax.block_until_ready(state)
-        seconds = time.perf_counter() - start if steps > _WARM_UP else math.nan
+        seconds = time.perf_counter() - start if num_steps > _WARM_UP else math.nan
         return state, batches, [float(x) for x in losses], seconds, waited
 
-    def flat(made, state) -> np.ndarray:
+    def flat(state) -> np.ndarray:
         """All parameters of a state as one vector on this host."""
         whole = jax.jit(lambda p: p, out_shardings=sharding.replicated(mesh))(state.params)
         return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(whole)])
@@ -326,20 +332,20 @@ def work(args, overrides: list[str], worker: dict) -> None:
 
     whole = args.images * most
     if worker["resume"]:
-        made, loader, extra, _ = prepare(whole, most // devices)
+        steps, loader, frozen, _ = prepare(whole, most // devices)
         with RunCheckpoints(worker["folder"]) as checkpoints:
-            restored = checkpoints.restore_latest(made.state)
+            restored = checkpoints.restore_latest(steps.state)
         _, _, losses, _, _ = train(
-            made, loader, extra, _RESUMED, whole, restored.state, restored.extra["data_state"]
+            steps, loader, frozen, _RESUMED, whole, restored.state, restored.metadata["data_state"]
         )
         return report(step=restored.step, resumed=losses)
 
     batch = args.images * devices
-    made, loader, extra, flops_per_image = prepare(batch)
+    steps, loader, frozen, flops_per_image = prepare(batch)
     start = time.perf_counter()
-    train(made, loader, extra, 1, batch)
+    train(steps, loader, frozen, 1, batch)
     compile_s = time.perf_counter() - start
-    _, _, _, seconds, waited = train(made, loader, extra, _WARM_UP + args.steps, batch)
+    _, _, _, seconds, waited = train(steps, loader, frozen, _WARM_UP + args.steps, batch)
     rate = args.steps * batch / seconds
     peak = peak_flops(jax.devices()[0])
     memory = jax.local_devices()[0].memory_stats() or {}
@@ -356,21 +362,21 @@ def work(args, overrides: list[str], worker: dict) -> None:
     if devices in (1, most):  # the rows that are compared
         losses = []
         if devices < most:
-            made, loader, extra, _ = prepare(whole, most)
-            arrays["start"] = flat(made, made.init(key, *extra))
-        state, batches, losses, _, _ = train(made, loader, extra, args.steps, whole)
-        arrays["params"] = flat(made, state)
+            steps, loader, frozen, _ = prepare(whole, most)
+            arrays["start"] = flat(steps.init(key, frozen))
+        state, batches, losses, _, _ = train(steps, loader, frozen, args.steps, whole)
+        arrays["params"] = flat(state)
         if worker["case"] == f"data={most}" and most > 1:
             with RunCheckpoints(worker["folder"]) as checkpoints:
                 checkpoints.save(args.steps, state, loader_state_to_bytes(batches))
                 state, _, more, _, _ = train(
-                    made, loader, extra, _RESUMED, whole, state, loader_state_to_bytes(batches)
+                    steps, loader, frozen, _RESUMED, whole, state, loader_state_to_bytes(batches)
                 )
             losses += more
         del state
         if devices < most:
-            made, loader, extra, _ = prepare(whole, 2 * most)
-            arrays["again"] = flat(made, train(made, loader, extra, args.steps, whole)[0])
+            steps, loader, frozen, _ = prepare(whole, 2 * most)
+            arrays["again"] = flat(train(steps, loader, frozen, args.steps, whole)[0])
         if processes.is_primary():
             np.savez(f"{worker['folder']}/{worker['case']}.npz", **arrays)
         report(**results, losses=losses)

@@ -1,7 +1,8 @@
-"""Planning a run: chips and their shapes, operations counted, compiled programs read, and `hmar plan` for a small model."""
+"""Planning: topologies, counting operations, reading compiled programs, and `hmar plan`."""
 
 import functools
 import json
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hmar_jax import config_files
+from hmar_jax.autoencoders.base import AutoencoderSpec
 from hmar_jax.autoencoders.vq import TokenizerConfig
 from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
-from hmar_jax.families.hmar import flops, tasks
+from hmar_jax.experiment import task_kind, task_shapes
+from hmar_jax.families.hmar import flops
 from hmar_jax.parallel import sharding
-from hmar_jax.planning import chips, hlo, jaxpr, plan
+from hmar_jax.parallel.chips import CHIPS
+from hmar_jax.planning import hlo, jaxpr, plan, report, topology
+from hmar_jax.planning.topology import PLANNED_CHIPS
+from hmar_jax.training import step
+from hmar_jax.training.trainable import IMAGENET, Parent
 
 HMAR = "configs/hmar.py"
 TINY = (
@@ -31,60 +38,61 @@ TINY = (
 def libtpu():
     pytest.importorskip("libtpu", reason='compiling for TPUs needs libtpu: pip install "jax[tpu]"')
     plan.prepare_environment()
-    quick = jax.config.read(
-        "jax_disable_most_optimizations"
-    )  # tests of values on CPU want it; users do not
+    # Set for quick tests of values on CPUs; these tests read the optimized program.
+    quick = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", quick)
 
 
-# Chips and topologies
+# Topologies
 
 
 def test_topologies_by_name():
-    assert chips.parse("v5p:4x4x4").num_devices == 64 and chips.parse("V5E:8x8").sides == (8, 8)
-    assert chips.parse("tpu7x:2x2x1").num_devices == 8  # two devices a chip
-    one, many = chips.parse("h100:8"), chips.parse("h100:4x8")
+    assert topology.parse("v5p:4x4x4").num_devices == 64
+    assert topology.parse("V5E:8x8").sides == (8, 8)
+    assert topology.parse("tpu7x:2x2x1").num_devices == 8  # two devices a chip
+    one, many = topology.parse("h100:8"), topology.parse("h100:4x8")
     assert (one.num_devices, many.num_devices) == (8, 32)
-    assert (
-        one.bandwidth(8)
-        == many.bandwidth(8)
-        == one.chip.link_bandwidth
-        > many.bandwidth(16)
-        == many.chip.network_bandwidth
-    )
+    assert one.bandwidth(8) == many.bandwidth(8) == one.chip.link_bandwidth
+    assert one.bandwidth(8) > many.bandwidth(16) == many.chip.network_bandwidth
+
+
+def test_only_chips_of_known_memory_are_planned_for():
+    assert set(PLANNED_CHIPS) < set(CHIPS) and "l4" not in PLANNED_CHIPS
+    assert all(chip.memory and chip.memory_bandwidth for chip in PLANNED_CHIPS.values())
+    with pytest.raises(InputError, match="topology 'l4:1': unknown chip"):
+        topology.parse("l4:1")
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("v9:4x4", [f"{name}:" for name in chips.CHIPS]),
-        ("v5p:4x4", ["2x2x1 2x2x2", "4x4x4", "16x16x24"]),
+        ("v9:4x4", ["unknown chip", *(f"{name}:" for name in PLANNED_CHIPS)]),
+        ("v5p:4x4", ["unknown shape", "2x2x1 2x2x2", "4x4x4", "16x16x24"]),
         ("v5e:3x3", ["1x1 2x2 2x4 4x4"]),
         ("h100:9", ["1 to 8"]),
         ("h100:4x4x4", ["1 to 8"]),
         ("h100", ["1 to 8"]),
-        ("", list(chips.CHIPS)),
+        ("", list(PLANNED_CHIPS)),
         ("v5e:8 x8", ["8x8"]),
     ],
 )
 def test_unknown_topologies_list_those_that_exist(text, words):
-    with pytest.raises(InputError) as e:
-        chips.parse(text)
-    message = str(e.value)
+    with pytest.raises(InputError) as error:
+        topology.parse(text)
+    message = str(error.value)
     assert repr(text) in message and "\n" not in message and all(word in message for word in words)
 
 
 def test_libtpu_knows_every_topology(libtpu):
-    for chip in chips.CHIPS.values():
+    for chip in PLANNED_CHIPS.values():
         for shape in chip.topologies:
-            topology = chips.parse(f"{chip.name}:{shape}")
-            if topology.num_devices <= 1024:  # the others take long to list
-                devices = topology.devices()
-                assert len(devices) == topology.num_devices and devices[0].platform == "tpu", (
-                    topology.name
-                )
+            target = topology.parse(f"{chip.name}:{shape}")
+            if target.num_devices <= 1024:  # the others take long to list
+                devices = target.devices()
+                assert len(devices) == target.num_devices, target.name
+                assert devices[0].platform == "tpu"
 
 
 def test_without_libtpu(monkeypatch, capsys):
@@ -108,47 +116,57 @@ SMALL = TokenizerConfig(
 )
 
 
-def small(stage: str = "next_scale", **changes) -> tasks.Shapes:
+class Shapes(NamedTuple):
+    """What experiment.task_shapes returns."""
+
+    task: Any
+    frozen: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
+    kind: str
+
+
+def small(stage: str = "next_scale", **changes) -> Shapes:
     """A published config, smaller; stage 2 on the same."""
     config = config_files.load_config(f"{HMAR}:d16_256,stage={stage}")
-    sizes = (
-        {"model.depth": 3, "model.width": 256, "model.heads": 4}
-        if stage == "next_scale"
-        else {"model.masked_depth": 1}
-    )
-    for key, value in {"batch_size": 2, **sizes, **changes}.items():
+    if stage == "next_scale":
+        sizes = {"model.depth": 3, "model.width": 256, "model.heads": 4}
+        parent = Parent("", AutoencoderSpec(SMALL))
+    else:
+        sizes = {"model.masked_depth": 1}
+        parent = Parent("", small().task.spec)
+    sizes |= {"image_side": SMALL.image_side, "batch_size": 2, "sampling.top_k": 0}
+    values = sizes | changes
+    for key, value in values.items():
         config_files.override(config, key, str(value))
-    return tasks.shapes(
-        config, tokenizer=SMALL, stage1=small().task.transformer if stage == "masked" else None
-    )
+    return Shapes(*task_shapes(config, parent, IMAGENET))
 
 
-def counted(shapes: tasks.Shapes) -> jaxpr.Counted:
-    state = jax.eval_shape(shapes.task.init, jax.random.key(0), *shapes.extra)
-    return jaxpr.count(
-        jax.make_jaxpr(shapes.task.train_step)(
-            state, shapes.batch, jax.random.key(0), *shapes.extra
-        )
-    )
+def counted(shapes: Shapes) -> jaxpr.OperationCounts:
+    init = functools.partial(step.init_state, shapes.task)
+    state = jax.eval_shape(init, jax.random.key(0), shapes.frozen)
+    train = functools.partial(step.train_step, shapes.task)
+    return jaxpr.count(jax.make_jaxpr(train)(state, shapes.frozen, shapes.batch, jax.random.key(0)))
 
 
 @pytest.mark.parametrize(
     "stage, changes",
     [
-        ("next_scale", {"accumulate": 2}),
+        ("next_scale", {"grad_accum_steps": 2}),
         ("next_scale", {"model.pattern": "causal", "model.shared_adaln": True}),
         ("masked", {}),
     ],
 )
 def test_traced_step_and_formula_agree(stage, changes):
     shapes = small(stage, **changes)
+    assert shapes.kind == "tokens" and set(shapes.batch) == {"label", "tokens"}
     found = counted(shapes)
-    # Not quite: scores that the mask removes are computed, scores computed again are not, for this is not a kernel; the quantizer.
+    # They differ a little: without a kernel, scores that the mask removes are computed, and scores
+    # are not computed again; and the step has the quantizer.
     assert found.total == pytest.approx(2 * shapes.task.flops_per_image, rel=0.03)
     assert found.float32 > 0  # the quantizer's
 
 
-def test_rematerialisation_is_counted():
+def test_rematerialization_is_counted():
     none, matmuls, blocks = (
         counted(small(**{"model.remat": r})) for r in ("none", "matmuls", "blocks")
     )
@@ -162,20 +180,23 @@ def test_rematerialisation_is_counted():
 # Compiled programs
 
 
-def compile_for(topology: str, sizes, function, *arrays):
-    """Arrays: (shape, PartitionSpec); bfloat16."""
-    mesh = sharding.make_mesh(*sizes, devices=chips.parse(topology).devices())
+def compile_for(name: str, sizes, function, *arrays) -> hlo.HloModule:
+    """A function of the mesh and bfloat16 arrays, compiled for a topology.
+
+    Args:
+      arrays: pairs of a shape and a PartitionSpec.
+    """
+    mesh = sharding.make_mesh(*sizes, devices=topology.parse(name).devices())
     shapes = [
         jax.ShapeDtypeStruct(shape, "bfloat16", sharding=NamedSharding(mesh, spec))
         for shape, spec in arrays
     ]
-    return hlo.Program(
-        jax.jit(functools.partial(function, mesh)).trace(*shapes).lower().compile().as_text()
-    )
+    traced = jax.jit(functools.partial(function, mesh)).trace(*shapes)
+    return hlo.HloModule(traced.lower().compile().as_text())
 
 
 def test_collectives_in_a_loop(libtpu):
-    """Kinds, bytes, groups and turns of collectives that are written out, some of them in a loop of five turns."""
+    """Kinds, bytes, group sizes and counts of explicit collectives, some in a loop of length 5."""
 
     def program(mesh, x):
         def body(x, _):  # (128, 512)
@@ -205,7 +226,7 @@ def test_collectives_in_a_loop(libtpu):
 
 
 def test_weights_gathered_in_a_loop(libtpu):
-    """Scanned layers whose weights are divided: as many bytes as written out by hand, and as the same loop unrolled."""
+    """Scanned layers whose weights are divided: the bytes are those of the unrolled loop."""
 
     def program(mesh, x, weights, unroll=1):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights, unroll=unroll)[0]
@@ -230,7 +251,7 @@ def test_memory_traffic(libtpu):
     ).memory_bytes()
     read_and_written = one(lambda mesh, x: jnp.sin(x) * 2, (16384, 4096))
     assert read_and_written == pytest.approx(2 * 2 * 16384 * 4096, rel=0.01)
-    # Of what a loop slices, each turn reads its own part, not the whole.
+    # Of an array that a loop slices, each iteration reads its own part, not the whole.
     scanned = one(
         lambda mesh, xs: jax.lax.scan(
             lambda c, x: (c + jnp.sin(x).sum(), None), jnp.float32(0), xs
@@ -241,7 +262,10 @@ def test_memory_traffic(libtpu):
 
 
 def test_errors_of_the_compiler():
-    text = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (76.79G) exceeds available HBM (15.75G)."
+    text = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (76.79G) exceeds available HBM (15.75G)."
+    )
     assert plan.out_of_memory(text) == (76.79 * 2**30, 15.75 * 2**30)
     assert plan.out_of_memory("INTERNAL: something else (1.0G)") is None
 
@@ -250,7 +274,7 @@ def test_errors_of_the_compiler():
 
 
 def test_plan_for_tpus(libtpu, capsys, tmp_path):
-    """The real step of a small model, kernels and all."""
+    """The real step of a small model, with its kernels."""
     arguments = [
         "plan",
         "--topology=v5e:2x2",
@@ -259,12 +283,9 @@ def test_plan_for_tpus(libtpu, capsys, tmp_path):
         f"--json={tmp_path}/plan.json",
     ]
     assert cli.main(arguments) == 0
-    words, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
-    assert (
-        "fits" in words
-        and "block_attention_forward" in words
-        and "nothing here is measured" in words
-    )
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    for words in ("fits", "block_attention_forward", "nothing here is measured"):
+        assert words in text
     assert found["fits"] and found["kernels"] == [
         "block_attention_forward",
         "block_attention_d_q",
@@ -273,15 +294,14 @@ def test_plan_for_tpus(libtpu, capsys, tmp_path):
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and found["devices"] == 4
     memory = found["memory"]
     assert memory["available"] == 15.75 * 2**30 and memory["arguments"] < memory["peak"] < 2**26
-    # Parameters and both moments in float32, the frozen tokenizer too: some divided by two, some copied.
+    # Parameters and both moments in float32, and the frozen tokenizer: some divided by two, some
+    # copied.
     whole = 4 * (3 * found["parameters"] + found["frozen_parameters"])
-    assert (
-        whole / 2 < memory["arguments"] < whole
-        and 0 < memory["unused"] < 4 * found["frozen_parameters"]
-    )
+    assert whole / 2 < memory["arguments"] < whole
+    assert 0 < memory["unused"] < 4 * found["frozen_parameters"]
     kinds = {t["kind"] for t in found["traffic"]}
     assert {"all-gather", "all-reduce"} <= kinds
-    # Four weight matrices of two blocks are gathered forward and backward, if nothing else is.
+    # At least the four weight matrices of two blocks are gathered, forward and backward.
     assert sum(t["times"] for t in found["traffic"] if t["kind"] == "all-gather") >= 2 * 2 * 4
     assert found["step_flops"] > found["model_flops"] > 0
     low, high = found["roofline_step_seconds"]
@@ -290,23 +310,22 @@ def test_plan_for_tpus(libtpu, capsys, tmp_path):
 
 def test_plan_that_does_not_fit(capsys):
     assert cli.main(["plan", *TINY, "--topology=h100:8", "--config.batch_size=8388608"]) == 1
-    words = capsys.readouterr().out
-    assert "DOES NOT FIT" in words and "estimate" in words
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT" in text and "--config.grad_accum_steps=2" in text and "estimate" in text
 
 
 def planned(capsys, *arguments) -> dict:
+    """The plan of these arguments, which must fit, from the JSON output."""
     assert cli.main(["plan", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def test_plan_for_gpus(capsys):
-    """From shapes; and a stage 2, divided."""
+    """Estimated from shapes; then a stage 2, divided."""
     one = planned(capsys, *TINY, "--topology=h100:8", "--config.batch_size=8")
     whole = 4 * (3 * one["parameters"] + one["frozen_parameters"])
-    assert (
-        one["memory"]["arguments"] == pytest.approx(whole, rel=0.01)
-        and one["memory"]["peak"] > one["memory"]["arguments"] + 4 * one["parameters"]
-    )
+    assert one["memory"]["arguments"] == pytest.approx(whole, rel=0.01)
+    assert one["memory"]["peak"] > one["memory"]["arguments"] + 4 * one["parameters"]
     assert {(t["kind"], t["group"]) for t in one["traffic"]} == {("all-reduce", 8)}
     assert all("estimate" in how for how in one["how"].values()) and one["fits"]
     two = planned(
@@ -318,7 +337,7 @@ def test_plan_for_gpus(capsys):
     )
     whole = 4 * (3 * two["parameters"] + two["frozen_parameters"])
     assert two["parameters"] < two["frozen_parameters"] and two["model_flops"] > 0
-    assert whole / 4 < two["memory"]["arguments"] < whole / 2  # some of the small ones are copied
+    assert whole / 4 < two["memory"]["arguments"] < whole / 2  # small arrays are copied
     assert {(t["kind"], t["group"]) for t in two["traffic"]} == {
         ("all-gather", 4),
         ("reduce-scatter", 4),
@@ -333,29 +352,55 @@ def test_plan_for_gpus(capsys):
         (["--topology=h100:8", "--config.mesh.fsdp=3"], "8 devices"),
         (["--topology=h100:8", "--config.mesh.data=4"], "8 devices"),
         (["--topology=h100:8", "--config.batch_size=12"], "multiple of 8"),
-        (["--topology=h100:8", "--config.batch_size=0"], "batch_size=0"),
-        (["--topology=h100:8", "--config.accumulate=7"], "accumulate=7"),
-        (["--topology=h100:8", "--config.image_side=100", "--config.tokenizer="], "image_side=100"),
-        (["--topology=h100:8", "--config.model.remat=some"], "remat"),
-        (["--topology=h100:8", "--config.nothing=1"], "nothing"),
+        (["--topology=h100:8", "--config.batch_size=0"], "batch_size must be at least 1; got 0"),
+        (
+            ["--topology=h100:8", "--config.grad_accum_steps=7"],
+            "batch_size must be a multiple of 56",
+        ),
+        (["--topology=h100:8", "--config.grad_accum_steps=0"], "grad_accum_steps must be at least"),
+        (
+            ["--topology=h100:8", "--config.image_side=100", "--config.tokenizer="],
+            "image_side must be one of 256, 512, 1024, for which a tokenizer is published; got 100",
+        ),
+        (["--topology=h100:8", "--config.model.remat=some"], "model.remat must be one of none"),
+        (["--topology=h100:8", "--config.model.attention=some"], "model.attention must be"),
+        (["--topology=h100:8", "--config.nothing=1"], "unknown config key 'nothing'"),
         (["--topology=h100:8", "--json=no/such/folder/x"], "no/such/folder"),
     ],
 )
 def test_bad_input(arguments, word, capsys):
     assert cli.main(["plan", f"--config={HMAR}:d16_256", *arguments]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and word in err
+    lines = [line for line in err.splitlines() if ": the packaged file " not in line]
+    assert out == "" and len(lines) == 1 and word in lines[0]
 
 
-def test_stage_1_of_a_stage_2():
-    """That of its own name, where there is none yet."""
-    assert plan.stage1_of(f"{HMAR}:d16_256") is None
-    assert plan.stage1_of(f"{HMAR}:d20_256,stage=masked,batch_size=8").model.depth == 20
+def test_plan_with_a_named_attention(capsys):
+    found = planned(capsys, *TINY, "--topology=h100:8", "--config.batch_size=8")
+    named = ("--topology=h100:8", "--config.batch_size=8", "--config.model.attention=xla")
+    named = planned(capsys, *TINY, *named)
+    assert named.pop("config") != found.pop("config") and named == found
+
+
+def test_stage_1_that_a_stage_2_assumes():
+    """The config's stage1_config, where init_from names no model yet."""
+    assert "stage1_config" not in config_files.load_config(f"{HMAR}:d16_256")
+    config = config_files.load_config(f"{HMAR}:d20_256,stage=masked,batch_size=8")
+    stage1 = config_files.load_config(f"{HMAR}:{config.stage1_config}")
+    spec = task_kind(config)[0].planning_parent(config, stage1)
+    assert spec.transformer.depth == stage1.model.depth == 20 and not spec.masked_depth
+    assert spec.autoencoder.image_side == 256
+    with pytest.raises(InputError, match="config.init_from is empty"):
+        task_kind(config)[0].planning_parent(config, None)
+    target = topology.parse("h100:8")
+    found = plan.make_plan(config, target, name="stage 2", parent_config=stage1)
+    assert found.frozen_parameters > found.parameters > 0
+    assert report.format_plan(found).startswith("plan           stage 2 on h100:8, 8 devices")
 
 
 @pytest.mark.slow
-def test_estimates_for_gpus_against_what_was_measured(capsys):
-    """Other code, with models of these sizes and the same rematerialisation, took 15 and 37 GB on an H100."""
+def test_estimates_for_gpus_agree_with_measurements(capsys):
+    """Other code with models of these sizes and the same rematerialization took 15 and 37 GB."""
     for name, batch, measured in (("d16_256", 32, 15e9), ("d30_256", 8, 37e9)):
         found = planned(
             capsys,
@@ -367,7 +412,7 @@ def test_estimates_for_gpus_against_what_was_measured(capsys):
         assert found["memory"]["peak"] == pytest.approx(measured, rel=0.15)
 
 
-# The published sizes at their batch sizes: minutes each. pytest -m slow tests/test_plan.py
+# The published sizes at their batch sizes take minutes each: pytest -m slow tests/test_plan.py
 
 
 @pytest.mark.slow
@@ -378,7 +423,7 @@ def test_estimates_for_gpus_against_what_was_measured(capsys):
         (
             "d30_256",
             "v5e:8x8",
-            ["mesh.data=-1", "mesh.fsdp=16", "model.remat=matmuls", "accumulate=2"],
+            ["mesh.data=-1", "mesh.fsdp=16", "model.remat=matmuls", "grad_accum_steps=2"],
             15.75,
         ),
         ("d16_256", "v5e:4x4", ["mesh.data=-1", "mesh.fsdp=4", "model.remat=matmuls"], 15.75),

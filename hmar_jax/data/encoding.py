@@ -332,19 +332,20 @@ def finish(directory: os.PathLike | str, info: RecordSetInfo) -> RecordSetInfo:
     """
     folder, splits = epath.Path(directory), {}
     for name, split in info.splits.items():
-        entries = [
-            _read_progress(folder, shard)
-            for shard in list_shards(name, split.num_images, split.crops, info.shard_size)
-        ]
-        if not all(entries):
+        shards = list_shards(name, split.num_images, split.crops, info.shard_size)
+        entries = [entry for shard in shards if (entry := _read_progress(folder, shard))]
+        if len(entries) < len(shards):
             return dataclasses.replace(info, complete=False)
         broken = {item[0]: tuple(item) for entry in entries for item in entry["broken"]}
         _check_unreadable(folder, info.source, list(broken.values()), split.num_images)
-        shards = tuple(
-            {key: entry[key] for key in ("file", "records", "bytes", "sha256")} for entry in entries
-        )
         splits[name] = SplitInfo(
-            split.num_images, split.crops, tuple(broken[i] for i in sorted(broken)), shards
+            split.num_images,
+            split.crops,
+            broken=tuple(broken[i] for i in sorted(broken)),
+            shards=tuple(
+                {key: entry[key] for key in ("file", "records", "bytes", "sha256")}
+                for entry in entries
+            ),
         )
     info = dataclasses.replace(info, splits=splits, complete=True)
     _write_info(folder, info)
@@ -563,7 +564,7 @@ class _ShardWriter:
                 leftover.unlink(missing_ok=True)
         name = f".{shard.file}.{secrets.token_hex(4)}.tmp"
         self._temporary = os.path.join(temporary_folder, name)
-        self._writer = array_record_module.ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
+        self._writer: Any = array_record_module.ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
         self._num_records, self._contents, self._broken = 0, hashlib.sha256(), []
 
     def add(self, record: bytes) -> None:

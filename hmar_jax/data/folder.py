@@ -59,19 +59,19 @@ def _download(path: str) -> BinaryIO:
         raise ImageDecodeError(path, reason) from error
 
 
-def open_folder(root: str, split: str, need_classes: bool) -> FolderSource:
+def open_folder(path: str, split: str, need_classes: bool) -> FolderSource:
     """Opens a folder of images.
 
     Args:
-      root: the folder; `hmar_jax.data.sources.open_source` describes its layout.
+      path: the folder; `hmar_jax.data.sources.open_source` describes its layout.
       split: "train" or "validate".
       need_classes: whether to reject a folder without class folders.
 
     Raises:
       InputError: there is no such folder, it has no images, or its layout is not one of the known.
     """
-    spec = f"folder:{root}"
-    root = epath.Path(root).expanduser()
+    spec = f"folder:{path}"
+    root = epath.Path(path).expanduser()
     try:
         is_folder = root.is_dir()
     except ImportError as error:

@@ -12,7 +12,6 @@ Images stay uint8 until they are on the device.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 
 import grain
 import numpy as np
@@ -339,7 +338,7 @@ def restore_loader_state(iterator: grain.DatasetIterator, data: bytes) -> None:
     except ValueError as error:
         raise InputError(f"the saved loader state must be JSON; got {data[:40]!r}") from error
     keys = iterator.get_state().keys()
-    if not isinstance(state, Mapping) or state.keys() != keys:
+    if not isinstance(state, dict) or state.keys() != keys:
         raise InputError(f"the saved loader state must have keys {', '.join(keys)}; got {state!r}")
     try:
         iterator.set_state(state)

@@ -186,11 +186,17 @@ def read_info(directory: os.PathLike | str) -> RecordSetInfo:
 class Records(Protocol):
     """Encoded images, each in several crops; several threads may read at once."""
 
-    name: str  # for errors
-    crops: int
+    @property
+    def name(self) -> str:
+        """The name in errors."""
+        ...
+
+    @property
+    def crops(self) -> int: ...
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
+        ...
 
     def read(self, indices: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
         """Reads crop crops[b] of image indices[b].
@@ -202,6 +208,7 @@ class Records(Protocol):
         Returns:
           The arrays (B, *shape) by field name, and "label": (B,) int32.
         """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import dataclasses
 import io
 import os
 import threading
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -54,8 +54,13 @@ class Source(Protocol):
     [0, num_classes)}. It raises `ImageDecodeError` if image i cannot be decoded.
     """
 
-    name: str
-    class_names: tuple[str, ...]  # by label; names may repeat (ImageNet has two classes "crane")
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by label. They may repeat: ImageNet has two classes "crane"."""
+        ...
 
     @property
     def num_classes(self) -> int: ...
@@ -201,7 +206,7 @@ class TfdsSource:
     name: str
     class_names: tuple[str, ...]
     split: str  # the data set's name of the split
-    records: object  # tfds.data_source: records[i] is {"image": encoded bytes, "label": int}
+    records: Any  # tfds.data_source: records[i] is {"image": encoded bytes, "label": int}
 
     @property
     def num_classes(self) -> int:

@@ -147,15 +147,26 @@ class TransformerConfig(Settings):
         return np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
 
 
-def _implementation(name: str) -> str | None:
-    """The implementation of block_attention that a config names; None: the best that runs.
+def check_attention(config: TransformerConfig) -> None:
+    """Raises InputError where the named attention is unknown or cannot run in this process."""
+    if config.attention:
+        lengths = config.scale_list.lengths
+        shape = (1, sum(lengths), config.heads, config.width // config.heads)
+        q = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
+        jax.eval_shape(functools.partial(_attend, config, lengths, 1.0), q, q, q)
 
-    A config may name one that is unknown here: only training uses it.
-    """
+
+def _attend(config: TransformerConfig, block_sizes, scale: float, q, k, v):  # (B, L, H, D)
+    name = config.attention
     if name and name not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise InputError(f"model.attention must be empty or one of {known}; got {name!r}")
-    return name or None
+    try:
+        return block_attention(
+            q, k, v, block_sizes, config.pattern, scale, implementation=name or None
+        )
+    except NotImplementedError as error:
+        raise InputError(f"model.attention: {error}") from None
 
 
 def layer_norm(x):
@@ -320,17 +331,8 @@ class Block(nn.Module):
         if block_sizes is None:
             out = jax.nn.dot_product_attention(q, k, v, scale=scale)
         else:
-            attend = functools.partial(
-                block_attention,
-                block_sizes=block_sizes,
-                pattern=c.pattern,
-                scale=scale,
-                implementation=_implementation(c.attention),
-            )
-            try:
-                out = map_over_images_and_heads(attend, q, k, v)
-            except NotImplementedError as error:
-                raise InputError(f"model.attention: {error}") from None
+            attend = functools.partial(_attend, c, block_sizes, scale)
+            out = map_over_images_and_heads(attend, q, k, v)
         project = nn.DenseGeneral(
             c.width, axis=(-2, -1), name="proj", dtype=dtype, kernel_init=self._residual_init()
         )

@@ -19,7 +19,11 @@ from hmar_jax.families.hmar.recipe import TransformerRecipe
 from hmar_jax.families.hmar.sampler import HmarSampler, SamplerOptions, sample
 from hmar_jax.families.hmar.schedules import masking_plan
 from hmar_jax.families.hmar.spec import HmarSpec
-from hmar_jax.families.hmar.transformer import PARTITION_RULES, TransformerConfig
+from hmar_jax.families.hmar.transformer import (
+    PARTITION_RULES,
+    TransformerConfig,
+    check_attention,
+)
 from hmar_jax.parallel.sharding import Rules, constrain_batch
 from hmar_jax.training.optimizer import leaves_named
 from hmar_jax.training.task import Batch, LayerStack, Params, TaskDefaults
@@ -66,6 +70,8 @@ class TransformerTask(TaskDefaults):
         heads, tensor = self.transformer.heads, mesh.shape["tensor"]
         if heads % tensor:
             raise InputError(f"mesh.tensor must divide the {heads} heads; got {tensor}")
+        if isinstance(mesh, Mesh):  # of a plan, the devices are not this process's
+            check_attention(self.transformer)
 
     def drop_classes(self, rng: jax.Array, labels) -> jax.Array:
         """Replaces a random share of the labels (B,) int32 by the null class."""
