@@ -1,11 +1,11 @@
-"""The whole model that images are sampled with: tokenizer, shared base, tails of stages 1 and 2.
+"""The combined model for sampling: tokenizer, shared base, tails of stages 1 and 2.
 
-HMAR (arXiv 2506.04421, section 3.3). Stage 1 predicts a scale from the image so far; stage 2
-predicts some of its tokens from the others. Both run the same first blocks. The sampler uses
-nothing of a model but the methods here.
+HMAR (arXiv 2506.04421, section 3.3). Stage 1 predicts a scale from the earlier ones. Stage 2
+predicts some tokens of a scale from the others. Both apply the same first blocks. The sampler calls
+no method of a model but those of CombinedModel.
 
-Letters: B images, K scales with l tokens each, S side of the features, Z channels of the code, V
-codebook entries.
+Letters: B images, L tokens of all scales, l_k tokens of scale k, S side of the features, Z channels
+of the code, V codebook entries, h w image sides.
 """
 
 import dataclasses
@@ -22,7 +22,10 @@ from hmar_jax.families.hmar.transformer import NextScaleTransformer
 
 @dataclasses.dataclass(frozen=True)
 class CombinedModel:
-    """Pure functions of params: {"tokenizer", "transformer"} and, with stage 2, {"masked"}."""
+    """Pure functions of one dictionary of parameters.
+
+    The dictionary has the keys "tokenizer", "transformer" and, with stage 2, "masked".
+    """
 
     spec: HmarSpec
 
@@ -42,7 +45,7 @@ class CombinedModel:
     def _masked(self) -> MaskedTransformer:
         return MaskedTransformer(self.spec.transformer, self.spec.masked_depth)
 
-    # The tokenizer's part.
+    # Methods of the tokenizer.
 
     def _tokenizer(self, params, *args, method: str):
         return apply_tokenizer(self.spec.autoencoder, params["tokenizer"], *args, method=method)
@@ -52,11 +55,11 @@ class CombinedModel:
         return params["tokenizer"]["quantizer"]["codebook"]
 
     def downsample_to_scale(self, params, f, k: int) -> jax.Array:
-        """Averages over the cells of scale k: (B, S, S, Z) -> (B, l_k, Z)."""
+        """(B, S, S, Z) -> (B, l_k, Z): the mean over each cell of scale k."""
         return self._tokenizer(params, f, k, method="downsample_to_scale")
 
     def scale_contribution(self, params, vectors, k: int) -> jax.Array:
-        """What scale k adds to the features: (B, l_k, Z) -> (B, S, S, Z)."""
+        """(B, l_k, Z) -> (B, S, S, Z): what scale k adds to the features."""
         return self._tokenizer(params, vectors, k, method="scale_contribution")
 
     def decode_features(self, params, f_hat) -> jax.Array:
@@ -67,25 +70,25 @@ class CombinedModel:
         """(B, L) int32 -> images (B, h, w, 3) float32 in [0, 1]."""
         return (self._tokenizer(params, tokens, method="decode") + 1) / 2
 
-    # The transformer's part.
+    # Methods of the transformer.
 
     def next_scale_logits(self, params, class_ids, scale_inputs, k: int, kv_cache=None):
         """The first prediction of scale k.
 
         Args:
           class_ids: (B,) int32.
-          scale_inputs: the image so far on the cells of the scale, (B, l_k, Z).
-          kv_cache: what this method returned for scale k - 1 (block-causal models keep keys and
-            values there).
+          scale_inputs: features of the earlier scales on the cells of scale k, (B, l_k, Z).
+          kv_cache: what this method returned for scale k - 1; None for k = 0. Only block-causal
+            models have a cache of keys and values.
 
         Returns:
-          (B, l_k, V) float32, and the cache to pass on.
+          Logits (B, l_k, V) float32, and the cache for scale k + 1.
         """
         if self.spec.next_scale or k == 0:
             return NextScaleTransformer(self.spec.transformer).scale_logits(
                 params["transformer"], class_ids, scale_inputs, k, kv_cache
             )
-        # Stage 2 without a stage 1: no token is known yet.
+        # There is no stage 1: stage 2 predicts the scale with all tokens masked.
         is_masked = jnp.ones(scale_inputs.shape[:2], bool)
         features = jnp.zeros_like(scale_inputs)
         return self.masked_logits(params, class_ids, scale_inputs, features, is_masked, k), None
@@ -96,12 +99,13 @@ class CombinedModel:
         """Stage 2's prediction of scale k >= 1.
 
         Args:
-          scale_inputs: the image so far on the cells of the scale, (B, l_k, Z).
-          token_features: what the scale's own tokens add, (B, l_k, Z).
+          class_ids: (B,) int32.
+          scale_inputs: features of the earlier scales on the cells of scale k, (B, l_k, Z).
+          token_features: contribution of scale k's own tokens on its cells, (B, l_k, Z).
           is_masked: (B, l_k) bool, positions whose own token is hidden.
 
         Returns:
-          (B, l_k, V) float32.
+          Logits (B, l_k, V) float32.
         """
         return self._masked.scale_logits(
             params["transformer"],

@@ -1,6 +1,7 @@
-"""Published PyTorch weights of HMAR and VAR to this package's parameters.
+"""Converts published PyTorch weights of HMAR and VAR to this package's parameters.
 
-The names are those of the published state dicts. The blocks' tensors are stacked on a leading axis.
+Names in strings are those of the published state dicts. The blocks' tensors are stacked on a
+leading axis.
 
 Letters: K scales, L tokens of all scales, N blocks, M blocks of stage 2.
 """
@@ -26,7 +27,7 @@ from hmar_jax.families.hmar.transformer import TransformerConfig
 from hmar_jax.io.torch_weights import StateDict, StateDictReader, load_state_dicts
 from hmar_jax.training.task import Params
 
-# Names that only one kind of state dict has.
+# Names of parameters that only one kind of state dict has.
 _MARKERS = {"tokenizer": MARKER, "transformer": "pos_1LC"}
 _MASK_EMBED = "mask_embed.weight"
 _LICENCE = (
@@ -42,9 +43,9 @@ def convert_files(
 
     Args:
       model: a .pth file with a state dict of stage 1, VAR, stage 2 or the combined HMAR model, or a
-        trainer's checkpoint that nests one; None: the tokenizer alone. A stage 2 alone predicts
-        whole scales from masks.
-      options: the tokenizer's file, and what the weights do not tell.
+        trainer's checkpoint that nests one. None: the tokenizer alone. Stage 2 without stage 1
+        predicts whole scales from masks.
+      options: the tokenizer's file, and settings that the weights do not record.
 
     Returns:
       The spec, and the parameters on the host.
@@ -85,7 +86,7 @@ def convert_files(
 def _read_transformer(
     model: str, options: ConvertConfig
 ) -> tuple[TransformerConfig, int, bool, Params]:
-    """Config of stage 1, M, whether there is a stage 1, and {"transformer"[, "masked"]}."""
+    """Config of stage 1, M, whether there is a stage 1, and params["transformer"][, "masked"]."""
     scales, heads = options.scales, options.heads
     state = read_state(model, "transformer", "such as hmar.pth")
     combined, alone = is_combined(state), is_stage2(state)
@@ -107,10 +108,14 @@ def _read_transformer(
 
 
 def read_state(path: str, kind: str, example: str = "") -> StateDict:
-    """The state dict of the tokenizer or of the transformer in a .pth file.
+    """Reads the state dict of the tokenizer or of the transformer from a .pth file.
+
+    Args:
+      kind: "tokenizer" or "transformer".
+      example: an example of such a file, for the error.
 
     Raises:
-      InputError: the file cannot be read, or holds the other one.
+      InputError: the file cannot be read, or contains only the other kind.
     """
     states = load_state_dicts(path, _MARKERS)
     if kind not in states:
@@ -122,15 +127,19 @@ def read_state(path: str, kind: str, example: str = "") -> StateDict:
 def transformer_from_state(
     state: StateDict, scales=None, heads: int | None = None
 ) -> tuple[TransformerConfig, dict]:
-    """Stage 1 or VAR; the mask stored with the weights says which.
+    """Converts stage 1 or VAR, which differ in the attention mask stored with the weights.
 
     Args:
       state: published names to arrays.
-      scales: a list of sides, where K and L are not those of a published list.
-      heads: where the weights do not record it (without qk_norm); None: the published rule H = N.
+      scales: sides of the token grids, where K and L are not those of a published list.
+      heads: number of heads, where the weights do not record it (without qk_norm); None: N, as in
+        the published models.
 
     Returns:
-      Its config and parameters.
+      Config and parameters.
+
+    Raises:
+      InputError: a tensor is missing, or the scale list is not known.
     """
     r = StateDictReader(state)
     length, width = r("pos_1LC").shape[1:]
@@ -169,11 +178,12 @@ def transformer_from_state(
 
 
 def head_from_state(r: StateDictReader, norm: str, head: str) -> dict:
+    """The head's parameters from the names of its modulation and of its linear layer."""
     return {"ada": r.linear(f"{norm}.ada_lin.1"), **r.linear(head)}
 
 
 def _pattern(r: StateDictReader, scales: ScaleList) -> str:
-    """The attention pattern: causal where the stored mask lets scale 1 see scale 0."""
+    """The attention pattern: causal where the stored mask lets scale 1 attend to scale 0."""
     if "attn_bias_for_masking" not in r.state or scales.num_scales == 1:
         return "diagonal"
     bias = r("attn_bias_for_masking")
@@ -181,7 +191,7 @@ def _pattern(r: StateDictReader, scales: ScaleList) -> str:
 
 
 def stack_blocks(r: StateDictReader, config: TransformerConfig, names: list[str]) -> dict:
-    """Parameters of the named blocks, stacked on a leading axis: (N, ...)."""
+    """Parameters of the named blocks, stacked on a leading axis: arrays (len(names), ...)."""
     blocks = [_block(r, config, name) for name in names]
     return {"block": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
 
@@ -190,7 +200,7 @@ def _block(r: StateDictReader, config: TransformerConfig, name: str) -> dict:
     width, heads = config.width, config.heads
     head_size = width // heads
     block = {
-        # rows packed [q | k | v]
+        # rows of the published matrix: q, k, v
         "qkv": {"kernel": r(f"{name}.attn.mat_qkv.weight").T.reshape(width, 3, heads, head_size)},
         "q_bias": r(f"{name}.attn.q_bias").reshape(heads, head_size),
         "v_bias": r(f"{name}.attn.v_bias").reshape(heads, head_size),
@@ -211,15 +221,18 @@ def _block(r: StateDictReader, config: TransformerConfig, name: str) -> dict:
 
 
 def is_combined(state: StateDict) -> bool:
-    """Whether a state dict holds both stages, as the published HMAR models do."""
+    """Whether a state dict contains both stages, as those of the published HMAR models."""
     return "mask_blocks.0.attn.q_bias" in state
 
 
 def combined_from_state(state: StateDict, scales=None, heads: int | None = None):
-    """Both stages from one state dict.
+    """Converts both stages from one state dict.
+
+    Args:
+      state, scales, heads: as transformer_from_state's.
 
     Returns:
-      Config and parameters of stage 1, and M and the parameters of stage 2.
+      Config and parameters of stage 1, M, and the parameters of stage 2.
     """
     r = StateDictReader(state)
     base, tail = r.count(r"base_blocks\.(\d+)\."), r.count(r"mask_blocks\.(\d+)\.")
@@ -241,16 +254,19 @@ def combined_from_state(state: StateDict, scales=None, heads: int | None = None)
 
 
 def is_stage2(state: StateDict) -> bool:
-    """Whether a state dict is a stage 2 by itself: all blocks, but no second tail."""
+    """Whether a state dict is that of stage 2 alone: all blocks, but no second tail."""
     return _MASK_EMBED in state and not is_combined(state)
 
 
 def stage2_from_state(state: StateDict, scales=None, heads: int | None = None):
-    """Stage 2 without its stage 1, which predicts whole scales from masks.
+    """Converts stage 2 without its stage 1; such a model predicts whole scales from masks.
+
+    Args:
+      state, scales, heads: as transformer_from_state's.
 
     Returns:
-      Config and parameters of the transformer that its blocks make, and M and the parameters of
-      stage 2. Both have the same blocks, so M, what is not shared, is as small as it can be.
+      Config and parameters of the transformer with its blocks, M, and the parameters of stage 2.
+      Both have the same blocks, so M, the number of blocks that are not shared, is 1, the minimum.
     """
     config, params = transformer_from_state(state, scales, heads)
     masked = masked_from_state(state, config, [f"blocks.{config.depth - 1}"], "head")
@@ -263,13 +279,16 @@ def join_stages(
     scales=None,
     heads: int | None = None,
 ):
-    """Both stages from a state dict each.
+    """Converts both stages from one state dict each.
+
+    Args:
+      scales, heads: as transformer_from_state's.
 
     Returns:
-      As combined_from_state. M is the number of last blocks in which the two differ.
+      As combined_from_state. M is the number of blocks from the first one that differs.
 
     Raises:
-      InputError: what stage 2 keeps of its stage 1 is not in this one.
+      InputError: stage 2 was trained on another stage 1.
     """
     config, params = transformer_from_state(stage1, scales, heads)
     other_config, other = transformer_from_state(stage2, scales, heads)
@@ -302,7 +321,13 @@ def join_stages(
 def masked_from_state(
     state: StateDict, config: TransformerConfig, blocks: list[str], head: str
 ) -> dict:
-    """Stage 2's own parameters: the named blocks, {head}_nm and {head}, and the mask embedding."""
+    """Stage 2's own parameters: the named blocks, {head}_nm and {head}, and mask_embed.weight.
+
+    Args:
+      config: of stage 1.
+      blocks: names of stage 2's blocks.
+      head: name of its head.
+    """
     r = StateDictReader(state)
     return {
         "mask_embed": r(_MASK_EMBED)[0],

@@ -1,4 +1,4 @@
-"""The HMAR family as the rest of the package sees it: see families/base.py."""
+"""The HMAR family: the attributes of the protocol `Family` in families/base.py."""
 
 import dataclasses
 from typing import Any
@@ -31,19 +31,19 @@ __all__ = ["ConvertConfig", "EditingConfig", "NAME", "SamplingConfig", "TASKS", 
 
 Spec = HmarSpec
 
-_STAGE2_CHANGES = ("dropout", "drop_path", "dtype", "remat", "attention")  # of stage 1's model
+_STAGE2_CHANGES = ("dropout", "drop_path", "dtype", "remat", "attention")  # to stage 1's model
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stage1Keys(Settings):
-    """What a config of stage 1 has beside those of every run."""
+    """Keys of a config of stage 1, in addition to those of every run."""
 
     tokenizer: str = setting("", "A run of train-tokenizer, a model directory or a bundled model.")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stage2Keys(Settings):
-    """What a config of stage 2 has beside those of every run."""
+    """Keys of a config of stage 2, in addition to those of every run."""
 
     init_from: str = setting("", "The stage 1: a run, a model directory or a bundled model.")
     stage1_config: str = setting(
@@ -53,7 +53,7 @@ class _Stage2Keys(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class _Stage2Model(Settings):
-    """What stage 2 has of its own in the group `model`."""
+    """Stage 2's own key of the group `model`."""
 
     masked_depth: int = setting(8, "M, last blocks that stage 2 trains.", at_least=1)
 
@@ -99,14 +99,16 @@ TASKS = {
 
 
 def image_side(config: Any, parent: Parent) -> int:
+    """Pixels of the images that the task takes: those of its tokenizer."""
     return parent.spec.autoencoder.image_side
 
 
 def make_task(config: Any, parent: Parent, data: DataInfo) -> TaskSetup:
-    """A stage of the transformer, from a checked config.
+    """The task of stage 1 or stage 2, from a checked config.
 
     Raises:
-      InputError: the parent does not fit the task, the images or the classes.
+      InputError: the parent does not fit the task, the images or the classes, or the sampling
+        options do not fit the model.
     """
     if config.task == "masked":
         return _make_masked_task(config, parent, data)
@@ -200,7 +202,11 @@ def _check_image_side(config: Any, parent: Parent) -> None:
 
 
 def num_steps(config: Any, num_images: int) -> int:
-    """Of a run on so many images an epoch."""
+    """The number of training steps, from config.steps or config.epochs.
+
+    Args:
+      num_images: images of one epoch.
+    """
     steps = config.steps or config.epochs * num_images // config.batch_size
     if steps < 1:
         raise InputError(
@@ -211,17 +217,21 @@ def num_steps(config: Any, num_images: int) -> int:
 
 
 def frozen_params(config: Any, parent: Parent, parent_params: Params, kind: str) -> Params:
-    """The tokenizer and, for stage 2, stage 1; of records, without the encoder."""
+    """The tokenizer and, for stage 2, stage 1; without the encoder where batches are tokens."""
     parts = (AUTOENCODER, "transformer") if config.task == "masked" else (AUTOENCODER,)
     params = {part: parent_params[part] for part in parts}
-    if kind != "image":  # images are encoded: the encoder need not lie in the devices' memory
+    if kind != "image":  # the encoder is not needed, and need not take device memory
         tokenizer = VQAutoencoder(parent.spec.autoencoder)
         params[AUTOENCODER] = tokenizer.decoder_params(params[AUTOENCODER])
     return params
 
 
 def planning_parent(config: Any, parent_config: Any = None) -> Any:
-    """The published tokenizer for the config's image side, and for stage 2 its stage 1 on top."""
+    """The spec of the published tokenizer of the config's image side, and for stage 2 of stage 1.
+
+    Args:
+      parent_config: for stage 2, the config of its stage 1.
+    """
     side = parent_config.image_side if parent_config is not None else config.image_side
     if side not in PUBLISHED_SIDES:
         raise InputError(
@@ -257,11 +267,12 @@ def init_params(spec: HmarSpec, rng: jax.Array) -> Params:
 
 
 def make_sampler(spec: HmarSpec) -> HmarSampler:
+    """The sampler of a model; compiles nothing yet."""
     return HmarSampler(spec)
 
 
 def assemble_params(spec: HmarSpec, trained: Params, parent_params: Params) -> Params:
-    """A model's parameters from those of a run and of the frozen model in its directory."""
+    """Merges a run's trained parameters with those of the frozen model in its directory."""
     return {**parent_params, "masked" if spec.masked_depth else "transformer": trained}
 
 
@@ -307,7 +318,7 @@ def _count(params: Params, part: str) -> int:
 
 
 def convert(model: str | None, config: ConvertConfig) -> tuple[Any, Params]:
-    """Spec and parameters from files of published PyTorch weights, see convert.py."""
+    """Reads files of published PyTorch weights, see convert.py; returns spec and parameters."""
     from hmar_jax.families.hmar.convert import convert_files  # torch is imported there
 
     return convert_files(model, config)

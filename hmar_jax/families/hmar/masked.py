@@ -1,11 +1,11 @@
-"""Stage 2, masked prediction inside a scale: the same trunk, last blocks and head retrained.
+"""Stage 2, masked prediction within a scale: stage 1 with new last blocks and a new head.
 
 HMAR (arXiv 2506.04421, section 3.3). Some tokens of a scale are known, the others are masked. The
-input of a position is the image so far, as in stage 1, plus the features of the position's own
+input of a position is that of stage 1 (the earlier scales), plus the features of the position's own
 token, or a learned vector where it is masked.
 
-Letters: B images, L tokens, l tokens of one scale, C width, N blocks of stage 1, M blocks of stage
-2, V codebook, Z channels of the code.
+Letters: B images, L tokens of all scales, l tokens of one or several scales, C width, N blocks of
+stage 1, M blocks of stage 2, V codebook entries, Z channels of the code.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from hmar_jax.families.hmar.transformer import NextScaleTransformer, Transformer
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTransformer:
-    """The composition of stage 2, as pure functions of stage 1's parameters (frozen) and its own.
+    """Stage 2, as pure functions of stage 1's parameters (frozen) and its own.
 
-    Its own parameters: {"mask_embed": (C,), "blocks": ... stacked (M, ...), "head": ...}.
+    Its own are a dictionary with the keys "mask_embed" (C,), "blocks" (arrays (M, ...)), "head".
     """
 
     config: TransformerConfig  # of stage 1
@@ -29,7 +29,7 @@ class MaskedTransformer:
 
     @property
     def base_depth(self) -> int:
-        """N - M, blocks shared with stage 1."""
+        """N - M, the number of blocks that are shared with stage 1."""
         return self.config.depth - self.depth
 
     @property
@@ -45,16 +45,18 @@ class MaskedTransformer:
         }
 
     def embed_inputs(self, stage1_params, params, scale_inputs, token_features, is_masked):
-        """Input embeddings before level and position.
+        """Input embeddings, before level and position are added.
+
+        They are W scale_inputs + bias + W token_features, with the mask embedding instead of the
+        last term where a position is masked. W and bias are stage 1's word embedding.
 
         Args:
           scale_inputs: next-scale inputs (B, l, Z).
-          token_features: features of the scale's own tokens (B, l, Z).
+          token_features: contributions of the scale's own tokens (B, l, Z).
           is_masked: (B, l) bool.
 
         Returns:
-          (B, l, C): W scale_inputs + [W token_features, or the mask embedding] + bias; W and bias
-          are stage 1's word embedding.
+          (B, l, C) float32.
         """
         own = token_features @ stage1_params["embed"]["word_embed"]["kernel"]
         inputs = self.stage1.embed(stage1_params, scale_inputs, method="embed_inputs")
@@ -70,15 +72,18 @@ class MaskedTransformer:
         is_masked,
         dropout_rng=None,
     ):
-        """All scales at once, for training. The first scale has the start token and no masks.
+        """Predicts all scales at once, for training.
+
+        The first scale has no masks: its input is the start token.
 
         Args:
           class_ids: (B,) int32.
           scale_inputs, token_features: (B, L - l_0, Z).
           is_masked: (B, L - l_0) bool.
+          dropout_rng: key for dropout and stochastic depth; None turns them off.
 
         Returns:
-          (B, L, V) float32.
+          Logits (B, L, V) float32.
         """
         inputs = self.embed_inputs(stage1_params, params, scale_inputs, token_features, is_masked)
         start = self.stage1.embed(stage1_params, class_ids, method="start_tokens")
@@ -96,14 +101,15 @@ class MaskedTransformer:
     def scale_logits(
         self, stage1_params, params, class_ids, scale_inputs, token_features, is_masked, k: int
     ):
-        """One scale k >= 1, for sampling.
+        """Predicts one scale k >= 1, for sampling.
 
         Args:
+          class_ids: (B,) int32.
           scale_inputs, token_features: (B, l_k, Z).
           is_masked: (B, l_k) bool.
 
         Returns:
-          (B, l_k, V) float32.
+          Logits (B, l_k, V) float32.
         """
         x = self.embed_inputs(stage1_params, params, scale_inputs, token_features, is_masked)
         positions = self.config.scale_list.slice(k)
@@ -119,7 +125,7 @@ class MaskedTransformer:
         dropout_rng=None,
         block_sizes=None,
     ):
-        """Level and position, the shared base, then stage 2's tail and head."""
+        """Adds level and position to x (B, l, C); applies the base, stage 2's tail and head."""
         model = self.stage1
         condition = model.embed(stage1_params, class_ids, method="class_embedding")
         x = model.embed(stage1_params, x, positions, method="add_position_and_level")

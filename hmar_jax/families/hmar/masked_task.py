@@ -1,6 +1,9 @@
-"""Training stage 2, masked prediction on top of a frozen stage 1.
+"""The training task of stage 2, masked prediction on top of a frozen stage 1.
 
-HMAR (arXiv 2506.04421, section 3.3). Letters: B images, L tokens, K scales, M blocks of stage 2.
+HMAR (arXiv 2506.04421, section 3.3).
+
+Letters: B images, L tokens of all scales, Z channels of the code, h w image sides, M blocks of
+stage 2.
 """
 
 import dataclasses
@@ -17,12 +20,12 @@ from hmar_jax.families.hmar.transformer_task import TransformerTask
 from hmar_jax.training.metrics import Mean
 from hmar_jax.training.task import Batch, Metrics, Params
 
-_BINS = 10  # of the mask ratio, by which losses are reported
+_BINS = 10  # of mask ratios; the loss is reported for each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedTask(TransformerTask):
-    """Stage 2. frozen: {"tokenizer", "transformer"}."""
+    """Stage 2. Frozen parameters: {"tokenizer": ..., "transformer": ...}."""
 
     recipe: MaskedRecipe = MaskedRecipe()
 
@@ -37,10 +40,16 @@ class MaskedTask(TransformerTask):
     def init_params(self, rng: jax.Array, frozen: Params) -> Params:
         """Copies of stage 1's last M blocks and head, and a new mask embedding."""
         params = self.model.init(rng, frozen["transformer"])
-        return jax.tree.map(jnp.copy, params)  # the state may be donated, frozen parameters not
+        # Copies, because a step donates the state's buffers, and not those of frozen parameters.
+        return jax.tree.map(jnp.copy, params)
 
     def prepare_batch(self, batch: Batch, rng: jax.Array) -> tuple[Batch, jax.Array]:
-        """Replaces labels by the null class; adds "ratio" (B,) and "is_masked" (B, L - l_0)."""
+        """Replaces some labels by the null class, and samples masks.
+
+        Returns:
+          The batch with "ratio" (B,) float32 and "is_masked" (B, L - l_0) bool, and a key for
+          `loss`.
+        """
         class_key, ratio_key, mask_key, dropout_key = jax.random.split(rng, 4)
         labels = self.drop_classes(class_key, batch["label"])
         ratios, is_masked = self.sample_batch_masks(ratio_key, mask_key, labels.shape[0])
@@ -48,14 +57,14 @@ class MaskedTask(TransformerTask):
         return batch | rows, dropout_key
 
     def sample_batch_masks(self, ratio_key, mask_key, batch: int) -> tuple[jax.Array, jax.Array]:
-        """Mask ratios (B,) and masks (B, L - l_0), True where masked."""
+        """Mask ratios (B,) float32 and masks (B, L - l_0) bool, True where masked."""
         count = 1 if self.recipe.shared_mask else batch
         ratios = sample_mask_ratios(ratio_key, count, self.recipe.mask_ratios)
         masks = sample_masks(mask_key, self.transformer.scale_list, ratios)
         return jnp.broadcast_to(ratios, (batch,)), jnp.broadcast_to(masks, (batch, masks.shape[1]))
 
     def loss(self, params, frozen, batch, rng=None, step=None) -> tuple[jax.Array, Metrics]:
-        """Mean over the images of a prepared batch, and the metrics.
+        """The mean loss over a prepared batch, and its metrics.
 
         Args:
           batch: {"label", "ratio", "is_masked"} and "tokens" (B, L) int32 or "image" (B, h, w, 3)
@@ -82,10 +91,11 @@ class MaskedTask(TransformerTask):
           tokens: (B, L) int32.
           scale_inputs: (B, L - l_0, Z).
           is_masked: (B, L - l_0) bool.
+          rng: key for dropout and stochastic depth; None turns them off.
 
         Returns:
-          "loss" (B,) weighted, "accuracy" (B,) over its masked positions, and the unweighted
-          cross-entropy "ce" (B, L - l_0) of every position.
+          "loss" (B,), weighted; "accuracy" (B,) over the masked positions; "ce" (B, L - l_0), the
+          unweighted cross-entropy of every position.
         """
         scales = self.transformer.scale_list
         first = scales.lengths[0]
@@ -104,7 +114,7 @@ class MaskedTask(TransformerTask):
         }
 
     def _means(self, metrics, ratios, is_masked, valid) -> dict[str, Mean]:
-        """Loss over the masked positions of each scale, and of images by their mask ratio."""
+        """The mean cross-entropy of masked positions: of each scale, and of each bin of ratios."""
         scales, means = self.transformer.scale_list, {}
         for k in range(1, scales.num_scales):
             start, stop = scales.offsets[k : k + 2]
@@ -119,10 +129,10 @@ class MaskedTask(TransformerTask):
         return means
 
     def eval_metrics(self, params, frozen, batch, step=None) -> dict[str, Mean]:
-        """Means over the images marked valid, each at ten mask ratios, the middle of each bin.
+        """Means over the images marked valid, each at ten mask ratios: the centers of the bins.
 
-        The masked positions depend on nothing but the ratio and the image's place in the batch:
-        they are the same at every evaluation.
+        The masked positions depend on the ratio and the image's row in the batch alone, so every
+        evaluation has the same.
         """
         del step
         tokens, scale_inputs = self.tokens_and_inputs(frozen, batch)
@@ -147,5 +157,5 @@ class MaskedTask(TransformerTask):
 
 
 def ratio_metric(i: int) -> str:
-    """The name of the metric of mask ratios from i/10 to (i + 1)/10."""
+    """The name of the loss at mask ratios from i/10 to (i + 1)/10."""
     return f"loss/ratio_{i / _BINS:.1f}-{(i + 1) / _BINS:.1f}"

@@ -1,6 +1,8 @@
-"""Training stage 1, the next-scale transformer.
+"""The training task of stage 1, the next-scale transformer.
 
-HMAR (arXiv 2506.04421, section 3.2). Letters: B images, L tokens, K scales.
+HMAR (arXiv 2506.04421, section 3.2).
+
+Letters: B images, L tokens of all scales, h w image sides.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from hmar_jax.training.task import Batch, Metrics, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextScaleTask(TransformerTask):
-    """Stage 1. frozen: {"tokenizer"}."""
+    """Stage 1. Frozen parameters: {"tokenizer": ...}."""
 
     recipe: NextScaleRecipe = NextScaleRecipe()
 
@@ -37,12 +39,12 @@ class NextScaleTask(TransformerTask):
         return self.model.init(rng)
 
     def prepare_batch(self, batch: Batch, rng: jax.Array) -> tuple[Batch, jax.Array]:
-        """Replaces some labels by the null class."""
+        """Replaces some labels by the null class; returns the batch and a key for `loss`."""
         class_key, dropout_key = jax.random.split(rng)
         return batch | {"label": self.drop_classes(class_key, batch["label"])}, dropout_key
 
     def loss(self, params, frozen, batch, rng=None, step=None) -> tuple[jax.Array, Metrics]:
-        """Mean over the images of a batch, whose labels may be the null class, and the metrics.
+        """The mean loss over a prepared batch, and its metrics.
 
         Args:
           batch: {"label": (B,) int32} and "tokens" (B, L) int32 or "image" (B, h, w, 3) uint8.
@@ -56,7 +58,12 @@ class NextScaleTask(TransformerTask):
         return metrics["loss"], metrics
 
     def per_image_metrics(self, params, frozen, batch, rng=None) -> dict[str, jax.Array]:
-        """(B,) each: "loss", "accuracy", and both for each scale (there unweighted)."""
+        """Metrics of each image.
+
+        Returns:
+          Arrays (B,): "loss", weighted, "accuracy", and of each scale the unweighted "loss/2x2" and
+          "accuracy/2x2".
+        """
         scales = self.transformer.scale_list
         tokens, scale_inputs = self.tokens_and_inputs(frozen, batch)
         logits = self.model.logits(params, batch["label"], scale_inputs, rng)
@@ -72,7 +79,7 @@ class NextScaleTask(TransformerTask):
         return metrics
 
     def eval_metrics(self, params, frozen, batch, step=None) -> dict[str, Mean]:
-        """Means of every training metric over the images marked valid."""
+        """Means of the training metrics over the images marked valid."""
         del step
         metrics = self.per_image_metrics(params, frozen, batch)
         return {name: Mean.of(value, batch["valid"]) for name, value in metrics.items()}

@@ -1,11 +1,11 @@
-"""The sampler: an image scale by scale, as one pure function that is jitted whole.
+"""The sampler: generates images scale by scale, as one pure function that is jitted as a whole.
 
-HMAR (arXiv 2506.04421, section 3.3), VAR (arXiv 2404.02905, algorithm 2) and, inside a scale,
-MaskGIT (arXiv 2202.04200, section 3.2). Editing is the same loop with some tokens known. Of a model
-nothing is used but the methods of combined.py.
+HMAR (arXiv 2506.04421, section 3.3), VAR (arXiv 2404.02905, algorithm 2) and, within a scale,
+MaskGIT (arXiv 2202.04200, section 3.2). Editing is the same loop with some tokens known. The
+sampler uses the methods of CombinedModel (combined.py) and nothing else of a model.
 
-Letters: B images, K scales with l_k tokens, L tokens, S side of the features, Z channels, V
-codebook entries.
+Letters: B images, K scales, l_k tokens of scale k, L tokens of all scales, S side of the features,
+Z channels of the code, V codebook entries, h w image sides.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ from hmar_jax.families.hmar.spec import HmarSpec
 
 @dataclasses.dataclass(frozen=True)
 class SamplerOptions:
-    """A SamplingConfig as the compiled sampler takes it.
+    """A SamplingConfig as the argument of the compiled sampler: a pytree.
 
-    Numbers with a fraction are traced, so another value compiles nothing. What changes the program
-    is static: which of them are switched on, that is, differ from their default.
+    Options of type float are traced, so another value compiles nothing. Static are the others, and
+    which of the floats are enabled, that is, differ from their default.
     """
 
     values: dict[str, Any]
@@ -46,6 +46,7 @@ class SamplerOptions:
 
     @classmethod
     def of(cls, config: SamplingConfig) -> "SamplerOptions":
+        """Splits a config into traced and static options."""
         values, enabled = {}, set()
         for field in dataclasses.fields(SamplingConfig):
             value = getattr(config, field.name)
@@ -53,7 +54,7 @@ class SamplerOptions:
                 values[field.name] = float(value)
                 if value != field.default:
                     enabled.add(field.name)
-        if values["top_p"] == 1:  # keeps everything
+        if values["top_p"] == 1:  # keeps all tokens
             enabled.discard("top_p")
         return cls(values, frozenset(enabled), config.top_k, config.greedy, config.smooth)
 
@@ -67,43 +68,43 @@ jax.tree_util.register_dataclass(
 
 
 class Known(NamedTuple):
-    """Tokens that are given, for editing: never masked, never changed."""
+    """Given tokens, for editing. The sampler never masks or changes them."""
 
     tokens: jax.Array  # (B, L) int32
-    is_kept: jax.Array  # (B, L) bool, True where the token is given
+    is_kept: jax.Array  # (B, L) bool, True where the token is given; others are ignored
 
 
 class Pass(NamedTuple):
-    """What one forward pass saw and did, for tests and for showing how an image comes about."""
+    """Record of one forward pass."""
 
     scale: int
-    logits: jax.Array  # (B, l_k, V) guided, before temperature and filtering
+    logits: jax.Array  # (B, l_k, V) after guidance, before temperature and filtering
     is_masked: jax.Array  # (B, l_k) bool, positions masked in the input; none in a next-scale pass
-    tokens: jax.Array  # (B, l_k) after the pass
-    confidence: jax.Array  # (B, l_k) probability of each of these tokens under this pass
+    tokens: jax.Array  # (B, l_k) int32, after the pass
+    confidence: jax.Array  # (B, l_k) probability of each of these tokens in this pass
 
 
 @dataclasses.dataclass
 class Trace:
-    """A record of all passes."""
+    """Record of a call of the sampler, for tests and visualizations."""
 
     passes: list[Pass] = dataclasses.field(default_factory=list)
-    # K times (B, S, S, Z), the running sum after each scale
+    # K arrays (B, S, S, Z), the running sum after each scale
     f_hats: list[jax.Array] = dataclasses.field(default_factory=list)
 
 
 class _ScaleState(NamedTuple):
-    """The tokens of one scale while it is being sampled."""
+    """The tokens of one scale, between two passes."""
 
     tokens: jax.Array  # (B, l_k) int32
-    vectors: jax.Array  # (B, l_k, Z) what the tokens stand for: their entries, or mixtures
-    confidence: jax.Array  # (B, l_k)
+    vectors: jax.Array  # (B, l_k, Z) codebook entries of the tokens, or mixtures of entries
+    confidence: jax.Array  # (B, l_k) probability of each token
     is_masked: jax.Array  # (B, l_k) bool, not yet fixed
 
 
 @dataclasses.dataclass(frozen=True)
 class HmarSampler:
-    """Images from classes, for the pipeline; see families/base.py: Sampler."""
+    """The compiled sampler of a model, see the protocol `Sampler` in families/base.py."""
 
     spec: HmarSpec
 
@@ -116,10 +117,14 @@ class HmarSampler:
         return jax.jit(functools.partial(sample_known, CombinedModel(self.spec)))
 
     def schedule(self, given: Any = None) -> Schedule:
-        """The token counts that a schedule option stands for; None: the model's default.
+        """The token counts that the schedule option stands for.
+
+        Args:
+          given: see resolve_schedule; None: "default" with stage 2, otherwise "none".
 
         Raises:
-          InputError: it does not fit the scales, or needs a stage 2 that this model does not have.
+          InputError: it does not fit the scales, or requires stage 2, which the model does not
+            have.
         """
         if given is None:
             given = "default" if self.spec.masked_depth else "none"
@@ -154,10 +159,12 @@ class HmarSampler:
     def make_known(
         self, latents, mask: np.ndarray, config: EditingConfig, has_class: bool
     ) -> Known:
-        """Tokens to keep: those of latents {"tokens": (B, L) int32} outside a mask.
+        """The tokens that editing keeps: those outside a mask.
 
         Args:
+          latents: {"tokens": (B, L) int32}.
           mask: (B, h, w) bool, True where new content goes.
+          has_class: without a class, the coarse scales are kept unless the config says otherwise.
         """
         is_kept = editing.kept_tokens(
             self.spec.autoencoder.scale_list,
@@ -181,10 +188,10 @@ def sample(
 
     Args:
       params: {"tokenizer", "transformer"} and, for masked passes, {"masked"}.
-      keys: (B,) random keys, one an image: an image does not depend on the rest of the batch.
+      keys: (B,) random keys. An image depends on its own key and class alone.
       class_ids: (B,) int32; the null class samples without a class.
-      plan: how many tokens are fixed in each pass of each scale.
-      trace: a record to fill; the plan must then be known while tracing.
+      plan: how many tokens are masked in each pass of each scale.
+      trace: a record to fill. The plan must then be concrete, not traced.
 
     Returns:
       Images (B, h, w, 3) float32 in [0, 1], and tokens (B, L) int32.
@@ -202,10 +209,10 @@ def sample_known(
     plan: MaskingPlan,
     known: Known,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `sample`, with some tokens given. If all are, the result is their reconstruction."""
+    """As `sample`, with some tokens given. If all are, the images are their reconstruction."""
     f_hat, tokens = sample_scales(model, params, keys, class_ids, options, plan, known=known)
-    # Mixtures are no tokens; otherwise the decoder of tokens, so that known tokens give exactly
-    # their reconstruction.
+    # Tokens are decoded by the same function as in a reconstruction, so that given tokens have
+    # exactly the same result. Mixtures are not tokens.
     if options.smooth:
         return model.decode_features(params, f_hat), tokens
     return model.decode_tokens(params, tokens), tokens
@@ -224,7 +231,7 @@ def sample_scales(
     """As `sample`, without the decoder: features (B, S, S, Z) and tokens (B, L).
 
     Args:
-      known: tokens that are given. The plan's counts then become shares of the other tokens.
+      known: given tokens. The plan's counts are then scaled to the number of the other tokens.
     """
     scales, batch = model.scales, class_ids.shape[0]
     f_hat = jnp.zeros((batch, scales.side, scales.side, model.z_channels))
@@ -268,7 +275,7 @@ def sample_scales(
                 options,
                 k,
             )
-            if trace is None:  # the passes of one scale share one compiled body
+            if trace is None:  # the masked passes of a scale share one compiled loop body
                 body = lambda j, state: masked_pass(j, state)[0]
                 state = jax.lax.fori_loop(1, plan.num_passes[k], body, state)
             else:
@@ -283,7 +290,7 @@ def sample_scales(
 
 
 def _with_known(model, params, state: _ScaleState, given) -> _ScaleState:
-    """Puts the given tokens (B, l_k) where the state is not masked."""
+    """Replaces the tokens that are not masked by the given ones, (B, l_k)."""
     entries = model.codebook(params)[given]
     return state._replace(
         tokens=jnp.where(state.is_masked, state.tokens, given),
@@ -297,28 +304,33 @@ def _masked_pass(
     class_ids,
     scale_inputs,
     editable,
-    num_masked_after,
+    num_masked,
     scale_keys,
     options,
     k,
     j,
     state,
 ) -> tuple[_ScaleState, Pass]:
-    """Pass j: fixes the most confident of the masked tokens and predicts the others again.
+    """Masked pass j: fixes the most confident masked tokens, and predicts the others again.
 
     Args:
-      scale_inputs: the image so far, (B, l_k, Z).
-      editable: (B, l_k) bool, tokens that are not given.
-      num_masked_after: (l_k,) int32, how many of l_k tokens each pass leaves masked.
-      scale_keys: (B,) of this scale.
+      scale_inputs: features of the earlier scales on the cells of scale k, (B, l_k, Z).
+      editable: (B, l_k) bool, True where the token is not given.
+      num_masked: (l_k,) int32, how many of l_k tokens are masked in each pass.
+      scale_keys: (B,) random keys of this scale.
+      j: number of the pass, at least 1.
+      state: tokens after the previous pass.
+
+    Returns:
+      Tokens after this pass, and its record.
     """
     length = editable.shape[1]
-    left, keys = num_masked_after[j], _fold_all(scale_keys, j)
-    count = left * editable.sum(-1) // length  # (B,)
+    keys = _fold_all(scale_keys, j)
+    count = num_masked[j] * editable.sum(-1) // length  # (B,)
     confidence = state.confidence
     if "choice_temperature" in options.enabled:
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (length,)))(_fold_all(keys, _NOISE))
-        temperature = options["choice_temperature"] * (left / length)
+        temperature = options["choice_temperature"] * (num_masked[j] / length)
         confidence = jnp.log(confidence) + temperature * noise
     is_masked = least_confident(confidence, state.is_masked, count)
     contribution = model.scale_contribution(params, state.vectors, k)
@@ -343,14 +355,17 @@ def _masked_pass(
 
 
 def _guided(predict, is_guided: bool, strength, null_class: int, class_ids, *rows):
-    """predict(ids, *rows) with classifier-free guidance, if any; both halves in one batch.
+    """Calls predict(class_ids, *rows) with classifier-free guidance, if it is enabled.
+
+    The conditional and the unconditional prediction are two halves of one batch.
 
     Args:
-      predict: gives logits (B, l, V) and something more.
-      rows: arrays of B rows.
+      predict: returns logits (B, l, V) and another tree of arrays.
+      strength: of the guidance, a scalar.
+      rows: arrays (B, ...).
 
     Returns:
-      What predict returns, with guided logits.
+      The guided logits, and the other tree (of both halves).
     """
     if not is_guided:
         return predict(class_ids, *rows)
@@ -360,11 +375,11 @@ def _guided(predict, is_guided: bool, strength, null_class: int, class_ids, *row
     return filters.guide(logits[:batch], logits[batch:], strength), more
 
 
-_TOKEN, _NOISE = 0, 1  # which random numbers of a pass
+_TOKEN, _NOISE = 0, 1  # purposes of a pass's random numbers, folded into its keys
 
 
 def _sample_state(model, params, logits, keys, options: SamplerOptions, k: int) -> _ScaleState:
-    """Tokens from logits (B, l_k, V), with keys (B,) of the pass."""
+    """Samples a whole scale from logits (B, l_k, V), with keys (B,) of the pass."""
     keys, codebook = _fold_all(keys, _TOKEN), model.codebook(params)
     if options.smooth:
         kept = _filtered(logits, options)
@@ -380,11 +395,14 @@ def _sample_state(model, params, logits, keys, options: SamplerOptions, k: int) 
 
 
 def sample_tokens(logits, keys, options: SamplerOptions) -> tuple[jax.Array, jax.Array]:
-    """Tokens (B, l) int32 and the probability of each after filtering, (B, l).
+    """Samples tokens after top-k and top-p filtering.
 
     Args:
       logits: (B, l, V).
       keys: (B,) random keys.
+
+    Returns:
+      Tokens (B, l) int32, and the probability of each after filtering, (B, l).
     """
     kept = _filtered(logits, options)
     if options.greedy:
@@ -404,12 +422,12 @@ def _probability(logits, tokens):
 
 
 def least_confident(confidence, among, count) -> jax.Array:
-    """The positions of the lowest confidence among some.
+    """Selects the positions of lowest confidence among some.
 
     Args:
       confidence: (B, l).
-      among: (B, l) bool.
-      count: how many, () or (B,) int.
+      among: (B, l) bool, the positions to select from.
+      count: number of positions to select, () or (B,) int.
 
     Returns:
       (B, l) bool.
@@ -419,5 +437,5 @@ def least_confident(confidence, among, count) -> jax.Array:
 
 
 def _fold_all(keys, data):
-    """Folds data, a scalar or (B,), into (B,) keys."""
+    """Folds data, a scalar or (B,) int, into keys (B,)."""
     return jax.vmap(jax.random.fold_in, (0, None if jnp.ndim(data) == 0 else 0))(keys, data)

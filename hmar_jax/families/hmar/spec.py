@@ -1,4 +1,4 @@
-"""What an HMAR or VAR model is: the contents of a model directory's config.json."""
+"""The spec of an HMAR or VAR model: the contents of config.json in a model directory."""
 
 import dataclasses
 import json
@@ -22,15 +22,16 @@ STAGE2_SAMPLING = names_of_task(SamplingConfig, "masked")
 
 @dataclasses.dataclass(frozen=True)
 class HmarSpec:
-    """A tokenizer, a transformer on top of it, and perhaps stage 2 of that."""
+    """A tokenizer, a transformer (stage 1) and, optionally, stage 2."""
 
     autoencoder: Any  # config of the tokenizer
     transformer: TransformerConfig
     masked_depth: int = 0  # M, blocks of stage 2; 0: there is no stage 2
-    # False: stage 2 alone, whose tail is the transformer's too and predicts whole scales from masks
+    # False: there is no stage 1. Stage 2 predicts whole scales from masks; its tail also stands for
+    # that of the transformer.
     next_scale: bool = True
     class_names: tuple[str, ...] = ()
-    sampling: SamplingConfig = SamplingConfig()  # unless the caller says otherwise
+    sampling: SamplingConfig = SamplingConfig()  # defaults
     origin: str = ""  # where the parameters come from
     licence: str = ""
 
@@ -55,6 +56,7 @@ class HmarSpec:
 
     @property
     def kind(self) -> str:
+        """What kind of model this is, in words."""
         if self.masked_depth:
             what = (
                 "next-scale and masked prediction" if self.next_scale else "masked prediction alone"
@@ -78,7 +80,7 @@ class HmarSpec:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For json.dumps; from_json gives back an equal spec."""
+        """For json.dumps; from_json returns an equal spec."""
         fields = dataclasses.asdict(self)
         fields["autoencoder"] = config_to_json(self.autoencoder)
         kept = STAGE2_SAMPLING if self.masked_depth else STAGE1_SAMPLING
@@ -87,12 +89,14 @@ class HmarSpec:
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> "HmarSpec":
-        """Reads what to_json wrote, or the first version's files.
+        """Reads what to_json wrote, or a file of the first version.
 
-        Those had the tokenizer's config under "tokenizer" and sampling options at the top level.
+        In the first version the tokenizer's config has the key "tokenizer", and sampling options
+        are at the top level.
 
         Args:
-          where: names the file in errors.
+          data: the parsed file.
+          where: how errors name the file.
 
         Raises:
           InputError: another format, or unknown or missing keys.

@@ -1,15 +1,15 @@
-"""The transformer over scales: embeddings, blocks with adaptive layer norm, head, and stage 1.
+"""The transformer of stage 1: embeddings, blocks with adaptive layer norm, and a head.
 
 HMAR (arXiv 2506.04421, section 3) and VAR (arXiv 2404.02905, section 3.3) predict all tokens of
-scale k at once from the image so far. In HMAR a token attends to its own scale only (pattern
-"diagonal": earlier scales are in its input, through the running sum f_hat); in VAR also to all
-earlier scales (pattern "causal"). Both work with the same parameters.
+scale k at once. In HMAR a token attends to its own scale only (pattern "diagonal"): its input
+contains the earlier scales, through their running sum f_hat. In VAR it also attends to all earlier
+scales (pattern "causal"). Both patterns have the same parameters.
 
-The three parts are Flax modules. A model is a plain composition of them over one dictionary of
-parameters, so the blocks, stacked on a leading axis, can be cut into base and tail by a slice.
+The parts are Flax modules. A model is a composition of them, over one dictionary of parameters. The
+blocks' parameters are stacked on a leading axis, so that slices give a base and a tail.
 
-Letters: B images, L tokens of all scales, l tokens at hand, C width, H heads, D = C / H head dim,
-N blocks, V codebook, Z channels of the code, K scales.
+Letters: B images, L tokens of all scales, l tokens of one or several scales, C width, H heads,
+D = C / H head dim, N blocks, V codebook entries, Z channels of the code, K scales.
 """
 
 import dataclasses
@@ -29,21 +29,22 @@ from pallas_kernels import block_attention
 from pallas_kernels.api import IMPLEMENTATIONS
 
 _NORM_EPS = 1e-6
-_QK_NORM_EPS = 1e-12  # of torch's normalize, used by the published code
+_QK_NORM_EPS = 1e-12  # the default of torch.nn.functional.normalize, as in the published code
 _MAX_LOG_SCALE = np.log(100.0)
 _INIT_LOG_SCALE = np.log(4.0)
-_SCALE_WITHOUT_QK_NORM = 0.25  # times 1 / sqrt(D); VAR's choice where q and k are not normalised
+_SCALE_WITHOUT_QK_NORM = 0.25  # times 1 / sqrt(D); VAR's choice without normalized q and k
 
-# What training keeps of a block for the backward pass; the rest is computed again.
+# What training saves of a block for the backward pass, which computes the rest again.
 REMAT = {
-    "none": None,  # everything is kept
-    # Results of matrix products; norms, GELU and attention are computed again.
+    "none": None,  # everything is saved
+    # Saves results of matrix products; computes norms, GELU and attention again.
     "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "blocks": jax.checkpoint_policies.nothing_saveable,  # the block's input: a third more work
+    # Saves the block's input alone: a third more FLOPs.
+    "blocks": jax.checkpoint_policies.nothing_saveable,
 }
 
-# How parameters are divided over a mesh (parallel/sharding.py). Blocks are stacked on a first axis
-# of N. Everything else, biases and embeddings, is small and copied to every device.
+# How a mesh divides parameters (parallel/sharding.py). The blocks' have a leading axis of N. All
+# others, biases and embeddings, are small: each device has a copy.
 PARTITION_RULES = (
     (r"block/qkv/kernel$", (None, "fsdp", None, "tensor", None)),  # (N, C, 3, H, D)
     (r"(q_bias|v_bias)$", (None, "tensor", None)),  # (N, H, D)
@@ -63,49 +64,58 @@ PARTITION_RULES = (
 class TransformerConfig(Settings):
     """Architecture of a next-scale transformer.
 
-    Published sizes: width 64 N, heads N, MLP ratio 4 for depth N.
+    The published models of depth N have width 64 N, N heads and an MLP ratio of 4.
     """
 
     scales: tuple[int, ...]  # sides of the token grids
     vocab_size: int = setting(4096, "V, codebook entries.", at_least=1, derived=True)
     z_channels: int = setting(32, "Z, channels of the code.", at_least=1, derived=True)
-    num_classes: int = setting(1000, "Classes.", at_least=1, derived=True)
-    depth: int = setting(16, "N, blocks.", at_least=1, at_most=2**20)
+    num_classes: int = setting(1000, "Number of classes.", at_least=1, derived=True)
+    depth: int = setting(16, "N, number of blocks.", at_least=1, at_most=2**20)
     width: int = setting(1024, "C, width.", at_least=1, at_most=2**20)
-    heads: int = setting(16, "H, attention heads.", at_least=1, at_most=2**20)
-    mlp_ratio: float = setting(4.0, "Hidden units of the MLP / C.", at_least=0.1, at_most=100)
+    heads: int = setting(16, "H, number of attention heads.", at_least=1, at_most=2**20)
+    mlp_ratio: float = setting(
+        4.0, "Hidden units of the MLP, relative to C.", at_least=0.1, at_most=100
+    )
     pattern: str = setting(
         "diagonal",
         "What a token attends to: diagonal, its own scale (HMAR); causal, also earlier ones (VAR).",
         choices=("diagonal", "causal"),
     )
-    qk_norm: bool = setting(True, "Normalise queries and keys.")
+    qk_norm: bool = setting(True, "Normalize queries and keys.")
     shared_adaln: bool = setting(
-        False, "One modulation layer for all blocks, plus a learned table in each block."
+        False, "One AdaLN layer for all blocks, plus a learned table in each block."
     )
     dropout: float = setting(0.0, "Dropout rate.", at_least=0, at_most=1)
     drop_path: float = setting(
         0.0,
-        "Stochastic depth of the last block; grows linearly from 0. Published: 0.1 N / 24.",
+        "Stochastic depth: rate of the last block, rising from 0 at the first. Published: "
+        "0.1 N / 24.",
         at_least=0,
         at_most=1,
     )
-    init_adaln: float = setting(0.5, "Factor on initial weights of scales, shifts and the head's.")
-    init_adaln_gamma: float = setting(1e-3, "Factor on those of the residual branches' gates.")
+    init_adaln: float = setting(
+        0.5, "Factor on initial AdaLN weights of scales and shifts, and on those of the head."
+    )
+    init_adaln_gamma: float = setting(
+        1e-3, "Factor on initial AdaLN weights of the gates of residual branches."
+    )
     init_head: float = setting(0.02, "Factor on the head's initial weights.")
     dtype: str = setting(
         "float32",
-        "Of matrix products; residuals, norms, softmax and logits are float32.",
+        "Of matrix products; residuals, norms, softmax and logits are always float32.",
         choices=("float32", "bfloat16", "float16"),
     )
     attention: str = setting(
         "",
-        "Implementation of block_attention in training (pallas_kernels); empty: the best one.",
+        "Implementation of block_attention in training, see pallas_kernels; empty: the fastest "
+        "that runs here.",
         harmless=True,
     )
     remat: str = setting(
         "none",
-        "What of a block the backward pass computes again, to save memory.",
+        "What the backward pass computes again, to save memory: matmuls, all but the results of "
+        "matrix products; blocks, all.",
         choices=tuple(REMAT),
         harmless=True,
     )
@@ -123,16 +133,17 @@ class TransformerConfig(Settings):
 
     @property
     def null_class(self) -> int:
-        """The class that stands for none, of unconditional predictions."""
+        """The class id of unconditional predictions."""
         return self.num_classes
 
     @property
     def init_std(self) -> float:
+        """Standard deviation of initial weights."""
         return (1 / 3 / self.width) ** 0.5
 
     @property
     def drop_path_rates(self) -> np.ndarray:
-        """(N,)"""
+        """(N,) float32: the stochastic depth of each block."""
         return np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
 
 
@@ -159,14 +170,14 @@ def _attend(config: TransformerConfig, block_sizes, scale: float, q, k, v):  # (
 
 
 def layer_norm(x):
-    """Without affine part, in float32."""
+    """Layer norm without affine part, in float32: (..., C) -> (..., C)."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(jnp.mean((x - mean) ** 2, -1, keepdims=True) + _NORM_EPS)
 
 
 def _normal(std):
-    # The published initialisation truncates at +-2, which never happens at these deviations.
+    # The published code truncates at +-2, which has no effect at such small standard deviations.
     return nn.initializers.normal(std)
 
 
@@ -185,7 +196,15 @@ class Embeddings(nn.Module):
         self.word_embed = nn.Dense(c.width, kernel_init=normal, dtype=jnp.float32)
 
     def __call__(self, class_ids, scale_inputs):
-        """All scales: class_ids (B,), next-scale inputs (B, L - l_0, Z) -> (B, L, C)."""
+        """Embeds all scales.
+
+        Args:
+          class_ids: (B,) int32.
+          scale_inputs: next-scale inputs (B, L - l_0, Z).
+
+        Returns:
+          (B, L, C)
+        """
         return self.add_position_and_level(
             jnp.concatenate([self.start_tokens(class_ids), self.embed_inputs(scale_inputs)], 1),
             slice(None),
@@ -196,7 +215,7 @@ class Embeddings(nn.Module):
         return self.class_emb[class_ids]
 
     def start_tokens(self, class_ids):
-        """The input of the first scale: (B,) -> (B, l_0, C)."""
+        """(B,) int32 -> (B, l_0, C): the input of the first scale."""
         return self.class_embedding(class_ids)[:, None] + self.pos_start
 
     def embed_inputs(self, scale_inputs):
@@ -204,7 +223,15 @@ class Embeddings(nn.Module):
         return self.word_embed(scale_inputs)
 
     def add_position_and_level(self, x, positions: slice):
-        """Adds level and position embeddings of these positions to (B, l, C)."""
+        """Adds the level and position embeddings of some positions.
+
+        Args:
+          x: (B, l, C).
+          positions: of the L tokens, those of x.
+
+        Returns:
+          (B, l, C)
+        """
         levels = self.config.scale_list.level_ids[positions]
         return x + self.level_emb[levels] + self.pos_emb[positions]
 
@@ -229,12 +256,12 @@ class Block(nn.Module):
             modulation (B, 6, C).
           drop_path: scalar rate of this block.
           kv_cache: keys and values of earlier scales, each (B, l_cache, H, D), or None.
-          block_sizes: the scales' lengths when x holds several scales (training), else None: x is
-            one scale, which attends to all of `kv_cache` and itself.
-          return_kv: whether to return keys and values for the scales to come.
+          block_sizes: the scales' lengths where x holds several scales (training). None: x is one
+            scale, whose tokens attend to kv_cache and to each other.
+          return_kv: whether to return keys and values, for later scales.
 
         Returns:
-          x (B, l, C), and None or the keys and values of kv_cache and own tokens.
+          x (B, l, C), and the keys and values of kv_cache and x, or None.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         x = constrain_batch(x)
@@ -256,7 +283,7 @@ class Block(nn.Module):
         return constrain_batch(x + self._drop_path(gamma2 * h, drop_path)), kv
 
     def _residual_init(self):
-        """Of the layers that end a residual branch: smaller by sqrt(2 N)."""
+        """The initializer of the last layer of a residual branch: smaller by sqrt(2 N)."""
         return _normal(self.config.init_std / (2 * self.config.depth) ** 0.5)
 
     def _modulate(self, modulation):
@@ -287,7 +314,7 @@ class Block(nn.Module):
         q_bias = self.param("q_bias", zeros, (c.heads, head_size))
         v_bias = self.param("v_bias", zeros, (c.heads, head_size))
         q = qkv[:, :, 0] + q_bias.astype(dtype)  # (B, l, H, D)
-        k = qkv[:, :, 1]  # no bias: it would shift all scores of a query alike
+        k = qkv[:, :, 1]  # no bias: it would add the same number to all scores of a query
         v = qkv[:, :, 2] + v_bias.astype(dtype)
         if c.qk_norm:
             log_scale = self.param(
@@ -314,7 +341,7 @@ class Block(nn.Module):
         return out, (k, v) if return_kv else None
 
     def _drop_path(self, branch, rate):
-        """Stochastic depth: the whole branch of an image is dropped with probability `rate`."""
+        """Stochastic depth: drops the whole branch of an image with probability `rate`."""
         if self.deterministic or self.config.drop_path == 0:
             return branch
         keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (branch.shape[0], 1, 1))
@@ -324,19 +351,20 @@ class Block(nn.Module):
 def _flatten_tokens(x):
     """(B, l, C) -> (B l, C).
 
-    XLA's CPU backend multiplies matrices twice as fast as stacks of them, gradients included.
+    On XLA's CPU backend a product of matrices is twice as fast as one with a batch axis, in the
+    backward pass too.
     """
     return x.reshape(-1, x.shape[-1])
 
 
 def _l2_normalize(x):
-    """L2-normalised over D, in float32."""
+    """(..., D) -> (..., D) float32 of unit L2 norm."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, -1, keepdims=True)), _QK_NORM_EPS)
 
 
 class Blocks(nn.Module):
-    """`depth` blocks as one scanned body; their parameters are stacked on a leading axis."""
+    """Blocks as one scanned layer: compiled once, with parameters stacked on a leading axis."""
 
     config: TransformerConfig
     depth: int
@@ -344,9 +372,9 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(self, x, modulation, drop_path, kv_cache=None, block_sizes=None, return_kv=False):
-        """As Block, with drop_path (depth,) and kv_cache, keys and values (depth, B, l, H, D)."""
+        """As Block, with drop_path (depth,), and keys and values (depth, B, l, H, D)."""
         block, policy = Block, REMAT[self.config.remat]
-        if policy is not None:  # inside a scan nothing could be merged with what is computed again
+        if policy is not None:  # in a scan, the compiler cannot merge what is computed twice
             block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(5, 6))
         scanned = nn.scan(
             block,
@@ -367,7 +395,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x, condition):
-        """x (B, l, C), condition (B, C) -> logits (B, l, V) float32."""
+        """x (B, l, C) and class embedding (B, C) -> logits (B, l, V) float32."""
         c = self.config
         ada = nn.Dense(2 * c.width, name="ada", kernel_init=_normal(c.init_std * c.init_adaln))(
             nn.silu(condition)
@@ -381,7 +409,7 @@ class Head(nn.Module):
 
 
 class SharedModulation(nn.Module):
-    """The one modulation layer of all blocks (shared_adaln)."""
+    """The AdaLN layer that all blocks share (shared_adaln)."""
 
     config: TransformerConfig
 
@@ -396,14 +424,16 @@ class SharedModulation(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class NextScaleTransformer:
-    """Stage 1: the composition, as pure functions of one dictionary of parameters.
+    """Stage 1, as pure functions of one dictionary of parameters.
 
-    params: {"embed", "blocks" (stacked: (N, ...)), "head"} and, with shared_adaln, {"shared"}.
+    The dictionary has the keys "embed", "blocks" (arrays (N, ...)), "head" and, with shared_adaln,
+    "shared".
     """
 
     config: TransformerConfig
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
+        """Random parameters."""
         c = self.config
         class_ids = jnp.zeros(1, jnp.int32)
         length = c.scale_list.length - c.scale_list.lengths[0]
@@ -423,13 +453,14 @@ class NextScaleTransformer:
         return params
 
     def modulation(self, params, condition):
-        """What blocks take for the class: (B, C) -> (B, C), or with shared_adaln (B, 6, C)."""
+        """The blocks' argument: class embedding (B, C) -> (B, C), with shared_adaln (B, 6, C)."""
         condition = nn.silu(condition)
         if not self.config.shared_adaln:
             return condition
         return SharedModulation(self.config).apply({"params": params["shared"]}, condition)
 
     def embed(self, params, *args, method=None):
+        """Calls a method of Embeddings, by default for all scales."""
         return Embeddings(self.config).apply({"params": params["embed"]}, *args, method=method)
 
     def run_blocks(
@@ -444,16 +475,18 @@ class NextScaleTransformer:
         dropout_rng=None,
         **kwargs,
     ):
-        """Blocks first, ..., last - 1 over x (B, l, C).
+        """Applies the blocks first, ..., last - 1.
 
         Args:
+          x: (B, l, C).
           condition: class embedding (B, C).
-          stacked_from: the number of the first block in params["blocks"].
+          last: None: up to the last block.
+          stacked_from: the index of the first block that params["blocks"] contains.
           dropout_rng: key for dropout and stochastic depth; None turns them off.
           **kwargs: kv_cache, block_sizes and return_kv of Blocks.
 
         Returns:
-          x (B, l, C), and keys and values or None.
+          x (B, l, C), and keys and values, or None.
         """
         last = self.config.depth if last is None else last
         stacked = jax.tree.map(
@@ -470,10 +503,11 @@ class NextScaleTransformer:
         )
 
     def head(self, params, x, condition):
+        """x (B, l, C) and class embedding (B, C) -> logits (B, l, V) float32."""
         return Head(self.config).apply({"params": params["head"]}, x, condition)
 
     def logits(self, params, class_ids, scale_inputs, dropout_rng=None):
-        """All scales at once, for training.
+        """Predicts all scales at once, for training.
 
         Args:
           class_ids: (B,) int32.
@@ -481,7 +515,7 @@ class NextScaleTransformer:
           dropout_rng: key for dropout and stochastic depth; None turns them off.
 
         Returns:
-          (B, L, V) float32.
+          Logits (B, L, V) float32.
         """
         condition = self.embed(params, class_ids, method="class_embedding")
         x = self.embed(params, class_ids, scale_inputs)
@@ -495,7 +529,7 @@ class NextScaleTransformer:
         return self.head(params, x, condition)
 
     def _embed_scale(self, params, class_ids, scale_inputs, k: int):
-        """(B, l_k, Z) -> (B, l_k, C): the input embeddings of scale k; of scale 0, start tokens."""
+        """(B, l_k, Z) -> (B, l_k, C): input embeddings of scale k; for k = 0, the start tokens."""
         if k == 0:
             x = self.embed(params, class_ids, method="start_tokens")
         else:
@@ -504,15 +538,16 @@ class NextScaleTransformer:
         return self.embed(params, x, positions, method="add_position_and_level")
 
     def scale_logits(self, params, class_ids, scale_inputs, k: int, kv_cache=None):
-        """One scale, for sampling.
+        """Predicts one scale, for sampling.
 
         Args:
-          scale_inputs: next-scale input of scale k (B, l_k, Z).
-          kv_cache: keys and values of earlier scales (causal pattern), as returned for scale k - 1.
+          class_ids: (B,) int32.
+          scale_inputs: next-scale inputs of scale k (B, l_k, Z); not used for k = 0.
+          kv_cache: what this method returned for scale k - 1; None for k = 0.
 
         Returns:
-          (B, l_k, V) float32, and keys and values to pass on; None in the diagonal pattern, which
-          needs none.
+          Logits (B, l_k, V) float32, and keys and values of all scales up to k. The diagonal
+          pattern needs no keys and values: None.
         """
         condition = self.embed(params, class_ids, method="class_embedding")
         x = self._embed_scale(params, class_ids, scale_inputs, k)

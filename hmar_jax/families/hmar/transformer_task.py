@@ -1,6 +1,6 @@
-"""What the training tasks of both stages share: batches, class dropout, previews.
+"""The base of the training tasks of both stages: batches, class dropout, previews.
 
-Letters: B images, L tokens, Z channels of the code, h w sides of an image.
+Letters: B images, L tokens of all scales, Z channels of the code, h w image sides.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from hmar_jax.training.optimizer import leaves_named
 from hmar_jax.training.task import Batch, LayerStack, Params, TaskDefaults
 
 _PREVIEW_CLASSES, _PREVIEWS_PER_CLASS = 10, 8
-_decays = leaves_named("kernel", "class_emb", "mask_embed")  # the published choice
+_decays = leaves_named("kernel", "class_emb", "mask_embed")  # as in the published code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerTask(TaskDefaults):
-    """A stage of the transformer on a frozen tokenizer: frozen["tokenizer"]."""
+    """A stage of the transformer, on top of a frozen tokenizer, frozen["tokenizer"]."""
 
     spec: HmarSpec  # of the model that comes out
     recipe: TransformerRecipe
@@ -54,7 +54,7 @@ class TransformerTask(TaskDefaults):
         return self.spec.transformer
 
     def batch_shapes(self, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a batch of tokens, or of images that the step encodes."""
+        """Shapes of a batch of "tokens", or of "image", which the step encodes."""
         label = jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)
         if kind == "image":
             side = self.spec.autoencoder.image_side
@@ -74,16 +74,16 @@ class TransformerTask(TaskDefaults):
             check_attention(self.transformer)
 
     def drop_classes(self, rng: jax.Array, labels) -> jax.Array:
-        """(B,) int32, some of them replaced by the null class."""
+        """Replaces a random share of the labels (B,) int32 by the null class."""
         dropped = jax.random.bernoulli(rng, self.recipe.class_dropout, labels.shape)
         return jnp.where(dropped, self.transformer.null_class, labels)
 
     def apply_tokenizer(self, frozen: Params, *args, method: str):
-        """A method of the frozen tokenizer."""
+        """Calls a method of the frozen tokenizer."""
         return apply_tokenizer(self.spec.autoencoder, frozen["tokenizer"], *args, method=method)
 
     def tokens_and_inputs(self, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Tokens (B, L) int32 and next-scale inputs (B, L - l_0, Z) of tokens, or of images."""
+        """Tokens (B, L) int32 and next-scale inputs (B, L - l_0, Z) of a batch."""
         if "tokens" in batch:
             tokens = batch["tokens"]
             f_hats = self.apply_tokenizer(frozen, tokens, method="tokens_to_f_hats")
@@ -98,7 +98,14 @@ class TransformerTask(TaskDefaults):
         return list(names[:count])
 
     def sample_preview(self, params: Params, rng: jax.Array) -> jax.Array:
-        """Samples of the first classes, (classes, 8, h, w, 3); params of the whole model."""
+        """Samples images of the first classes.
+
+        Args:
+          params: of the whole model.
+
+        Returns:
+          (classes, 8, h, w, 3) float32 in [0, 1].
+        """
         count = min(_PREVIEW_CLASSES, self.transformer.num_classes)
         ids = np.repeat(np.arange(count), _PREVIEWS_PER_CLASS)
         keys = constrain_batch(image_keys(rng, len(ids)))
@@ -113,7 +120,7 @@ class TransformerTask(TaskDefaults):
         model, tokenizer = self.transformer, self.spec.autoencoder
         length = model.scale_list.length
         encoding = 0.0
-        if kind == "image":  # a residual block's widest arrays
+        if kind == "image":  # the largest arrays of the encoder, in a residual block
             pixels = self.batch_size * tokenizer.image_side**2 / tokenizer.patch_size**2
             encoding = 3.0 * pixels * tokenizer.channels * jnp.dtype(tokenizer.dtype).itemsize
         return LayerStack(
