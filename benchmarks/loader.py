@@ -29,9 +29,10 @@ from hmar_jax.data.record_spec import RecordField, RecordSpec
 from hmar_jax.data.records import RecordSetInfo, SplitInfo, make_record_loader, open_records
 from hmar_jax.data.sources import ArraySource, open_source
 from hmar_jax.data.transforms import Transform
+from hmar_jax.training import trainable
 
 VOCAB = 4096
-IMAGENET = 1_281_167  # training images
+IMAGENET = trainable.IMAGENET.num_images
 
 
 def main():

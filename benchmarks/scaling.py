@@ -234,9 +234,9 @@ def work(args, overrides: list[str], worker: dict) -> None:
     from hmar_jax.data.records import RecordsInMemory, make_record_loader
     from hmar_jax.experiment import task_kind, task_shapes
     from hmar_jax.io.checkpoints import RunCheckpoints
+    from hmar_jax.loading import load_spec_and_params
     from hmar_jax.parallel import processes, sharding
     from hmar_jax.parallel.chips import peak_flops
-    from hmar_jax.pipeline import load_spec_and_params
     from hmar_jax.training.compiled_steps import compile_steps
     from hmar_jax.training.trainable import IMAGENET, Parent
 

@@ -6,6 +6,7 @@ pipe = hmar_jax.load("runs/mine")                                 # or a run or 
 """
 
 import functools
+import importlib
 import typing
 
 from hmar_jax.errors import InputError
@@ -46,7 +47,7 @@ def _loaded(model: str):
 def __getattr__(name: str):
     # JAX is imported when it is needed: --help and wrong arguments cost no time.
     if name in ("Pipeline", "from_torch", "load"):
-        from hmar_jax import pipeline
-
-        return getattr(pipeline, name)
+        return getattr(importlib.import_module("hmar_jax.pipeline"), name)
+    if name == "pipeline":
+        return importlib.import_module("hmar_jax.pipeline")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,8 +26,8 @@ from hmar_jax.data.sources import Source, open_source
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.io import files
+from hmar_jax.loading import load_spec_and_params
 from hmar_jax.parallel import processes, sharding
-from hmar_jax.pipeline import load_spec_and_params
 from hmar_jax.training.experiment import Experiment, FrozenModel, Validation
 from hmar_jax.training.metrics import LOGGER
 from hmar_jax.training.step import init_state

@@ -1,4 +1,4 @@
-"""What programs and notebooks hold: load a model by name, sample, edit, encode, decode.
+"""What programs and notebooks hold: a loaded model that samples, edits, encodes and decodes.
 
 The same for every model family: what a family can do, and with which options, it says itself.
 """
@@ -6,8 +6,6 @@ The same for every model family: what a family can do, and with which options, i
 import dataclasses
 import functools
 import inspect
-import os
-import pathlib
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,26 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hmar_jax import autoencoders, families, settings
-from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec
-from hmar_jax.data.records import RecordSpec
+from hmar_jax import autoencoders, families, loading, settings
+from hmar_jax.autoencoders.base import AUTOENCODER
+from hmar_jax.data.record_spec import RecordSpec
 from hmar_jax.errors import InputError
 from hmar_jax.families.base import image_keys
-from hmar_jax.io import checkpoints, files, masks, models, runs
+from hmar_jax.io import masks
 from hmar_jax.io.images import resize_image
 
-_BUNDLED = pathlib.Path(__file__).resolve().parent / "bundled"
 _MAX_BATCH = 64  # images of one device in one call of the compiled sampler
-
-
-def bundled_models() -> list[str]:
-    """Names of the models that come with the package."""
-    if not _BUNDLED.is_dir():
-        return []
-    return sorted(p.name for p in _BUNDLED.iterdir() if (p / "config.json").is_file())
 
 
 class Pipeline:
@@ -409,9 +398,6 @@ def _as_mask(mask, image_shape) -> tuple[np.ndarray, bool]:
     return rows, single
 
 
-# Loading
-
-
 def load(
     name: str, dtype: str = "auto", devices=None, checkpoint: int | str = "latest"
 ) -> Pipeline:
@@ -426,48 +412,7 @@ def load(
     Raises:
       InputError: there is no such model or checkpoint, or it is damaged.
     """
-    return Pipeline(*load_spec_and_params(name, checkpoint), dtype, devices)
-
-
-def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[Any, dict]:
-    """As `load`, but the spec and all parameters, by part, on the host."""
-    directory = pathlib.Path(name) if files.is_local(name) else epath.Path(name)
-
-    def exists(folder):
-        config = folder / "config.json"
-        # os.path: unlike Path.is_file, False for any nonsense
-        return os.path.isfile(config) if files.is_local(folder) else config.exists()
-
-    if name in bundled_models() and not exists(directory):
-        directory = _BUNDLED / name
-    if not exists(directory):
-        raise InputError(
-            f"model must be a bundled model ({', '.join(bundled_models()) or 'none'}) or a "
-            f"directory with a config.json; got {name!r}"
-        )
-    where = str(directory / "config.json")
-    config = files.read_json(directory / "config.json", "the config of a model or a run")
-    if runs.is_run(config):
-        return _load_run(directory, families.spec_from_json(config.get("model"), where), checkpoint)
-    if checkpoint != "latest":
-        raise InputError(
-            f"checkpoint {checkpoint!r} of {name!r}: only runs have checkpoints; this is a model"
-        )
-    config, params = models.load_model(directory)
-    return families.spec_from_json(config, where), params
-
-
-def _load_run(directory: pathlib.Path | epath.Path, spec: Any, checkpoint: int | str):
-    _, saved = checkpoints.load_params_of_run(directory, averaged=True, checkpoint=checkpoint)
-    trained = saved["params"]
-    if isinstance(spec, AutoencoderSpec):
-        return spec, {AUTOENCODER: trained}
-    family = families.get_family(spec.family)
-    parent_params: dict = {}
-    for kind in family.TASKS.values():
-        if kind.parent_folder and (directory / kind.parent_folder / "config.json").exists():
-            _, parent_params = models.load_model(directory / kind.parent_folder)
-    return spec, family.assemble_params(spec, trained, parent_params)
+    return Pipeline(*loading.load_spec_and_params(name, checkpoint), dtype, devices)
 
 
 def from_torch(
@@ -485,14 +430,4 @@ def from_torch(
     Raises:
       InputError: a file cannot be read or holds no such model, or an option is missing or wrong.
     """
-    return Pipeline(*convert_torch_files(model, family, **options), dtype)
-
-
-def convert_torch_files(model: str | None = None, family: str = "", **options) -> tuple[Any, dict]:
-    """As `from_torch`, but the spec and the parameters on the host."""
-    module = families.get_family(family or families.DEFAULT_FAMILY)
-    if module.ConvertConfig is None:
-        raise InputError(f"the family {module.NAME!r} has no published weights to read")
-    given = settings.resolve_names(module.ConvertConfig, options)
-    given = {name: value for name, value in given.items() if value is not None}
-    return module.convert(model, module.ConvertConfig(**given))
+    return Pipeline(*loading.convert_torch_files(model, family, **options), dtype)

@@ -519,8 +519,8 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(refused, elsew
     def work(*_):
         raise AssertionError("the work has started")
 
-    monkeypatch.setattr("hmar_jax.pipeline.load_spec_and_params", work)
-    monkeypatch.setattr("hmar_jax.pipeline.convert_torch_files", work)
+    monkeypatch.setattr("hmar_jax.loading.load_spec_and_params", work)
+    monkeypatch.setattr("hmar_jax.loading.convert_torch_files", work)
     (elsewhere / "file").write_text("")
     (elsewhere / "full").mkdir()
     (elsewhere / "full/x").write_text("")

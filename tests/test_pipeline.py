@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hmar_jax
-from hmar_jax import pipeline
+from hmar_jax import loading, pipeline
 from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import build_experiment
@@ -68,7 +68,7 @@ def test_an_image_is_the_same_alone_and_in_any_batch(pipe):
 
 _SHARDED = """
 import sys, jax, numpy as np, hmar_jax
-from hmar_jax import pipeline
+from hmar_jax import loading, pipeline
 
 pipe, key = hmar_jax.load(sys.argv[1]), jax.random.key(11)
 ids = [i % pipe.spec.num_classes for i in (7, 0, 3, 3, 9, 5, 1)]
@@ -89,7 +89,7 @@ print("agrees")
 @pytest.mark.parametrize("model", ["tiny", pytest.param("digits", marks=pytest.mark.slow)])
 def test_an_image_is_the_same_on_eight_devices(model):
     """With masked passes and guidance; in its own process, as JAX counts devices at its start."""
-    if model == "digits" and "digits" not in hmar_jax.pipeline.bundled_models():
+    if model == "digits" and "digits" not in loading.bundled_models():
         pytest.skip("no bundled model digits")
     name = str(tiny.masked_run()) if model == "tiny" else model
     result = subprocess.run(

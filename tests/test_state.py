@@ -17,7 +17,7 @@ from hmar_jax.families.hmar.recipe import MaskedRecipe, NextScaleRecipe
 from hmar_jax.families.hmar.spec import HmarSpec
 from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
 from hmar_jax.io import checkpoints
-from hmar_jax.pipeline import load_spec_and_params
+from hmar_jax.loading import load_spec_and_params
 from hmar_jax.training import loop, step
 from hmar_jax.training.metrics import Mean
 from hmar_jax.training.optimizer import OptimizerConfig

@@ -51,7 +51,7 @@ from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io.checkpoints import save_model
-from hmar_jax.pipeline import load_spec_and_params
+from hmar_jax.loading import load_spec_and_params
 from tests import tiny
 
 SCALES, SIDE = (1, 2, 3), 4

@@ -20,7 +20,7 @@ from hmar_jax.data import loader
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io import checkpoints, runs
 from hmar_jax.io.models import load_model
-from hmar_jax.pipeline import load_spec_and_params
+from hmar_jax.loading import load_spec_and_params
 from hmar_jax.training import loop, metrics
 from tests import tiny
 

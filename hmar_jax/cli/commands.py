@@ -121,7 +121,7 @@ def tokenize(args) -> None:
     _retain_freed_memory()
     import jax
 
-    from hmar_jax import autoencoders, pipeline
+    from hmar_jax import autoencoders, loading
     from hmar_jax.autoencoders.base import AUTOENCODER, config_to_json, make_encoder
     from hmar_jax.data import encoding
     from hmar_jax.data.sources import SPLITS, open_source
@@ -133,7 +133,7 @@ def tokenize(args) -> None:
         raise InputError(f"--splits must be train, validate or both; got {args.splits}")
     if args.part is None:
         processes.initialize()
-    spec, params = pipeline.load_spec_and_params(args.tokenizer)
+    spec, params = loading.load_spec_and_params(args.tokenizer)
     changes = {"dtype": args.dtype} if args.dtype else {}
     config = dataclasses.replace(spec.autoencoder, **changes)
     autoencoder, params = autoencoders.make_autoencoder(config), params[AUTOENCODER]
@@ -393,10 +393,10 @@ def evaluate(args) -> None:
 
 def info(args) -> None:
     """Prints what a model is."""
-    from hmar_jax import pipeline
+    from hmar_jax import loading
     from hmar_jax.autoencoders import models
 
-    spec, params = pipeline.load_spec_and_params(args.model, args.checkpoint)
+    spec, params = loading.load_spec_and_params(args.model, args.checkpoint)
     rows = [("model", f"{args.model}: {spec.kind}"), *models.describe(spec.autoencoder, params)]
     if spec.sampling is not None:
         rows += families.get_family(spec.family).describe(spec, params)
@@ -408,13 +408,13 @@ def info(args) -> None:
 
 def convert(args) -> None:
     """Published PyTorch weights become a model directory."""
-    from hmar_jax import pipeline
+    from hmar_jax import loading
     from hmar_jax.io import models
 
     models.check_new_model(args.out)
     options = _options(args, "ConvertConfig")
     try:
-        spec, params = pipeline.convert_torch_files(args.torch, args.family, **options)
+        spec, params = loading.convert_torch_files(args.torch, args.family, **options)
     except ImportError as e:
         raise InputError(str(e)) from None
     models.save_model(args.out, spec.to_json(), params, _readme(args.out, spec))
@@ -426,11 +426,11 @@ def export(args) -> None:
     import jax
     import numpy as np
 
-    from hmar_jax import pipeline
+    from hmar_jax import loading
     from hmar_jax.io import models
 
     models.check_new_model(args.out)
-    spec, params = pipeline.load_spec_and_params(args.model, args.checkpoint)
+    spec, params = loading.load_spec_and_params(args.model, args.checkpoint)
     if args.licence is not None:
         spec = dataclasses.replace(spec, licence=args.licence)
     if args.half:

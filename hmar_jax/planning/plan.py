@@ -200,7 +200,7 @@ def _shapes(config: ConfigDict, parent_config: ConfigDict | None):
     parent, data, key = None, IMAGENET, kind_of_task.parent_key
     if key is not None:
         if config[key]:
-            from hmar_jax.pipeline import load_spec_and_params  # reads parameters
+            from hmar_jax.loading import load_spec_and_params  # reads parameters
 
             parent = Parent(config[key], load_spec_and_params(config[key])[0])
         else:
