@@ -19,7 +19,7 @@ import numpy as np
 from hmar_jax import settings
 from hmar_jax.autoencoders.vq import to_float
 from hmar_jax.config_files import ConfigSchema
-from hmar_jax.data.records import RecordField, RecordSpec
+from hmar_jax.data.record_spec import RecordField, RecordSpec
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.parallel.sharding import MeshConfig

@@ -22,7 +22,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.parallel.sharding import Rules
 
 if TYPE_CHECKING:
-    from hmar_jax.data.records import RecordSpec
+    from hmar_jax.data.record_spec import RecordSpec
 
 AUTOENCODER = "tokenizer"  # where the parameters of a model have those of its autoencoder
 FORMAT = "hmar_jax model 1"  # of config.json

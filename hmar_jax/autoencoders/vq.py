@@ -27,7 +27,7 @@ from hmar_jax.parallel.sharding import Rules
 from hmar_jax.settings import setting
 
 if TYPE_CHECKING:
-    from hmar_jax.data.records import RecordSpec
+    from hmar_jax.data.record_spec import RecordSpec
 
 Params = Any  # a pytree of arrays
 
@@ -373,7 +373,7 @@ class VQAutoencoder:
     def record_spec(self) -> "RecordSpec":
         """What an encoded data set stores for one image: L tokens."""
         # Here, because loading a model does not need the readers of data sets.
-        from hmar_jax.data.records import RecordField, RecordSpec
+        from hmar_jax.data.record_spec import RecordField, RecordSpec
 
         c = self.config
         field = RecordField("tokens", (c.scale_list.length,), "int32", vocab_size=c.vocab_size)
