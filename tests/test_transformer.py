@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES, ScaleList
+from hmar_jax.errors import InputError
 from hmar_jax.families.hmar import convert
 from hmar_jax.families.hmar.losses import cross_entropy, position_weights
 from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
@@ -241,7 +242,7 @@ def test_named_attention_is_the_default_one(pattern):
     assert np.array_equal(default, named)  # on the CPU, XLA's is the best
     assert TransformerConfig((1, 2), attention=None).attention == ""  # as older files have it
     model = NextScaleTransformer(dataclasses.replace(config, attention="flash"))
-    with pytest.raises(ValueError, match="flash"):
+    with pytest.raises(InputError, match="^model.attention must be empty or .*; got 'flash'"):
         model.logits(params, ids, inputs)
 
 
