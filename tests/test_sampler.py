@@ -12,6 +12,7 @@ from hmar_jax.families.base import image_keys
 from hmar_jax.families.hmar.options import SamplingConfig
 from hmar_jax.families.hmar.sampler import Known, SamplerOptions, Trace, sample_scales
 from hmar_jax.families.hmar.schedules import masking_plan, resolve_schedule
+from hmar_jax.settings import declaration, kinds
 
 V, Z, CLASSES = 11, 3, 4
 IDS = jnp.array([0, 1, CLASSES])
@@ -252,21 +253,30 @@ def test_temperature_acts_on_next_scale_passes_only():
 
 # Static and traced options
 
+
+def two_values(field):
+    """Two values in the option's range that switch it on."""
+    kind = kinds(SamplingConfig, field)
+    if bool in kind:
+        return (True, True)
+    if int in kind:
+        return (5, 3)
+    return (0.9, 0.5) if declaration(field).at_most == 1 else (0.5, 2.0)
+
+
+FIELDS = [field for field in dataclasses.fields(SamplingConfig) if field.name != "schedule"]
 TRACED = {
-    "guidance": (0.5, 2.0),
-    "masked_guidance": (0.5, 2.0),
-    "temperature": (0.5, 2.0),
-    "top_p": (0.9, 0.5),
-    "choice_temperature": (0.5, 2.0),
+    field.name: two_values(field) for field in FIELDS if float in kinds(SamplingConfig, field)
 }
-STATIC = {"top_k": 5, "greedy": True, "smooth": True}
+STATIC = {field.name: two_values(field)[0] for field in FIELDS if field.name not in TRACED}
 
 
 def test_every_option_is_static_or_traced():
-    names = {field.name for field in dataclasses.fields(SamplingConfig)}
-    assert names == {*TRACED, *STATIC, "schedule"}  # the schedule is a MaskingPlan
+    """The schedule is neither: it becomes a MaskingPlan."""
+    assert {"guidance", "temperature", "top_p"} <= set(TRACED) and "top_k" in STATIC
     options = options_of()
-    assert set(options.values) == set(TRACED) and not options.enabled
+    assert set(options.traced) == set(TRACED) and not options.enabled
+    assert dict(options.static).keys() == STATIC.keys()
     assert len(jax.tree.leaves(options)) == len(TRACED)
 
 

@@ -19,7 +19,13 @@ from hmar_jax.families.hmar.next_scale_task import NextScaleTask
 from hmar_jax.families.hmar.options import ConvertConfig, EditingConfig, SamplingConfig
 from hmar_jax.families.hmar.recipe import MaskedRecipe, NextScaleRecipe
 from hmar_jax.families.hmar.sampler import HmarSampler
-from hmar_jax.families.hmar.spec import NAME, STAGE1_SAMPLING, STAGE2_SAMPLING, HmarSpec
+from hmar_jax.families.hmar.spec import (
+    NAME,
+    STAGE1_SAMPLING,
+    STAGE2_SAMPLING,
+    HmarSpec,
+    stored_sampling,
+)
 from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
 from hmar_jax.parallel.sharding import MeshConfig
 from hmar_jax.settings import Settings, setting
@@ -278,13 +284,7 @@ def assemble_params(spec: HmarSpec, trained: Params, parent_params: Params) -> P
 
 def describe(spec: HmarSpec, params: Params) -> list[tuple[str, str]]:
     """Rows of `hmar info`."""
-    m, sampling = spec.transformer, spec.sampling
-    masked = ""
-    if spec.masked_depth:
-        masked = (
-            f", masked guidance {sampling.masked_guidance:g}, "
-            f"choice temperature {sampling.choice_temperature:g}"
-        )
+    m = spec.transformer
     names = spec.class_names
     listed = f": {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
     return [
@@ -297,8 +297,10 @@ def describe(spec: HmarSpec, params: Params) -> list[tuple[str, str]]:
         ("classes", f"{m.num_classes}{listed}"),
         (
             "sampling",
-            f"guidance {sampling.guidance:g}, temperature {sampling.temperature:g}, "
-            f"top-k {sampling.top_k or 'off'}, top-p {sampling.top_p or 'off'}{masked}",
+            ", ".join(
+                f"{name.replace('_', ' ')} {getattr(spec.sampling, name):g}"
+                for name in stored_sampling(spec)
+            ),
         ),
     ]
 

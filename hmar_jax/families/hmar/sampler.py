@@ -28,6 +28,7 @@ from hmar_jax.families.hmar.schedules import (
     resolve_schedule,
 )
 from hmar_jax.families.hmar.spec import HmarSpec
+from hmar_jax.settings import kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,36 +36,35 @@ class SamplerOptions:
     """A SamplingConfig as the argument of the compiled sampler: a pytree.
 
     Options of type float are traced, so another value compiles nothing. Static are the others, and
-    which of the floats are enabled, that is, differ from their default.
+    which of the floats are enabled, that is, differ from their default. The schedule is neither: it
+    becomes a MaskingPlan.
     """
 
-    values: dict[str, Any]
+    traced: dict[str, Any]
     enabled: frozenset[str]
-    top_k: int = 0
-    greedy: bool = False
-    smooth: bool = False
+    static: tuple[tuple[str, Any], ...]
 
     @classmethod
     def of(cls, config: SamplingConfig) -> "SamplerOptions":
         """Splits a config into traced and static options."""
-        values, enabled = {}, set()
+        traced, static, enabled = {}, [], set()
         for field in dataclasses.fields(SamplingConfig):
             value = getattr(config, field.name)
-            if isinstance(field.default, float):
-                values[field.name] = float(value)
+            if float in kinds(SamplingConfig, field):
+                traced[field.name] = float(value)
                 if value != field.default:
                     enabled.add(field.name)
-        if values["top_p"] == 1:  # keeps all tokens
+            elif field.name != "schedule":
+                static.append((field.name, value))
+        if traced["top_p"] == 1:  # keeps all tokens
             enabled.discard("top_p")
-        return cls(values, frozenset(enabled), config.top_k, config.greedy, config.smooth)
+        return cls(traced, frozenset(enabled), tuple(static))
 
     def __getitem__(self, name: str) -> Any:
-        return self.values[name]
+        return self.traced[name] if name in self.traced else dict(self.static)[name]
 
 
-jax.tree_util.register_dataclass(
-    SamplerOptions, ("values",), ("enabled", "top_k", "greedy", "smooth")
-)
+jax.tree_util.register_dataclass(SamplerOptions, ("traced",), ("enabled", "static"))
 
 
 class Known(NamedTuple):
@@ -213,7 +213,7 @@ def sample_known(
     f_hat, tokens = sample_scales(model, params, keys, class_ids, options, plan, known=known)
     # Tokens are decoded by the same function as in a reconstruction, so that given tokens have
     # exactly the same result. Mixtures are not tokens.
-    if options.smooth:
+    if options["smooth"]:
         return model.decode_features(params, f_hat), tokens
     return model.decode_tokens(params, tokens), tokens
 
@@ -381,7 +381,7 @@ _TOKEN, _NOISE = 0, 1  # purposes of a pass's random numbers, folded into its ke
 def _sample_state(model, params, logits, keys, options: SamplerOptions, k: int) -> _ScaleState:
     """Samples a whole scale from logits (B, l_k, V), with keys (B,) of the pass."""
     keys, codebook = _fold_all(keys, _TOKEN), model.codebook(params)
-    if options.smooth:
+    if options["smooth"]:
         kept = _filtered(logits, options)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:]))(keys)
         weights = filters.smooth_weights(kept, noise, model.scales.ratio(k))
@@ -395,7 +395,7 @@ def _sample_state(model, params, logits, keys, options: SamplerOptions, k: int) 
 
 
 def sample_tokens(logits, keys, options: SamplerOptions) -> tuple[jax.Array, jax.Array]:
-    """Samples tokens after top-k and top-p filtering.
+    """Samples tokens from the filtered logits.
 
     Args:
       logits: (B, l, V).
@@ -405,7 +405,7 @@ def sample_tokens(logits, keys, options: SamplerOptions) -> tuple[jax.Array, jax
       Tokens (B, l) int32, and the probability of each after filtering, (B, l).
     """
     kept = _filtered(logits, options)
-    if options.greedy:
+    if options["greedy"]:
         tokens = jnp.argmax(kept, axis=-1).astype(jnp.int32)
     else:
         tokens = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
@@ -413,7 +413,7 @@ def sample_tokens(logits, keys, options: SamplerOptions) -> tuple[jax.Array, jax
 
 
 def _filtered(logits, options: SamplerOptions):
-    logits = filters.top_k(logits, options.top_k)
+    logits = filters.top_k(logits, options["top_k"])
     return filters.top_p(logits, options["top_p"]) if "top_p" in options.enabled else logits
 
 

@@ -15,7 +15,7 @@ from hmar_jax.settings import names_of_task
 FORMAT = "hmar_jax model 1"
 NAME = "hmar"
 
-# What a model keeps of its sampling options; the others are the caller's alone.
+# What a model stores of its sampling options; the others are the caller's alone.
 STAGE1_SAMPLING = names_of_task(SamplingConfig, "next_scale")
 STAGE2_SAMPLING = names_of_task(SamplingConfig, "masked")
 
@@ -83,7 +83,7 @@ class HmarSpec:
         """For json.dumps; from_json returns an equal spec."""
         fields = dataclasses.asdict(self)
         fields["autoencoder"] = config_to_json(self.autoencoder)
-        kept = STAGE2_SAMPLING if self.masked_depth else STAGE1_SAMPLING
+        kept = stored_sampling(self)
         fields["sampling"] = {name: fields["sampling"][name] for name in kept}
         return {"format": FORMAT, "family": NAME, **json.loads(json.dumps(fields))}
 
@@ -124,3 +124,10 @@ class HmarSpec:
             )
         except (TypeError, KeyError) as e:
             raise InputError(f"{where} is a config this version does not know ({e})") from None
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from None
+
+
+def stored_sampling(spec: HmarSpec) -> tuple[str, ...]:
+    """Names of the sampling options of which a model stores its own default."""
+    return STAGE2_SAMPLING if spec.masked_depth else STAGE1_SAMPLING
