@@ -205,7 +205,7 @@ def test_temperature_of_one_changes_no_bit():
     given = run(model, PASSES, guidance=1.0, temperature=1.0)
     # 1.0 in the program that divides by a traced temperature
     options = options_of(guidance=1.0, temperature=0.5)
-    options = dataclasses.replace(options, values=options.values | {"temperature": 1.0})
+    options = dataclasses.replace(options, traced=options.traced | {"temperature": 1.0})
     assert "temperature" in options.enabled
     keys, plan = image_keys(jax.random.key(0), 3), masking_plan(PASSES)
     divided = sample_scales(model, PARAMS, keys, IDS, options, plan)
