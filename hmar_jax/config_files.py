@@ -176,10 +176,11 @@ def _find(path: str) -> pathlib.Path:
 
 
 def _packaged_configs() -> dict[str, pathlib.Path]:
-    """The configs that were installed with the package, or lie beside it in a checkout, by name."""
+    """The configs that lie beside the package in a checkout, or were installed with it, by name."""
+    checkout = pathlib.Path(__file__).resolve().parent.parent
+    folders = [str(checkout / "configs")] if (checkout / "setup.py").is_file() else []
     package = importlib.util.find_spec("hmar_jax.packaged_configs")
-    folders = list(package.submodule_search_locations or ()) if package else []
-    folders.append(str(pathlib.Path(__file__).resolve().parent.parent / "configs"))
+    folders += list(package.submodule_search_locations or ()) if package else []
     found: dict[str, pathlib.Path] = {}
     for folder in map(pathlib.Path, folders):
         for file in sorted(folder.glob("*.py")) if folder.is_dir() else ():

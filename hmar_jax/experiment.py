@@ -22,7 +22,7 @@ from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.encoding import encode_in_memory
 from hmar_jax.data.loader import make_loader
 from hmar_jax.data.records import RecordSet, make_record_loader, open_records
-from hmar_jax.data.sources import Source, open_source
+from hmar_jax.data.sources import Source, open_source, records_directory
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.io import files
@@ -34,7 +34,6 @@ from hmar_jax.training.step import init_state
 from hmar_jax.training.trainable import DataInfo, Parent, TaskKind
 
 _MAX_EVAL_BATCH = 128
-_RECORDS = ("tokens:", "records:")  # of data.source: a data set that hmar tokenize has encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +87,10 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     frozen = trainable.frozen_params(config, parent, parent_params, data.kind)
     # Whatever only the networks and the optimizer can find out.
     jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
+    kept = None
+    if setup.parent_spec is not None:
+        parts = _kept_parts(setup, parent_params)
+        kept = FrozenModel(kind.parent_folder, setup.parent_spec, parts)
     return Experiment(
         task,
         setup.spec,
@@ -98,8 +101,7 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         _preview_images(config, task.num_preview_images, side, data.decode_errors),
         data.decode_errors,
         kind.schema,
-        setup.parent_spec
-        and FrozenModel(kind.parent_folder, setup.parent_spec, _kept_parts(setup, parent_params)),
+        kept,
     )
 
 
@@ -134,7 +136,7 @@ def _load_parent(
 def _open_data(
     config: ConfigDict, mesh: Mesh, side: int, parent: Parent | None, parent_params: Any
 ) -> _Data:
-    if config.data.source.startswith(_RECORDS):
+    if records_directory(config.data.source) is not None:
         if parent is None:
             raise InputError(
                 f"config.data.source must give images to train an autoencoder; "
@@ -223,7 +225,7 @@ def _cached_loader(config, source: Source, transform, parent: Parent, params, sh
 
 
 def _open_records(config: ConfigDict, mesh: Mesh, parent: Parent, parent_params: Any) -> _Data:
-    _, _, directory = config.data.source.partition(":")
+    directory = records_directory(config.data.source)
     if not directory:
         raise InputError(
             f"config.data.source must be tokens:DIR, DIR as hmar tokenize made it; "

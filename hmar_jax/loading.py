@@ -22,7 +22,18 @@ def bundled_models() -> list[str]:
 
 
 def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[Any, dict]:
-    """As `load`, but the spec and all parameters, by part, on the host."""
+    """Reads a model, its parameters on the host.
+
+    Args:
+      name: a bundled model (`bundled_models`), or a model or run directory, local or gs://.
+      checkpoint: of a run: "latest", "best" or a step.
+
+    Returns:
+      The spec (families/base.py: Spec) and all parameters, by part; of a run the averaged ones.
+
+    Raises:
+      InputError: there is no such model or checkpoint, or its files cannot be read.
+    """
     directory = pathlib.Path(name) if files.is_local(name) else epath.Path(name)
 
     def exists(folder):
@@ -40,7 +51,8 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
     where = str(directory / "config.json")
     config = files.read_json(directory / "config.json", "the config of a model or a run")
     if runs.is_run(config):
-        return _load_run(directory, families.spec_from_json(config.get("model"), where), checkpoint)
+        spec = families.spec_from_json(config.get("model"), where)
+        return _load_run(directory, spec, config["config"].get("task", ""), checkpoint)
     if checkpoint != "latest":
         raise InputError(
             f"checkpoint {checkpoint!r} of {name!r}: only runs have checkpoints; this is a model"
@@ -49,21 +61,39 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
     return families.spec_from_json(config, where), params
 
 
-def _load_run(directory: pathlib.Path | epath.Path, spec: Any, checkpoint: int | str):
+def _load_run(
+    directory: pathlib.Path | epath.Path, spec: Any, task: str, checkpoint: int | str
+) -> tuple[Any, dict]:
     _, saved = checkpoints.load_params_of_run(directory, averaged=True, checkpoint=checkpoint)
     trained = saved["params"]
     if isinstance(spec, AutoencoderSpec):
         return spec, {AUTOENCODER: trained}
     family = families.get_family(spec.family)
+    if task not in family.TASKS:
+        raise InputError(
+            f"config.task of the run {os.fspath(directory)!r} must be one of "
+            f"{', '.join(family.TASKS)}; got {task!r}"
+        )
     parent_params: dict = {}
-    for kind in family.TASKS.values():
-        if kind.parent_folder and (directory / kind.parent_folder / "config.json").exists():
-            _, parent_params = models.load_model(directory / kind.parent_folder)
+    if folder := family.TASKS[task].parent_folder:
+        _, parent_params = models.load_model(directory / folder)
     return spec, family.assemble_params(spec, trained, parent_params)
 
 
 def convert_torch_files(model: str | None = None, family: str = "", **options) -> tuple[Any, dict]:
-    """As `from_torch`, but the spec and the parameters on the host."""
+    """Reads published PyTorch weights.
+
+    Args:
+      model: the file with the weights of the model; None: only the autoencoder's are given.
+      family: of the model; empty: the default family.
+      **options: of the family's ConvertConfig.
+
+    Returns:
+      The spec (families/base.py: Spec) and the parameters, by part, on the host.
+
+    Raises:
+      InputError: there is no such family, or the files are not weights that it can read.
+    """
     module = families.get_family(family or families.DEFAULT_FAMILY)
     if module.ConvertConfig is None:
         raise InputError(f"the family {module.NAME!r} has no published weights to read")

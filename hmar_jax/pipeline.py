@@ -36,6 +36,13 @@ class Pipeline:
       image_side: h = w of its images, pixels.
     """
 
+    def __new__(cls, spec: Any = None, *args, **kwargs):
+        """An object whose methods document the options of the model's family."""
+        if spec is None or spec.sampling is None:
+            return super().__new__(cls)
+        plain: Any = cls  # mypy takes a class for unhashable
+        return super().__new__(_documented(plain, spec.family, spec.sampling))
+
     def __init__(self, spec: Any, params: Mapping[str, Any], dtype: str = "auto", devices=None):
         """Places the parameters on the devices; functions compile when they are first called.
 
@@ -59,11 +66,7 @@ class Pipeline:
         self._decode = jax.jit(self.autoencoder.decode)
         self._sampler: Any = None
         if self.can_sample:
-            family = families.get_family(self.spec.family)
-            self._sampler = family.make_sampler(self.spec)
-            self._document(Pipeline.sample, family.SamplingConfig)
-            if family.EditingConfig is not None:
-                self._document(Pipeline.edit, family.EditingConfig, masks.CompositeConfig)
+            self._sampler = families.get_family(self.spec.family).make_sampler(self.spec)
 
     @property
     def can_sample(self) -> bool:
@@ -72,23 +75,6 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"<Pipeline of {self.spec.kind}, {self.image_side} x {self.image_side} pixels>"
-
-    def _document(self, method: Callable, *option_classes: type) -> None:
-        """Gives this object's method the signature and documentation of the family's options."""
-        bound = functools.partial(method, self)
-        signature = inspect.signature(method)
-        fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
-        options = [p for cls in option_classes for p in settings.parameters(cls)]
-        described = "\n".join(settings.describe(cls, "  ") for cls in option_classes)
-
-        @functools.wraps(method)
-        def call(*args, **kwargs):
-            return bound(*args, **kwargs)
-
-        call.__doc__ = f"{inspect.getdoc(method)}\n\nOptions of this model:\n{described}\n"
-        documented: Any = call
-        documented.__signature__ = signature.replace(parameters=[*fixed, *options])
-        setattr(self, method.__name__, documented)
 
     # Sampling
 
@@ -431,3 +417,33 @@ def from_torch(
       InputError: a file cannot be read or holds no such model, or an option is missing or wrong.
     """
     return Pipeline(*loading.convert_torch_files(model, family, **options), dtype)
+
+
+@functools.cache
+def _documented(cls: Any, family_name: str, own: Any) -> type[Pipeline]:
+    """A subclass whose `sample` and `edit` have the options of a family in their signatures.
+
+    Args:
+      own: the model's own values of the sampling options.
+    """
+    family = families.get_family(family_name)
+    methods = {"sample": _with_options(cls.sample, own, family.SamplingConfig)}
+    if family.EditingConfig is not None:
+        methods["edit"] = _with_options(cls.edit, own, family.EditingConfig, masks.CompositeConfig)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**names, **methods})
+
+
+def _with_options(method: Callable, own: Any, *option_classes: type) -> Callable:
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    signature = inspect.signature(method)
+    fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [p for cls in option_classes for p in settings.parameters(cls)]
+    documented: Any = call
+    documented.__signature__ = signature.replace(parameters=[*fixed, *options])
+    described = "\n".join(settings.describe(cls, "  ", own) for cls in option_classes)
+    call.__doc__ = f"{inspect.getdoc(method)}\n\nOptions of this model:\n{described}\n"
+    return call

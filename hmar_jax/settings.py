@@ -38,9 +38,8 @@ class Declaration:
     below: float | None = None
     choices: tuple[str, ...] | Mapping[str, Any] = ()
     metavar: str | None = None  # in the help of the command line
-    parse: Callable[[str], Any] | None = (
-        None  # from the command line's text; None: by the field's type
-    )
+    # From the command line's text; None: by the field's type.
+    parse: Callable[[str], Any] | None = None
     former_name: str | None = None  # still accepted, with a warning
     derived: bool = False  # follows from the data or another model: no key of a config
     harmless: bool = False  # may differ between the starts of one run: changes no result
@@ -173,12 +172,6 @@ def names_of_task(cls: type, task: str) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if task in declaration(f).tasks)
 
 
-def defaults(cls: type, exclude: Iterable[str] = ()) -> dict[str, Any]:
-    """Names and defaults of the settings of a class, for a group of a config."""
-    fields = (f for f in dataclasses.fields(cls) if f.name not in set(exclude))
-    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-
-
 def from_group(cls: type, group: Mapping[str, Any], **more) -> Any:
     """An instance of a class of settings from a group of a checked config, and more fields."""
     names = {field.name for field in dataclasses.fields(cls)}
@@ -213,7 +206,9 @@ def add_arguments(parser: Any, cls: type, *, several: Iterable[str] = ()) -> Non
                     default=None,
                     action="store_const",
                     const=value,
-                    help=(help if value else f"turns off: {help}") if shown else argparse.SUPPRESS,
+                    help=(help if value else f"Do not {help[0].lower()}{help[1:]}")
+                    if shown
+                    else argparse.SUPPRESS,
                 )
             continue
         parse = _argument_type(cls, field)
@@ -257,7 +252,10 @@ def _help(field: dataclasses.Field, declared: Declaration, repeated: bool) -> st
     parts = [declared.help, f"Must be {limits.removeprefix('of ')}." if limits else "", choices]
     if repeated:
         parts.append("May be given several times: the results stand side by side.")
-    parts.append("Default: the model's own." if field.default is None else "")
+    if declared.tasks:
+        parts.append("Default: the model's own.")
+    elif field.default is not None and bool not in kinds(None, field):
+        parts.append(f"Default: {field.default}.")
     return " ".join(part for part in parts if part).replace("%", "%%")
 
 
@@ -297,6 +295,10 @@ def parse_text(text: str, allowed: tuple[type, ...]) -> Any:
 # Keyword arguments
 
 
+def _optional(annotation: Any) -> Any:
+    return annotation if annotation is Any else annotation | None
+
+
 def parameters(cls: type, optional: bool = True) -> list[inspect.Parameter]:
     """The settings as keyword-only parameters of a signature.
 
@@ -308,23 +310,27 @@ def parameters(cls: type, optional: bool = True) -> list[inspect.Parameter]:
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None if optional else field.default,
-            annotation=field.type,
+            annotation=_optional(field.type) if optional else field.type,
         )
         for field in dataclasses.fields(cls)
     ]
 
 
-def describe(cls: type, indent: str = "") -> str:
-    """One line of documentation for each setting: name, help and range."""
+def describe(cls: type, indent: str = "", own: Any = None) -> str:
+    """One line of documentation for each setting: name, help, range and default.
+
+    Args:
+      own: a model's own values, which hold in place of the declared defaults.
+    """
     lines = []
     for field in dataclasses.fields(cls):
         declared = declaration(field)
         limits = describe_range(declared)
-        default = (
-            f"default {field.default!r}" if field.default is not None else "default: see above"
-        )
-        notes = "; ".join(x for x in (limits, default) if x)
-        lines.append(f"{indent}{field.name}: {declared.help} ({notes})")
+        default = getattr(own, field.name, field.default)
+        notes = [limits] if limits else []
+        notes += [f"default {default!r}"] if default is not None else []
+        end = f" ({'; '.join(notes)})" if notes else ""
+        lines.append(f"{indent}{field.name}: {declared.help}{end}")
     return "\n".join(lines)
 
 

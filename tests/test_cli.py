@@ -199,6 +199,18 @@ def test_info(hmar):
     assert status == 0 and "tokenizer" in out and "transformer" not in out
 
 
+@pytest.mark.parametrize("run, folder", [("model_run", "tokenizer"), ("masked_run", "stage1")])
+def test_a_run_without_its_parent_is_no_model(hmar, tmp_path, run, folder):
+    copied = tmp_path / "run"
+    shutil.copytree(getattr(tiny, run)(), copied)
+    shutil.rmtree(copied / folder)
+    for command in (["info"], ["export", f"--out={tmp_path / 'model'}"]):
+        status, out, err = hmar(*command, f"--model={copied}")
+        assert (status, out) == (2, "") and err.count("\n") == 1
+        assert f"{folder!r}" in err or f"/{folder}" in err
+    assert os.listdir(tmp_path) == ["run"]
+
+
 def test_evaluate(hmar, elsewhere):
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)

@@ -1,10 +1,12 @@
 """Pipelines: images do not depend on their neighbours, and what was saved comes back."""
 
+import gc
 import inspect
 import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 
 import jax
 import numpy as np
@@ -350,3 +352,30 @@ def test_a_pipeline_documents_the_options_of_its_family(pipe):
     assert "temperature: Temperature of next-scale passes" in pipe.sample.__doc__
     assert {"dilation", "feather", "paste"} <= set(inspect.signature(pipe.edit).parameters)
     assert "HMAR, next-scale prediction, 8 x 8 pixels" in repr(pipe)
+    assert "guidance: Classifier-free guidance of next-scale passes; 0: none. (of at least 0; " in (
+        pipe.sample.__doc__
+    )
+    own = pipe.spec.sampling.guidance
+    assert own != 0 and f"default {own!r})" in pipe.sample.__doc__  # the model's, not the class's
+
+
+def test_a_pipeline_is_freed_without_the_garbage_collector():
+    """A second large model finds the first one's memory free."""
+    pipe = pipeline.Pipeline(*loading.load_spec_and_params("digits"))
+    gone = weakref.ref(pipe)
+    gc.disable()
+    try:
+        del pipe
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_methods_can_be_overridden():
+    class Mine(pipeline.Pipeline):
+        def sample(self, rng, class_id=None, **options):
+            return "mine"
+
+    pipe = Mine(*loading.load_spec_and_params("digits"))
+    assert isinstance(pipe, Mine) and pipe.sample(jax.random.key(0)) == "mine"
+    assert "temperature" in inspect.signature(pipe.sample).parameters

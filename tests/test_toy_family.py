@@ -135,6 +135,11 @@ def test_commands(run, toy, images, tmp_path, capsys):
     assert Image.open(grid).width > 2 * 48
     assert cli.main(["info", f"--model={run}"]) == 0
     assert "linear-Gaussian toy" in capsys.readouterr().out
+    image = tmp_path / "image.png"  # the options of all families are declared, for any model
+    Image.new("RGB", (8, 8)).save(image)
+    edit = ["edit", f"--model={run}", f"--image={image}", "--box=0,0,4,4"]
+    assert cli.main([*edit, f"--out={tmp_path / 'edited.png'}"]) == 2
+    assert "cannot edit" in capsys.readouterr().err
     model = tmp_path / "model"
     assert cli.main(["export", f"--model={run}", f"--out={model}"]) == 0
     one, two = (hmar_jax.load(str(name)).sample(KEY, [0, 1]) for name in (run, model))

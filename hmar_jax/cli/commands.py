@@ -267,13 +267,12 @@ def add_composite_options(parser) -> None:
     settings.add_arguments(parser, CompositeConfig)
 
 
-def _options(args, *kinds: str) -> dict[str, Any]:
+def _options(args, kind: str) -> dict[str, Any]:
     """The options of the families' classes that were given."""
     names = {
         field.name
-        for family in families.FAMILIES
-        for kind in kinds
-        for field in dataclasses.fields(getattr(families.get_options(family), kind))
+        for cls in families.option_classes(kind).values()
+        for field in dataclasses.fields(cls)
     }
     given = {name: getattr(args, name, None) for name in sorted(names)}
     return {name: value for name, value in given.items() if value is not None}

@@ -423,8 +423,6 @@ def _add_model(sub) -> None:
 
 def _add_options(sub, kind: str, several: tuple[str, ...] = ()) -> None:
     """The options that each family declares; those of the same name are shared."""
-    for name in families.FAMILIES:
-        cls = getattr(families.get_options(name), kind, None)
-        if cls is not None:
-            group = sub.add_argument_group(f"options of {name} models")
-            settings.add_arguments(group, cls, several=several)
+    for name, cls in families.option_classes(kind).items():
+        group = sub.add_argument_group(f"options of {name} models")
+        settings.add_arguments(group, cls, several=several)

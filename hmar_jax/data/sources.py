@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validate")
-RECORD_PREFIXES = ("records", "tokens")  # of encoded data sets; see data/records.py
+_RECORD_PREFIXES = ("records", "tokens")  # of encoded data sets; see data/records.py
 _KNOWN_SPECS = "digits, folder:DIR, tfds:NAME, tfds:NAME@DATA_DIR"
 
 _TFDS_VALIDATE_SPLITS = ("validation", "validate", "val", "test")
@@ -125,7 +125,7 @@ def open_source(
 def records_directory(spec: str) -> str | None:
     """Returns DIR of `records:DIR` or `tokens:DIR`, which mean the same; None for other sources."""
     kind, _, directory = spec.partition(":")
-    return directory if kind in RECORD_PREFIXES else None
+    return directory if kind in _RECORD_PREFIXES else None
 
 
 # Digits

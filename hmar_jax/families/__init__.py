@@ -34,6 +34,16 @@ def get_options(name: str) -> Any:
     return importlib.import_module(f"{_package(name)}.options")
 
 
+def option_classes(kind: str) -> dict[str, type]:
+    """The classes of one kind that the families declare, by family.
+
+    Args:
+      kind: "SamplingConfig", "EditingConfig" or "ConvertConfig"; a family may have none.
+    """
+    classes = {name: getattr(get_options(name), kind, None) for name in FAMILIES}
+    return {name: cls for name, cls in classes.items() if cls is not None}
+
+
 def _package(name: str) -> str:
     if name not in FAMILIES:
         raise InputError(f"family must be one of {', '.join(FAMILIES)}; got {name!r}")

@@ -99,6 +99,7 @@ class Sampler(Protocol):
 class Family(Trainable, Protocol):
     """A family of generative models."""
 
+    NAME: str  # as in the registry
     Spec: type
     SamplingConfig: type  # every sampling option, declared once
     EditingConfig: type | None  # sampling options and those of editing; None: cannot edit

@@ -16,7 +16,7 @@ class CompositeConfig(Settings):
     """How new content and the old image are put together."""
 
     paste: bool = setting(
-        True, "Return the pixels outside the mask unchanged; otherwise all are the decoder's."
+        True, "Return the pixels outside the mask unchanged, in place of the decoder's."
     )
     feather: float = setting(
         0.0, "With paste: pixels inside the mask's border over which both are mixed.", at_least=0

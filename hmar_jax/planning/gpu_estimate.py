@@ -29,7 +29,6 @@ def estimate(
     mesh: Any,
     topology: Topology,
     state: Any,
-    batch: dict[str, jax.ShapeDtypeStruct],
     counted: jaxpr.OperationCounts,
     arguments: float,
 ) -> tuple[MemoryPlan, tuple[Traffic, ...], float, float, tuple[str, ...], dict[str, str]]:
@@ -37,11 +36,10 @@ def estimate(
 
     Args:
       stack: the network's repeated layers.
-      state, batch: shapes.
+      state: shapes.
       counted: of the traced step.
       arguments: bytes of one device.
     """
-    del batch
     turns, parts = task.grad_accum_steps, sharding.batch_parts(mesh)
     params = divided_bytes(state.params, task.partition_rules, mesh)
     # Gradients; what the loops keep for the backward pass, less the stacked gradients that they

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from hmar_jax.autoencoders.base import AutoencoderSpec
+from hmar_jax.data.sources import records_directory
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import task_kind, task_shapes
 from hmar_jax.parallel import sharding
@@ -162,7 +163,7 @@ def make_plan(
                 "network has no repeated layers; plan it for a TPU, for which it is compiled"
             )
         found = StepAnalysis(
-            *gpu_estimate.estimate(task, stack, mesh, topology, state, batch, counted, arguments)
+            *gpu_estimate.estimate(task, stack, mesh, topology, state, counted, arguments)
         )
     return TrainingPlan(
         config=name,
@@ -208,7 +209,7 @@ def _shapes(config: ConfigDict, parent_config: ConfigDict | None):
         if not isinstance(parent.spec, AutoencoderSpec):
             data = dataclasses.replace(data, num_classes=parent.spec.num_classes)
     source = config.data.source
-    given = source and not source.startswith(("tokens:", "records:"))
+    given = source and records_directory(source) is None
     encodes = given and not config.data.get("cached_copies", 0)  # images, inside the step
     kind = "image" if encodes or parent is None else None
     return task_shapes(config, parent, data, kind)

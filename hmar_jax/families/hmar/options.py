@@ -52,7 +52,7 @@ class SamplingConfig(Settings):
     schedule: Any = setting(
         None,
         "Passes of each scale: none (one each), default, cosine:N, or tokens fixed in each pass, "
-        "such as [[1],[1,3],[9],[16]].",
+        "such as [[1],[1,3],[9],[16]]. Default: default with stage 2, otherwise none.",
         parse=_parse_schedule,
     )
     smooth: bool = setting(
@@ -74,7 +74,7 @@ class EditingConfig(SamplingConfig):
     keep_coarse: bool | None = setting(
         None,
         "Keep the tokens of scales up to 2x2, which hold the layout of the whole image; "
-        "None: only where no class is given.",
+        "by default only where no class is given.",
     )
     dilation: int = setting(
         0,
