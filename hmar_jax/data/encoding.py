@@ -94,6 +94,7 @@ def encode_in_memory(
         train=True,
         num_epochs=copies,
     )
+    record_spec = record_spec.without_packing()  # few enough to be encoded at each start
     records = []
     with tqdm(
         loader,

@@ -116,6 +116,11 @@ class RecordSpec:
         """Bytes of a record."""
         return _LABEL_BYTES + sum(field.num_bytes for field in self.fields)
 
+    def without_packing(self) -> "RecordSpec":
+        """The same arrays, each number stored in its own type: larger, and faster to unpack."""
+        fields = tuple(dataclasses.replace(field, vocab_size=0) for field in self.fields)
+        return RecordSpec(self.kind, fields)
+
     def pack(self, arrays: Mapping[str, Any], labels: np.ndarray) -> np.ndarray:
         """Packs the arrays of images into records.
 
