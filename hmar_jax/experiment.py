@@ -69,9 +69,10 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     trainable, kind = task_kind(config)
     kind.schema.check(config)
     if not config.data.source:
+        encoded = "tokens:DIR, " if kind.parent_key else ""
         raise InputError(
             "config.data.source is empty; give --config.data.source=folder:DIR, tfds:NAME, "
-            "tokens:DIR or digits"
+            f"{encoded}or digits"
         )
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch_size, config.get("grad_accum_steps", 1))

@@ -11,6 +11,7 @@ import pytest
 from hmar_jax import autoencoders
 from hmar_jax.autoencoders.base import AutoencoderSpec, config_to_json, make_encoder
 from hmar_jax.autoencoders.vq import TokenizerConfig, VQAutoencoder, apply_tokenizer, to_float
+from hmar_jax.data.record_spec import RecordField, RecordSpec
 from hmar_jax.errors import InputError
 
 CONFIG = TokenizerConfig(
@@ -138,11 +139,8 @@ def test_each_half_needs_its_parameters_only(params):
 
 
 def test_record_spec():
-    records = pytest.importorskip("hmar_jax.data.records")
-    if not hasattr(records, "RecordSpec"):  # until data/records.py has record specs
-        pytest.skip("data/records.py has no RecordSpec")
-    field = records.RecordField("tokens", (5,), "int32", vocab_size=16)
-    assert VQ.record_spec == records.RecordSpec(kind="tokens", fields=(field,))
+    field = RecordField("tokens", (5,), "int32", vocab_size=16)
+    assert VQ.record_spec == RecordSpec(kind="tokens", fields=(field,))
 
 
 def test_make_encoder(params):

@@ -992,4 +992,4 @@ def test_gpus_with_real_hmar(tmp_path):
         json.loads(line)["step"]
         for line in (tmp_path / "my run/metrics.jsonl").read_text().splitlines()
     ]
-    assert max(steps) == 4 and "this run is done" in (tmp_path / "log").read_text()
+    assert max(steps) == 4 and "this run is complete" in (tmp_path / "log").read_text()

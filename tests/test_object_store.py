@@ -95,7 +95,7 @@ def test_a_run_in_an_object_store_resumes_after_a_kill(store, tmp_path):
         and "run complete" in second.stdout
     ), second.stderr
     third = subprocess.run(train, env=environment, capture_output=True, text=True)
-    assert third.returncode == 0 and "this run is done" in third.stderr, third.stderr
+    assert third.returncode == 0 and "this run is complete" in third.stderr, third.stderr
     lines = [json.loads(line) for line in content("a/run/metrics.jsonl").splitlines()]
     assert [x["step"] for x in lines if "lr" in x] == list(range(10, 81, 10))
     assert {

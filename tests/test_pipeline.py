@@ -91,8 +91,6 @@ print("agrees")
 @pytest.mark.parametrize("model", ["tiny", pytest.param("digits", marks=pytest.mark.slow)])
 def test_an_image_is_the_same_on_eight_devices(model):
     """With masked passes and guidance; in its own process, as JAX counts devices at its start."""
-    if model == "digits" and "digits" not in loading.bundled_models():
-        pytest.skip("no bundled model digits")
     name = str(tiny.masked_run()) if model == "tiny" else model
     result = subprocess.run(
         [sys.executable, "-c", _SHARDED, name],
