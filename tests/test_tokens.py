@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from hmar_jax.autoencoders.vq import Tokenizer, fingerprint
+from hmar_jax.autoencoders.vq import VQAutoencoder
 from hmar_jax.cli import main as cli
 from hmar_jax.data.encoding import (
     count_unfinished,
@@ -50,8 +50,9 @@ from hmar_jax.data.sources import ImageDecodeError
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import build_experiment
-from hmar_jax.io.checkpoints import save_model
+from hmar_jax.io.models import save_model
 from hmar_jax.loading import load_spec_and_params
+from hmar_jax.training.step import eval_step, init_state, train_step
 from tests import tiny
 
 SCALES, SIDE = (1, 2, 3), 4
@@ -848,7 +849,8 @@ def command(out, *more, tokenizer=None):
 def test_tokenize(made, capsys):
     spec, params = load_spec_and_params(str(tiny.tokenizer_run()))
     info = read_info(made)
-    assert info.complete and info.fingerprint == fingerprint(spec.tokenizer, params["tokenizer"])
+    assert info.complete
+    assert info.fingerprint == VQAutoencoder(spec.autoencoder).fingerprint(params["tokenizer"])
     assert info.class_names == tiny.CLASSES and info.autoencoder["scales"] == [1, 2]
     train = open_records(made)
     assert (len(train), train.crops, len(open_records(made, "validate"))) == (36, 2, 9)
@@ -866,9 +868,9 @@ def test_training_from_tokens_needs_no_encoder(made, tmp_path):
     experiment = build_experiment(
         tiny.config_of(tiny.train(tmp_path / "run", data__source=f"tokens:{made}"))
     )
-    (known,) = experiment.extra
+    known = experiment.frozen["tokenizer"]
     assert known.keys() == {"decoder", "post_quant_conv", "quantizer"}
-    assert "encoder" in experiment.frozen.params["tokenizer"]  # the run keeps it, for editing
+    assert "encoder" in experiment.parent.params["tokenizer"]  # the run keeps it, for editing
     assert experiment.spec.class_names == tiny.CLASSES
     task, batch, rng = experiment.task, next(iter(experiment.loader())), jax.random.key(0)
     tokens = rows_of(open_records(made), 0)["tokens"], rows_of(open_records(made), 1)["tokens"]
@@ -876,11 +878,12 @@ def test_training_from_tokens_needs_no_encoder(made, tmp_path):
         tuple(row) for crop in tokens for row in crop
     }
     # Traced, not run: the programs find all that they take from the tokenizer.
-    state = jax.eval_shape(task.init, rng, known)
-    jax.eval_shape(task.train_step, state, batch, rng, known)
-    jax.eval_shape(task.eval_step, state, next(iter(experiment.validation.loader)), known)
-    decode = functools.partial(Tokenizer(experiment.spec.tokenizer).apply, method="decode")
-    jax.eval_shape(decode, {"params": known}, batch["tokens"])
+    frozen, validation = experiment.frozen, next(iter(experiment.validation.loader))
+    state = jax.eval_shape(functools.partial(init_state, task), rng, frozen)
+    jax.eval_shape(functools.partial(train_step, task), state, frozen, batch, rng)
+    jax.eval_shape(functools.partial(eval_step, task), state, frozen, validation)
+    autoencoder = VQAutoencoder(experiment.spec.autoencoder)
+    jax.eval_shape(autoencoder.decode, known, {"tokens": batch["tokens"]})
 
 
 @pytest.mark.slow
@@ -965,7 +968,7 @@ def test_bad_input(made, tmp_path, capsys):
         ),
         (
             tiny.train_tokenizer(run, data__source=f"tokens:{made}"),
-            "is an encoded data set, but images are required here",
+            "config.data.source must give images to train an autoencoder; got 'tokens:",
         ),
         (
             tiny.train(run, data__source=f"tokens:{made}", batch_size=37),
@@ -986,7 +989,8 @@ def test_bad_input(made, tmp_path, capsys):
 
 def test_the_fingerprint_depends_on_what_determines_tokens():
     spec, params = load_spec_and_params("digits")
-    config, params = spec.tokenizer, params["tokenizer"]
+    config, params = spec.autoencoder, params["tokenizer"]
+    fingerprint = lambda config, params: VQAutoencoder(config).fingerprint(params)
     known = fingerprint(config, params)
     assert len(known) == 16
     assert fingerprint(dataclasses.replace(config, dtype="bfloat16", dropout=0.1), params) == known
