@@ -85,7 +85,7 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         kinds = ", ".join(sorted(task.input_kinds))
         raise InputError(f"{config.data.source} gives {data.kind!r}; this task takes {kinds}")
     task.check_mesh(mesh)
-    frozen = trainable.frozen_params(config, parent, parent_params, data.kind)
+    frozen = trainable.frozen_params(config, parent, parent_params, _frozen_kind(config, data.kind))
     # Whatever only the networks and the optimizer can find out.
     jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
     kept = None
@@ -104,6 +104,16 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         kind.schema,
         kept,
     )
+
+
+def _frozen_kind(config: ConfigDict, kind: str) -> str:
+    """The kind of batches that the frozen parameters must serve.
+
+    Validation reads images and encodes them in the step, also where training reads records that
+    were encoded to memory.
+    """
+    source = config.data.source
+    return "image" if source and records_directory(source) is None else kind
 
 
 def _kept_parts(setup: Any, parent_params: Any) -> Any:
@@ -336,5 +346,5 @@ def task_shapes(
         alone = isinstance(parent.spec, AutoencoderSpec)
         owner = models if alone else families.get_family(parent.spec.family)
         params = jax.eval_shape(lambda: owner.init_params(parent.spec, jax.random.key(0)))
-    frozen = trainable.frozen_params(config, parent, params, kind)
+    frozen = trainable.frozen_params(config, parent, params, _frozen_kind(config, kind))
     return task, frozen, task.batch_shapes(kind), kind

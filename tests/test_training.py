@@ -248,6 +248,16 @@ def test_resumes_with_cached_tokens():
     assert not any(np.array_equal(first[0]["tokens"], batch["tokens"]) for batch in expected)
 
 
+@pytest.mark.parametrize("train", [tiny.train, tiny.train_masked])
+def test_evaluation_beside_cached_tokens(tmp_path, train):
+    """Training reads tokens from memory; validation encodes images in the step."""
+    changes = dict(data__cached_copies=1, steps=2, eval_every=2, sample_every=2, checkpoint_every=2)
+    with tiny.cached():
+        assert cli.main(train(tmp_path / "run", **changes)) == 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert any("validation/loss" in json.loads(line) for line in lines)
+
+
 @pytest.mark.slow
 def test_killed_with_cached_tokens(tmp_path):
     commands = [
