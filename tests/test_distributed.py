@@ -146,7 +146,7 @@ def test_two_hosts_are_killed_and_one_resumes(tmp_path, command, signalled):
             assert all(p.poll() is None for p in hosts.processes), hosts.log()
             time.sleep(0.01)
         hosts.processes[1].send_signal(signal.SIGTERM)
-        hosts.finish()
+        hosts.finish(status=143)
         log = hosts.log()
         assert "resuming from step 20" in log and "stopped by a signal after step" in log, log
         assert "step" not in hosts.log(1)  # only the first process logs

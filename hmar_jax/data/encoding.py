@@ -42,6 +42,7 @@ from hmar_jax.data.sources import ImageDecodeError, Source
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
+from hmar_jax.io.locks import LOCK_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -202,6 +203,7 @@ def write_record_set(
     workers: int = 0,
     verify: bool = False,
     progress: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> RecordSetInfo:
     """Writes one part of an encoded data set, or what is missing of it.
 
@@ -219,6 +221,7 @@ def write_record_set(
       verify: whether to check finished shards by checksum and not only by size. Damaged shards are
         written again.
       progress: whether to show a progress bar on a terminal.
+      check: called before each image; what it raises ends the call. Finished shards stay.
 
     Returns:
       The description of the set as it is now; `complete` is False while other parts are missing.
@@ -245,6 +248,7 @@ def write_record_set(
                 threads,
                 workers,
                 progress,
+                check,
             )
     return finish(folder, info)
 
@@ -268,7 +272,9 @@ def _prepare_directory(folder: epath.Path, info: RecordSetInfo) -> RecordSetInfo
             )
             if all(found.splits[name].crops == split.crops for name, split in splits.items()):
                 return dataclasses.replace(info, complete=found.complete)
-        elif folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+        elif folder.is_dir() and any(
+            not path.name.endswith((".tmp", LOCK_FILE)) for path in folder.iterdir()
+        ):
             raise InputError(
                 f"{folder} must be empty or an encoded data set (it has no {INFO_FILE}); choose "
                 "another --out"
@@ -442,6 +448,7 @@ def _write_shards(
     threads: int,
     workers: int,
     progress: bool,
+    check: Callable[[], None],
 ) -> None:
     """Writes shards of one split, in order."""
     split, num_images = todo[0].split, sum(shard.stop - shard.start for shard in todo)
@@ -459,6 +466,7 @@ def _write_shards(
             writer = _ShardWriter(folder, shard)
             try:
                 for index in range(shard.start, shard.stop):
+                    check()
                     record = next(records)
                     if record is None:
                         if index not in broken:
@@ -545,13 +553,13 @@ def _encode_shards(
             yield row.tobytes() if readable else None
 
     previous = None
-    for batch in loader:  # the device encodes one batch while the previous one is written
-        encoded = encode(batch["image"])
-        if previous is not None:
-            yield from to_records(*previous)
-        previous = batch, encoded
-    yield from to_records(*previous)
-    loader.close()
+    with contextlib.closing(loader):
+        for batch in loader:  # the device encodes one batch while the previous one is written
+            encoded = encode(batch["image"])
+            if previous is not None:
+                yield from to_records(*previous)
+            previous = batch, encoded
+        yield from to_records(*previous)
 
 
 class _ShardWriter:
