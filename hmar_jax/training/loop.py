@@ -5,6 +5,7 @@ A run starts from the latest good checkpoint of its directory, or from scratch w
 
 import contextlib
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -72,6 +73,7 @@ def run(
             return run(config, experiment, workdir, interruptions, own_lock)
     with interruptions.deferred():  # no exception in the middle of a computation or a save
         stop = processes.StopRequest(interruptions)
+        _check_same_errors(experiment.decode_errors)
         directory = _prepare_together(workdir, config, experiment)
         with log_to_file(directory) if processes.is_primary() else contextlib.nullcontext():
             with RunCheckpoints(
@@ -168,6 +170,7 @@ def _run(
                         owed.note(step)
                     checkpoints.save(step, state, loader_state_to_bytes(batches))
                 if has_work and not stopped:
+                    checkpoints.wait()  # on disk, whatever happens in the evaluation
                     with _stops(stop):
                         finish_step()
         if stop.stopped and step < task.steps:
@@ -202,6 +205,17 @@ def _peak_images_per_second(task, mesh: Mesh) -> float | None:
     peaks = [peak_flops(device) for device in mesh.devices.flat]
     known = task.flops_per_image is not None and None not in peaks
     return sum(peaks) / task.flops_per_image if known else None
+
+
+def _check_same_errors(errors: DecodeErrorLog) -> None:
+    """Raises InputError unless all processes found the same held-out images unreadable."""
+    paths = sorted(path for path, _ in errors.items)
+    digests = processes.gather_messages(hashlib.sha256(repr(paths).encode()).hexdigest())
+    if len(set(digests)) > 1:
+        raise InputError(
+            "the hosts must read the same images; some could read held-out images that others "
+            "could not; rerun the command if that was a passing error"
+        )
 
 
 # The run directory
