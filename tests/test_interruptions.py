@@ -19,29 +19,21 @@ from hmar_jax.interruption import Interrupted, Interruptions
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# tensorboardX imports torch where it is installed, which takes two seconds.
-HMAR = [
-    sys.executable,
-    "-c",
-    "import sys; sys.modules['torch'] = None; from hmar_jax.cli.main import run; run()",
-]
+_MAIN = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sys.modules["torch"] = None  # tensorboardX imports it where it finds it: two seconds
+from hmar_jax.cli.main import run
+run()
+"""
 
 
 def start(arguments, **options) -> subprocess.Popen:
     """A command with the default signal handlers, whatever started the tests."""
-
-    def default_signals():
-        for number in interruption.SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(
-        [*HMAR, *arguments],
-        env=tiny.ENVIRONMENT,
-        cwd=ROOT,
-        preexec_fn=default_signals,
-        **(pipes | options),
-    )
+    pipes |= dict(env=tiny.ENVIRONMENT, cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-c", _MAIN, *arguments], **(pipes | options))
 
 
 def read_until(process: subprocess.Popen, text: str) -> str:
