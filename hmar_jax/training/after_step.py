@@ -51,7 +51,17 @@ class OwedWork:
         self._write(step, 0)
 
     def begin(self, step: int) -> None:
+        """The work begins."""
         self._write(step, self._attempts(step) + 1)
+
+    def evaluated(self, step: int) -> None:
+        """Only the preview is still owed."""
+        self._write(step, self._attempts(step), evaluated=True)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether an earlier start has done the evaluation after a step."""
+        found = bool(processes.is_primary() and self._read(step).get("evaluated"))
+        return bool(processes.broadcast_from_primary(int(found)))
 
     def done(self) -> None:
         with failure_is_logged(f"removing {self._path}"):
@@ -60,9 +70,7 @@ class OwedWork:
 
     def is_owed(self, step: int) -> bool:
         """Whether the work after a step is to be done on resuming from it."""
-        attempts = -1
-        if processes.is_primary() and self._path.exists():
-            attempts = self._attempts(step, missing=-1)
+        attempts = self._attempts(step, missing=-1) if processes.is_primary() else -1
         attempts = processes.broadcast_from_primary(attempts)
         if attempts >= _MAX_ATTEMPTS:
             LOGGER.warning(
@@ -74,16 +82,21 @@ class OwedWork:
         return 0 <= attempts < _MAX_ATTEMPTS
 
     def _attempts(self, step: int, missing: int = 0) -> int:
+        attempts = self._read(step).get("attempts")
+        return attempts if isinstance(attempts, int) else missing
+
+    def _read(self, step: int) -> dict[str, Any]:
+        """What is stored about a step."""
         try:
             found = files.read_json(self._path, "what is owed after a step")
-            return int(found["attempts"]) if found["step"] == step else missing
-        except (InputError, KeyError, TypeError, ValueError):
-            return missing
+        except InputError:
+            return {}
+        return found if isinstance(found, dict) and found.get("step") == step else {}
 
-    def _write(self, step: int, attempts: int) -> None:
+    def _write(self, step: int, attempts: int, **more: Any) -> None:
         with failure_is_logged(f"writing {self._path}"):
             if processes.is_primary():
-                text = json.dumps({"step": step, "attempts": attempts})
+                text = json.dumps({"step": step, "attempts": attempts, **more})
                 files.write_atomically(self._path, text)
 
 
@@ -97,35 +110,36 @@ class AfterStep:
     directory: epath.Path
     preview_key: jax.Array
     report: Callable[[int, dict[str, float]], None]
+    store_loss: Callable[[int, float], None]
     check: Callable[[], None]  # raises Interrupted between batches
 
-    def run(self, step: int, state: Any, evaluates: bool, previews: bool) -> float | None:
+    def run(self, step: int, state: Any, evaluates: bool, previews: bool) -> None:
         """Evaluates and saves a preview, where they are due; failures are logged.
 
-        Returns:
-          The validation loss, if there is one.
-
         Raises:
-          Interrupted: by a signal. The work is still owed then.
+          Interrupted: by a signal. The rest of the work is still owed then.
         """
         owed = OwedWork(self.directory)
         owed.begin(step)
-        loss = None
-        try:
-            if evaluates:
+        if evaluates and not owed.is_evaluated(step):
+            try:
                 with failure_is_logged(f"the evaluation after step {step}"):
-                    means = evaluate(self.steps, state, self.frozen, self.experiment, self.check)
-                    loss = means.get("validation/loss")
-                    self.report(step, means)
-            self.check()
+                    self._evaluate(step, state)
+            except Interrupted:
+                owed.note(step)
+                raise
             if previews:
-                with failure_is_logged(f"the preview after step {step}"):
-                    self._preview(step, state)
-        except Interrupted:
-            owed.note(step)
-            raise
+                owed.evaluated(step)
+        if previews:
+            with failure_is_logged(f"the preview after step {step}"):
+                self._preview(step, state)
         owed.done()
-        return loss
+
+    def _evaluate(self, step: int, state: Any) -> None:
+        means = evaluate(self.steps, state, self.frozen, self.experiment, self.check)
+        self.report(step, means)
+        if (loss := means.get("validation/loss")) is not None:
+            self.store_loss(step, loss)
 
     def _preview(self, step: int, state: Any) -> None:
         images_ = self.experiment.preview_images

@@ -27,7 +27,7 @@ from hmar_jax.io.locks import DirectoryLock, lock_together
 from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.parallel.chips import peak_flops
-from hmar_jax.training.after_step import AfterStep, OwedWork, failure_is_logged
+from hmar_jax.training.after_step import AfterStep, OwedWork
 from hmar_jax.training.compiled_steps import compile_steps
 from hmar_jax.training.experiment import Experiment
 from hmar_jax.training.metrics import LOGGER, MetricsWriter, average, log_to_file
@@ -124,8 +124,9 @@ def _run(
         if reporter is not None:
             closing.callback(reporter.close)
         report = reporter.report if reporter is not None else lambda step, means: None
+        store_loss = checkpoints.record_validation_loss if config.keep_best else lambda *_: None
         after_step = AfterStep(
-            steps, frozen, experiment, directory, preview_key, report, stop.check
+            steps, frozen, experiment, directory, preview_key, report, store_loss, stop.check
         )
         meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
         num_reported = 0  # images that could not be decoded and have been named
@@ -136,15 +137,11 @@ def _run(
 
         def finish_step() -> None:
             """Evaluation and preview, where they are due; the step has been saved."""
-            evaluates, previews = _due_after(step, config, experiment)
-            loss = after_step.run(step, state, evaluates, previews)
-            if loss is not None and config.keep_best:
-                with failure_is_logged("storing the validation loss"):
-                    checkpoints.record_validation_loss(step, loss)
+            with _stops(stop):
+                after_step.run(step, state, *_due_after(step, config, experiment))
 
         if resumes_work:
-            with _stops(stop):
-                finish_step()
+            finish_step()
         while step < task.steps and not stop.stopped:
             step += 1
             with meter.time("data"):
@@ -171,8 +168,7 @@ def _run(
                     checkpoints.save(step, state, loader_state_to_bytes(batches))
                 if has_work and not stopped:
                     checkpoints.wait()  # on disk, whatever happens in the evaluation
-                    with _stops(stop):
-                        finish_step()
+                    finish_step()
         if stop.stopped and step < task.steps:
             LOGGER.info("stopped by a signal after step %d; rerun the command to resume", step)
     return state

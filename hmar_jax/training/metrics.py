@@ -120,11 +120,20 @@ def _drop_after(path: epath.Path, step: int) -> None:
 @contextlib.contextmanager
 def log_to_file(workdir: epath.Path) -> Iterator[None]:
     """Sends the package's log also to log.txt."""
-    with AppendedFile(workdir / "log.txt") as file:
-        handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        LOGGER.addHandler(handler)
-        try:
-            yield
-        finally:
-            LOGGER.removeHandler(handler)
+    file = AppendedFile(workdir / "log.txt")
+    handler = _LogFile(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        with contextlib.suppress(OSError):  # the terminal has had every line
+            file.close()
+
+
+class _LogFile(logging.StreamHandler):
+    """A log that a full disk costs lines and nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drops the line; logging's own would print a traceback for each."""
