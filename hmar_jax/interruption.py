@@ -52,7 +52,13 @@ class Interruptions:
       on_signal: called with each first signal, in the handler.
     """
 
-    def __init__(self):
+    def __init__(self, only_noted: bool = False):
+        """Installs nothing yet.
+
+        Args:
+          only_noted: never raise, as for a caller that does not end the process with `end_now`.
+        """
+        self._only_noted = only_noted
         self.received: signal.Signals | None = None
         self.on_signal: Callable[[], None] | None = None
         self._num_deferred, self._num_ctrl_c = 0, 0
@@ -97,7 +103,7 @@ class Interruptions:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         if self.on_signal is not None:
             self.on_signal()
-        if not self._num_deferred:
+        if not self._num_deferred and not self._only_noted:
             raise Interrupted(number)
         if number == signal.SIGINT:
             tell("ending in order; press Ctrl-C again to end at once")
@@ -113,7 +119,7 @@ class Interruptions:
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """Signals raise Interrupted again, inside `deferred`."""
+        """Signals raise Interrupted again, inside `deferred`. The process must end by `end_now`."""
         self.check()
         before, self._num_deferred = self._num_deferred, 0
         try:

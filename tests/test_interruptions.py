@@ -138,6 +138,18 @@ def test_ctrl_c_at_any_moment_is_clean(tmp_path):
     assert max(steps) > 2
 
 
+@pytest.mark.slow
+def test_ctrl_c_leaves_worker_processes_to_their_parent(tmp_path):
+    """A terminal sends it to all of them; a run whose workers die cannot save its position."""
+    command = tiny.train_tokenizer(tmp_path / "run", steps=100000, log_every=5, data__workers=2)
+    process = start(command, start_new_session=True)
+    read_until(process, "step 10 of")
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "run stopped at step" in output, output
+    assert "Traceback" not in output
+
+
 def test_an_ignored_signal_stays_ignored():
     """nohup ignores SIGHUP, and scripts ignore SIGINT in their background jobs."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -66,7 +66,7 @@ def run(
       FloatingPointError: loss or gradient was not finite for MAX_SKIPPED_IN_ROW steps in a row.
     """
     if interruptions is None:
-        with Interruptions() as own:
+        with Interruptions(only_noted=True) as own:
             return run(config, experiment, workdir, own, lock)
     if lock is None:
         with lock_together(workdir, "workdir") as own_lock:
@@ -104,7 +104,8 @@ def _run(
     stop.check()
     frozen = sharding.place(experiment.frozen, jax.tree.map(lambda x: x.sharding, steps.frozen))
     if restored is None:
-        state = steps.init(init_key, frozen)
+        with stop.immediate():  # nothing is lost, and compilation takes long
+            state = steps.init(init_key, frozen)
     else:
         state = restored.state
         LOGGER.info("resuming from step %d", start)
@@ -146,7 +147,8 @@ def _run(
             step += 1
             with meter.time("data"):
                 batch = sharding.global_batch(mesh, next(batches), config.batch_size)
-            state, metrics = steps.train_step(state, frozen, batch, run_key)
+            with stop.immediate() if step == start + 1 else contextlib.nullcontext():
+                state, metrics = steps.train_step(state, frozen, batch, run_key)
             meter.add(step, metrics)
             last = step == task.steps
 
