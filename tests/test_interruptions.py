@@ -126,16 +126,19 @@ def test_ctrl_c_at_any_moment_is_clean(tmp_path):
     environment = {name: value for name, value in tiny.ENVIRONMENT.items() if "COMPIL" not in name}
     workdir = tmp_path / "run"
     command = tiny.train_tokenizer(workdir, steps=100000, checkpoint_every=2, log_every=1)
-    for tenths in range(5, 120, 8):
+    delay, num_saved = 0.5, 0
+    while num_saved < 4:  # the slower the machine, the later
         process = start(command, env=environment)
-        time.sleep(tenths / 10)
+        time.sleep(delay)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
-        assert process.returncode == 130, (tenths, output)
-        assert "Traceback" not in output and "Fatal" not in output, (tenths, output)
-        assert not (workdir / ".lock").exists(), (tenths, output)
-    steps = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
-    assert max(steps) > 2
+        assert process.returncode == 130, (delay, output)
+        assert "Traceback" not in output and "Fatal" not in output, (delay, output)
+        assert not (workdir / ".lock").exists(), (delay, output)
+        num_saved += "run stopped at step" in output
+        delay += 0.7
+        assert delay < 100, output
+    print(f"the last of the interruptions came after {delay:.1f} s")
 
 
 @pytest.mark.slow
