@@ -212,7 +212,7 @@ def test_a_signal_to_one_host_stops_both_after_the_same_step(tmp_path, command, 
     hosts.finish(status=status)
     [step] = re.findall(r"run stopped at step (\d+) of 100000", hosts.log())
     assert (tmp_path / f"run/checkpoints/{step}/state").is_dir()
-    assert not (tmp_path / "run/.lock").exists()
+    assert not (tmp_path / "run/.lock.tmp").exists()
 
 
 def start_second(folder: pathlib.Path, arguments: list[str]) -> subprocess.CompletedProcess:

@@ -45,6 +45,14 @@ def read_until(process: subprocess.Popen, text: str) -> str:
     raise AssertionError("".join(lines))
 
 
+def wait_for_handlers(process: subprocess.Popen) -> None:
+    """Returns when the process handles SIGHUP, which Python alone does not."""
+    status, mask = pathlib.Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGHUP - 1)
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & mask:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
 def digests(folder: pathlib.Path) -> dict[str, str]:
     """A hash of each file of a directory."""
     return {
@@ -70,7 +78,7 @@ def test_a_signal_saves_the_run_and_gives_its_status(tmp_path, number, status):
     assert "Traceback" not in output and "Segmentation" not in output
     stopped = int(re.search(r"run stopped at step (\d+) of 100000", output)[1])
     assert (tmp_path / f"run/checkpoints/{stopped}/state").is_dir()
-    assert not (tmp_path / "run/.lock").exists()
+    assert not (tmp_path / "run/.lock.tmp").exists()
 
 
 def test_a_closed_terminal_saves_the_run(tmp_path):
@@ -116,6 +124,30 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert process.wait(10) == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_start_leaves_the_run_as_it_was_or_further_along(tmp_path, number):
+    run, command = tmp_path / "run", tiny.train_tokenizer(tmp_path / "run", steps=100000)
+    process = start(command)
+    read_until(process, "step 10 of")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    stopped = re.search(r"stopped at step (\d+)", output)[1]
+    before, log = digests(run), (run / "log.txt").read_text()
+    process = start(command)
+    read_until(process, f"resuming from step {stopped}")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (-number if number == signal.SIGKILL else 130), output
+    after = digests(run)
+    changed = {name for name, digest in before.items() if after.get(name) != digest}
+    assert changed <= {"log.txt"} and (run / "log.txt").read_text().startswith(log)
+    new = {pathlib.Path(name).parts[0] for name in after.keys() - before.keys()}
+    allowed = {"tensorboard", "checkpoints"} | (
+        {".lock.tmp"} if number == signal.SIGKILL else set()
+    )
+    assert new <= allowed, new
+
+
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment_is_clean(tmp_path):
     """Import, listing, compilation, first step, save: no crash, no traceback, a usable directory.
@@ -126,15 +158,16 @@ def test_ctrl_c_at_any_moment_is_clean(tmp_path):
     environment = {name: value for name, value in tiny.ENVIRONMENT.items() if "COMPIL" not in name}
     workdir = tmp_path / "run"
     command = tiny.train_tokenizer(workdir, steps=100000, checkpoint_every=2, log_every=1)
-    delay, num_saved = 0.5, 0
+    delay, num_saved = 0.0, 0
     while num_saved < 4:  # the slower the machine, the later
         process = start(command, env=environment)
+        wait_for_handlers(process)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 130, (delay, output)
         assert "Traceback" not in output and "Fatal" not in output, (delay, output)
-        assert not (workdir / ".lock").exists(), (delay, output)
+        assert not (workdir / ".lock.tmp").exists(), (delay, output)
         num_saved += "run stopped at step" in output
         delay += 0.7
         assert delay < 100, output
@@ -219,7 +252,7 @@ def test_tokenize_ends_in_order_and_resumes(tmp_path, number, status):
     assert process.returncode == status, output
     assert "Traceback" not in output
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert not any(name.endswith((".tmp", ".lock")) for name in left)
+    assert not any(name.endswith(".tmp") for name in left)
 
     done = start(command)
     output, _ = done.communicate(timeout=100)

@@ -60,14 +60,16 @@ def test_the_holder_is_named_and_a_killed_one_is_recognized_at_once(tmp_path):
         DirectoryLock(tmp_path / "run", "workdir").acquire()
     message = str(caught.value)
     assert f"workdir {tmp_path}/run is in use by process {process.pid} on host" in message
-    assert "UTC" in message and f"delete {tmp_path}/run/.lock" in message and "\n" not in message
+    assert (
+        "UTC" in message and f"delete {tmp_path}/run/.lock.tmp" in message and "\n" not in message
+    )
     process.kill()
     process.wait()
-    assert (tmp_path / "run/.lock").exists()
+    assert (tmp_path / "run/.lock.tmp").exists()
     start_time = time.monotonic()
     with DirectoryLock(tmp_path / "run", "workdir"):
         assert time.monotonic() - start_time < 1
-        assert json.loads((tmp_path / "run/.lock").read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / "run/.lock.tmp").read_text())["pid"] == os.getpid()
 
 
 def test_without_flock_the_process_is_looked_up(tmp_path, without_flock):
@@ -75,7 +77,7 @@ def test_without_flock_the_process_is_looked_up(tmp_path, without_flock):
     with pytest.raises(InputError, match=f"by process {process.pid} on host"):
         DirectoryLock(tmp_path / "run", "workdir").acquire()
     # Another process may have got the number of a dead one.
-    path = tmp_path / "run/.lock"
+    path = tmp_path / "run/.lock.tmp"
     lock = path.read_text()
     path.write_text(json.dumps(json.loads(lock) | {"process_start": "1"}))
     with DirectoryLock(tmp_path / "run", "workdir"):
@@ -94,11 +96,11 @@ def test_a_holder_on_another_machine_is_known_by_its_heartbeat(tmp_path, monkeyp
     (tmp_path / "run").mkdir()
     lock = DirectoryLock(tmp_path / "run", "workdir")
     lock.acquire()
-    text = (tmp_path / "run/.lock").read_text()
+    text = (tmp_path / "run/.lock.tmp").read_text()
     lock.release()
-    (tmp_path / "run/.lock").write_text(text)
+    (tmp_path / "run/.lock.tmp").write_text(text)
     on_another_machine(tmp_path / "run")
-    text = (tmp_path / "run/.lock").read_text()
+    text = (tmp_path / "run/.lock.tmp").read_text()
     other = DirectoryLock(tmp_path / "run", "workdir")
     if not alive:
         other.acquire()
@@ -112,7 +114,7 @@ def test_a_holder_on_another_machine_is_known_by_its_heartbeat(tmp_path, monkeyp
             "for i in range(100):\n"
             "  open(sys.argv[1], 'w').write(sys.argv[2].replace('0000000000', f'{i:010d}'))\n"
             "  time.sleep(0.2)",
-            str(tmp_path / "run/.lock"),
+            str(tmp_path / "run/.lock.tmp"),
             text,
         ]
     )
@@ -129,7 +131,7 @@ def test_a_process_whose_lock_was_taken_over_notices(tmp_path, monkeypatch):
     with DirectoryLock(tmp_path / "run", "workdir") as lock:
         lock.check()
         on_another_machine(tmp_path / "run")
-        path = tmp_path / "run/.lock"
+        path = tmp_path / "run/.lock.tmp"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"token": "another"}))
         time.sleep(0.5)
         with pytest.raises(InputError, match="was taken over by process"):
@@ -150,7 +152,7 @@ def test_a_copy_of_a_directory_is_not_locked(tmp_path):
 
 def test_what_the_lock_leaves(tmp_path):
     with DirectoryLock(tmp_path / "a/b/run", "workdir"):
-        assert (tmp_path / "a/b/run/.lock").exists()
+        assert (tmp_path / "a/b/run/.lock.tmp").exists()
     assert not (tmp_path / "a").exists(), "nothing was written into it"
     with DirectoryLock(tmp_path / "a/run", "workdir"):
         (tmp_path / "a/run/config.json").write_text("{}")
@@ -201,7 +203,7 @@ def test_a_second_tokenize_is_refused(tmp_path, capfd):
             assert cli.main(command) == 2
         message = capfd.readouterr().err
         assert f"--out {tmp_path}/out is in use by process {process.pid}" in message
-        assert os.listdir(tmp_path / "out") == [".lock"]
+        assert os.listdir(tmp_path / "out") == [".lock.tmp"]
         with tiny.cached():  # parts write to one set together
             assert cli.main([*command, "--part=0/1"]) == 0
     finally:
@@ -247,7 +249,7 @@ def test_a_refused_run_is_as_it_was(tmp_path, capfd):
 def test_a_lock_is_no_part_of_a_run_directory(tmp_path):
     """A process that was killed between its lock and its config.json."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/.lock").write_text("")
+    (tmp_path / "run/.lock.tmp").write_text("")
     config = tiny.config_of(tiny.train_tokenizer("unused"))
     experiment = build_experiment(config)
     runs.prepare(str(tmp_path / "run"), config, experiment.spec.to_json(), experiment.schema)

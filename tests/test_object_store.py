@@ -108,7 +108,7 @@ def test_a_run_in_an_object_store_resumes_after_a_kill(store, tmp_path):
         "a/run/samples/step_000080.png",
         "a/run/tokenizer/config.json",
     } <= set(objects("a/run/"))
-    assert "a/run/.lock" not in objects("a/run/")
+    assert "a/run/.lock.tmp" not in objects("a/run/")
 
     out = tmp_path / "out.png"
     sampled = subprocess.run(

@@ -284,6 +284,7 @@ def _load_sampler(args):
     from hmar_jax import pipeline
 
     pipe = pipeline.load(args.model, devices=jax.devices(), checkpoint=args.checkpoint)
+    args.interruptions.check()  # an import may have swallowed it
     if not pipe.can_sample:
         raise InputError(f"model {args.model!r} is an autoencoder alone: it cannot sample")
     return pipe

@@ -42,7 +42,6 @@ from hmar_jax.data.sources import ImageDecodeError, Source
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
-from hmar_jax.io.locks import LOCK_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -272,9 +271,7 @@ def _prepare_directory(folder: epath.Path, info: RecordSetInfo) -> RecordSetInfo
             )
             if all(found.splits[name].crops == split.crops for name, split in splits.items()):
                 return dataclasses.replace(info, complete=found.complete)
-        elif folder.is_dir() and any(
-            not path.name.endswith((".tmp", LOCK_FILE)) for path in folder.iterdir()
-        ):
+        elif folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
             raise InputError(
                 f"{folder} must be empty or an encoded data set (it has no {INFO_FILE}); choose "
                 "another --out"

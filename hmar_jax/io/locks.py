@@ -35,7 +35,7 @@ try:
 except ImportError:  # not Unix: the heartbeat and the process id decide
     fcntl = None  # type: ignore[assignment]
 
-LOCK_FILE = ".lock"
+LOCK_FILE = ".lock.tmp"  # .tmp: no part of what a directory contains, as after every kill
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0  # without a heartbeat, after which a holder on another machine is dead
 _POLL_SECONDS = 1.0

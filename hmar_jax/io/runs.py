@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from hmar_jax import config_files
 from hmar_jax.errors import InputError
-from hmar_jax.io import files, locks
+from hmar_jax.io import files
 
 FORMAT = "hmar_jax run 1"
 
@@ -46,7 +46,7 @@ def prepare(
                 "choose another --workdir, or use the run's config"
             )
     elif directory.is_dir():
-        leftovers = (".tmp", locks.LOCK_FILE)  # of a process that was killed
+        leftovers = (".tmp",)  # of a process that was killed
         if any(not path.name.endswith(leftovers) for path in directory.iterdir()):
             raise InputError(
                 f"{workdir} is neither empty nor a run directory (no config.json); "
