@@ -141,11 +141,11 @@ def test_a_process_that_dies_in_evaluation_has_saved_and_gets_on(tmp_path):
 
 
 def test_a_run_stopped_in_evaluation_makes_up_for_it(tmp_path, monkeypatch, capfd):
-    evaluate = after_step.evaluate
+    evaluate, calls = after_step.evaluate, []
 
     def interrupted(*args):
-        if not (tmp_path / "once").exists():
-            (tmp_path / "once").touch()
+        calls.append(args)
+        if len(calls) in (1, 3):  # after step 40, and after the last one
             signal.raise_signal(signal.SIGTERM)
         return evaluate(*args)
 
@@ -154,7 +154,10 @@ def test_a_run_stopped_in_evaluation_makes_up_for_it(tmp_path, monkeypatch, capf
     assert cli.main(tiny.train_tokenizer(run)) == 143
     assert "stopped by a signal after step 40" in capfd.readouterr().err
     assert json.loads((run / "after_step.json").read_text()) == {"step": 40, "attempts": 0}
+    assert cli.main(tiny.train_tokenizer(run)) == 143
+    assert "run stopped at step 80 of 80" in capfd.readouterr().out
     assert cli.main(tiny.train_tokenizer(run)) == 0
+    assert len(calls) == 4
     assert_same_end(run, tiny.tokenizer_run())
     assert not (run / "after_step.json").exists()
 

@@ -111,14 +111,14 @@ def _train(args, config) -> int:
         assert experiment is not None
         state = loop.run(config, experiment, args.workdir, args.interruptions, lock)
     step, steps = int(state.step), experiment.task.steps
+    stopped = args.interruptions.received
     if processes.is_primary():
-        result = "complete" if step == steps else f"stopped at step {step} of {steps}"
+        result = f"stopped at step {step} of {steps}" if stopped else "complete"
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"{args.workdir}: {config.task} run {result}", flush=True)
     # No process ends before all have finished: srun then kills the others.
     processes.wait_for_all("hmar_jax train has ended")
-    received = args.interruptions.received
-    return 0 if step == steps or received is None else interruption.exit_status(received)
+    return 0 if stopped is None else interruption.exit_status(stopped)
 
 
 def _retain_freed_memory() -> None:

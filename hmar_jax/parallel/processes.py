@@ -257,6 +257,10 @@ class StopRequest:
             self._interruptions.received = signal.Signals[(names or ["SIGTERM"])[0]]
         return self.stopped
 
+    def ignore(self) -> None:
+        """Forgets the signals: the run is complete, and there is nothing to resume."""
+        self.stopped, self._interruptions.received = False, None
+
     def _name(self) -> str:
         received = self._interruptions.received
         return "" if received is None else received.name

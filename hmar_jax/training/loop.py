@@ -129,8 +129,6 @@ def _run(
         after_step = AfterStep(
             steps, frozen, experiment, directory, preview_key, report, store_loss, stop.check
         )
-        meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
-        num_reported = 0  # images that could not be decoded and have been named
         step = start
         # Whatever ends the loop, the device is idle afterwards: a process that ends during a
         # computation crashes. A lambda: the last state counts.
@@ -143,6 +141,8 @@ def _run(
 
         if resumes_work:
             finish_step()
+        num_reported = 0  # images that could not be decoded and have been named
+        meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
         while step < task.steps and not stop.stopped:
             step += 1
             with meter.time("data"):
@@ -171,8 +171,10 @@ def _run(
                 if has_work and not stopped:
                     checkpoints.wait()  # on disk, whatever happens in the evaluation
                     finish_step()
-        if stop.stopped and step < task.steps:
+        if stop.stopped and (step < task.steps or owed.is_owed(step)):
             LOGGER.info("stopped by a signal after step %d; rerun the command to resume", step)
+        else:
+            stop.ignore()
     return state
 
 
