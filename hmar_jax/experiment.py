@@ -21,6 +21,7 @@ from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec, make_encode
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.encoding import encode_in_memory
 from hmar_jax.data.loader import make_loader
+from hmar_jax.data.readable import readable_part
 from hmar_jax.data.records import RecordSet, make_record_loader, open_records
 from hmar_jax.data.sources import Source, open_source, records_directory
 from hmar_jax.data.transforms import Transform
@@ -45,6 +46,7 @@ class _Data:
     loader: Callable[[], grain.IterDataset]
     validation: Validation | None
     decode_errors: DecodeErrorLog
+    held_out: Source | None = None  # the images of `validation`; None where it has records
 
 
 def task_kind(config: ConfigDict) -> tuple[Any, TaskKind]:
@@ -99,7 +101,7 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         frozen,
         data.loader,
         data.validation,
-        _preview_images(config, task.num_preview_images, side, data.decode_errors),
+        _preview_images(config, task.num_preview_images, side, data),
         data.decode_errors,
         kind.schema,
         kept,
@@ -176,19 +178,23 @@ def _open_images(
     copies = config.data.get("cached_copies", 0)
     _check_batch_size(config, len(source) * max(1, copies))
     errors = DecodeErrorLog()
-    batch = _validation_batch(config, mesh, len(held_out))
-    shard, shards = sharding.host_share(mesh, batch)
-    validation = make_loader(
-        held_out,
-        transform,
-        batch_size=batch // shards,
-        seed=0,
-        train=False,
-        shard_index=shard,
-        shard_count=shards,
-        threads=config.data.threads,
-        broken=errors,
-    )
+    readable = _look_at(config, held_out, errors)
+    validation = None
+    if readable is not None:
+        batch = _validation_batch(config, mesh, len(readable))
+        shard, shards = sharding.host_share(mesh, batch)
+        batches = make_loader(
+            readable,
+            transform,
+            batch_size=batch // shards,
+            seed=0,
+            train=False,
+            shard_index=shard,
+            shard_count=shards,
+            threads=config.data.threads,
+            broken=errors,
+        )
+        validation = Validation(batches, batch)
     shard, shards = sharding.host_share(mesh, config.batch_size)
 
     def loader():
@@ -210,7 +216,23 @@ def _open_images(
     kind = "image"
     if copies:
         kind = autoencoders.make_autoencoder(parent.spec.autoencoder).record_spec.kind
-    return _Data(_info(config, source), kind, loader, Validation(validation, batch), errors)
+    return _Data(_info(config, source), kind, loader, validation, errors, readable)
+
+
+def _look_at(config: ConfigDict, held_out: Source, errors: DecodeErrorLog) -> Source | None:
+    """The held-out images without those that cannot be read; None if none can."""
+    readable = readable_part(held_out, errors, config.data.threads)
+    if readable is None:
+        path, reason = errors.items[0]
+        LOGGER.warning(
+            "none of the %d held-out images of %s can be read (%s: %s): this run has no validation "
+            "and no previews of them; repair them and rerun the command to have both",
+            len(held_out),
+            config.data.source,
+            path,
+            reason,
+        )
+    return readable
 
 
 def _cached_loader(config, source: Source, transform, parent: Parent, params, shard, shards):
@@ -306,21 +328,18 @@ def _validation_batch(config: ConfigDict, mesh: Mesh, num_images: int) -> int:
     return -(-min(config.batch_size, num_images, _MAX_EVAL_BATCH) // parts) * parts
 
 
-def _preview_images(
-    config: ConfigDict, count: int, side: int, errors: DecodeErrorLog
-) -> np.ndarray | None:
+def _preview_images(config: ConfigDict, count: int, side: int, data: _Data) -> np.ndarray | None:
     """Held-out images, the same on every host: (count, side, side, 3) uint8."""
-    if not count:
+    if not count or data.held_out is None:
         return None
-    held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
     few = make_loader(  # a loader replaces images that cannot be decoded
-        held_out,
+        data.held_out,
         settings.from_group(Transform, config.data.transform, side=side),
-        batch_size=min(count, len(held_out)),
+        batch_size=min(count, len(data.held_out)),
         seed=0,
         train=False,
         threads=0,
-        broken=errors,
+        broken=data.decode_errors,
     )
     return next(iter(few))["image"]
 

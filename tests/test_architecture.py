@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # From the ground up; a module imports from its own floor or from those below. docs/architecture.md
 # draws them.
 FLOORS = (
-    ("pallas_kernels", "hmar_jax.errors", "hmar_jax.logging"),
+    ("pallas_kernels", "hmar_jax.errors", "hmar_jax.interruption", "hmar_jax.logging"),
     ("hmar_jax.settings",),
     ("hmar_jax.config_files", "hmar_jax.parallel"),
     ("hmar_jax.io",),

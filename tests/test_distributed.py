@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -146,7 +147,7 @@ def test_two_hosts_are_killed_and_one_resumes(tmp_path, command, signalled):
             assert all(p.poll() is None for p in hosts.processes), hosts.log()
             time.sleep(0.01)
         hosts.processes[1].send_signal(signal.SIGTERM)
-        hosts.finish()
+        hosts.finish(status=143)
         log = hosts.log()
         assert "resuming from step 20" in log and "stopped by a signal after step" in log, log
         assert "step" not in hosts.log(1)  # only the first process logs
@@ -196,6 +197,31 @@ def test_killed_twenty_times(tmp_path, command):
     hosts.finish()
     assert_every_image_once_an_epoch(tmp_path)
     print(f"{attempt} attempts, {kills} kills")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_to_one_host_stops_both_after_the_same_step(tmp_path, command, number, status):
+    hosts = Hosts(tmp_path, command(steps=100000), processes=2)
+    while "step 10 of" not in hosts.log():
+        assert all(p.poll() is None for p in hosts.processes), hosts.log()
+        time.sleep(0.01)
+    second = start_second(tmp_path, command(steps=100000))
+    assert second.returncode == 2 and "is in use by process" in second.stderr, second.stderr
+    hosts.processes[1].send_signal(number)
+    hosts.finish(status=status)
+    [step] = re.findall(r"run stopped at step (\d+) of 100000", hosts.log())
+    assert (tmp_path / f"run/checkpoints/{step}/state").is_dir()
+    assert not (tmp_path / "run/.lock.tmp").exists()
+
+
+def start_second(folder: pathlib.Path, arguments: list[str]) -> subprocess.CompletedProcess:
+    """The same command again, as one process."""
+    command = [sys.executable, "-m", "tests.recorded", str(folder / "unused"), *arguments]
+    root = pathlib.Path(__file__).parent.parent
+    return subprocess.run(
+        command, env=tiny.ENVIRONMENT, cwd=root, capture_output=True, text=True, timeout=200
+    )
 
 
 @pytest.mark.slow

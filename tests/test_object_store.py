@@ -85,6 +85,10 @@ def test_a_run_in_an_object_store_resumes_after_a_kill(store, tmp_path):
         not objects("a/run/checkpoints/20/commit_success.txt") and first.poll() is None
     ):  # which Orbax writes last
         time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)
+    refused = subprocess.run(train, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2, refused.stderr
+    assert f"gs://runs/a/run is in use by process {first.pid} on host" in refused.stderr
     first.kill()
     assert first.wait() == -signal.SIGKILL
 
@@ -104,6 +108,7 @@ def test_a_run_in_an_object_store_resumes_after_a_kill(store, tmp_path):
         "a/run/samples/step_000080.png",
         "a/run/tokenizer/config.json",
     } <= set(objects("a/run/"))
+    assert "a/run/.lock.tmp" not in objects("a/run/")
 
     out = tmp_path / "out.png"
     sampled = subprocess.run(

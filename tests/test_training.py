@@ -269,7 +269,7 @@ def test_killed_with_cached_tokens(tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")
 
 
-def test_sigterm_saves_and_exits_normally(tmp_path, monkeypatch, capfd):
+def test_sigterm_saves_and_ends_with_its_status(tmp_path, monkeypatch, capfd):
     report = loop._Reporter.report
 
     def report_and_signal(self, step, means):
@@ -279,7 +279,7 @@ def test_sigterm_saves_and_exits_normally(tmp_path, monkeypatch, capfd):
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop._Reporter, "report", report_and_signal)
-    assert cli.main(tiny.train(tmp_path / "run")) == 0
+    assert cli.main(tiny.train(tmp_path / "run")) == 143
     output = capfd.readouterr()
     assert "stopped by a signal after step 30; rerun the command to resume" in output.err
     assert output.out == f"{tmp_path}/run: next_scale run stopped at step 30 of 80\n"

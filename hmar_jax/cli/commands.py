@@ -5,6 +5,7 @@ Each is a function of the parsed arguments, and of the --config.KEY=VALUE texts 
 --help cost no time.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -67,8 +68,12 @@ def _parent_config(args, config):
     return config_files.load_config(f"{args.config.partition(':')[0]}:{name}") if name else None
 
 
-def train(args, overrides) -> None:
-    """Starts or resumes a run: `train` and `train-tokenizer`."""
+def train(args, overrides) -> int:
+    """Starts or resumes a run: `train` and `train-tokenizer`.
+
+    Returns:
+      0, or the conventional status of the signal that stopped the run.
+    """
     _retain_freed_memory()
     config = _config(args, overrides)
     from hmar_jax.experiment import task_kind
@@ -76,26 +81,44 @@ def train(args, overrides) -> None:
     command = task_kind(config)[1].command
     if command != args.command:
         raise InputError(f"config {args.config!r} is for hmar {command}")
+    import jax
 
     from hmar_jax.parallel import processes
 
     processes.initialize(args.coordinator, args.num_processes, args.process_id, args.local_devices)
     if not processes.is_primary():
         TERMINAL.setLevel(logging.WARNING)
+    # Signals to one of several processes stop all of them, after a step.
+    several = jax.process_count() > 1
+    with args.interruptions.deferred() if several else contextlib.nullcontext():
+        return _train(args, config)
+
+
+def _train(args, config) -> int:
+    from hmar_jax import interruption
     from hmar_jax.experiment import build_experiment
+    from hmar_jax.io import locks
+    from hmar_jax.parallel import processes
     from hmar_jax.training import loop
 
-    experiment, error = None, None
-    try:
-        experiment = build_experiment(config, args.workdir)
-    except InputError as e:
-        error = e
-    processes.raise_on_all_processes(error)  # if one cannot start, the others must not wait for it
-    assert experiment is not None
-    step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
+    with locks.lock_together(args.workdir, "workdir") as lock:
+        experiment, error = None, None
+        try:
+            experiment = build_experiment(config, args.workdir)
+        except InputError as e:
+            error = e
+        processes.raise_on_all_processes(error)  # if one cannot start, others must not wait for it
+        assert experiment is not None
+        state = loop.run(config, experiment, args.workdir, args.interruptions, lock)
+    step, steps = int(state.step), experiment.task.steps
+    stopped = args.interruptions.received
     if processes.is_primary():
-        state = "complete" if step == steps else f"stopped at step {step} of {steps}"
-        print(f"{args.workdir}: {config.task} run {state}")
+        result = f"stopped at step {step} of {steps}" if stopped else "complete"
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"{args.workdir}: {config.task} run {result}", flush=True)
+    # No process ends before all have finished: srun then kills the others.
+    processes.wait_for_all("hmar_jax train has ended")
+    return 0 if stopped is None else interruption.exit_status(stopped)
 
 
 def _retain_freed_memory() -> None:
@@ -126,6 +149,7 @@ def tokenize(args) -> None:
     from hmar_jax.data import encoding
     from hmar_jax.data.sources import SPLITS, open_source
     from hmar_jax.data.transforms import Transform
+    from hmar_jax.io import locks
     from hmar_jax.parallel import processes
 
     splits = args.splits.split(",")
@@ -133,6 +157,7 @@ def tokenize(args) -> None:
         raise InputError(f"--splits must be train, validate or both; got {args.splits}")
     if args.part is None:
         processes.initialize()
+    args.interruptions.install()  # again: JAX has taken SIGTERM if there are several processes
     spec, params = loading.load_spec_and_params(args.tokenizer)
     changes = {"dtype": args.dtype} if args.dtype else {}
     config = dataclasses.replace(spec.autoencoder, **changes)
@@ -159,19 +184,23 @@ def tokenize(args) -> None:
         shard_size=args.shard_size,
     )
     encode, batch_size = make_encoder(autoencoder, params, args.batch_size, jax.local_devices())
-    info = encoding.write_record_set(
-        args.out,
-        encode,
-        sources,
-        transform,
-        info,
-        batch_size=batch_size,
-        part=part,
-        threads=args.threads,
-        workers=args.workers,
-        verify=args.verify,
-        progress=True,
-    )
+    # Commands with --part write to one set together.
+    lock = contextlib.nullcontext() if args.part else locks.lock_together(args.out, "--out")
+    with lock, args.interruptions.deferred():
+        info = encoding.write_record_set(
+            args.out,
+            encode,
+            sources,
+            transform,
+            info,
+            batch_size=batch_size,
+            part=part,
+            threads=args.threads,
+            workers=args.workers,
+            verify=args.verify,
+            progress=True,
+            check=args.interruptions.check,
+        )
     if not info.complete:
         missing, total = encoding.count_unfinished(args.out, info)
         print(
@@ -255,6 +284,7 @@ def _load_sampler(args):
     from hmar_jax import pipeline
 
     pipe = pipeline.load(args.model, devices=jax.devices(), checkpoint=args.checkpoint)
+    args.interruptions.check()  # an import may have swallowed it
     if not pipe.can_sample:
         raise InputError(f"model {args.model!r} is an autoencoder alone: it cannot sample")
     return pipe

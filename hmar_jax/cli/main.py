@@ -1,9 +1,11 @@
 """The command `hmar`: its arguments. What it does with them is in commands.py.
 
-Exit status: 0 done, 2 the user's input is wrong, 1 anything else.
+Exit status: 0 done, 2 the user's input is wrong, 1 anything else; 130, 129 and 143 after Ctrl-C,
+SIGHUP and SIGTERM.
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -12,6 +14,7 @@ import warnings
 from hmar_jax import families, settings
 from hmar_jax.cli import arguments, commands
 from hmar_jax.errors import InputError
+from hmar_jax.interruption import Interrupted, Interruptions, end_now
 from hmar_jax.logging import show_log
 
 _MODEL_HELP = "a bundled model (digits), a run directory or a model directory"
@@ -21,12 +24,42 @@ _CONFIG_HELP = "FILE:NAME[,key=value...]; single values also by --config.KEY=VAL
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    try:
+        return _main(argv)
+    except Interrupted as e:
+        return e.status
+
+
+def _main(argv: list[str] | None) -> int:
+    """Runs one command; returns the exit status.
+
+    Raises:
+      Interrupted: a signal ended it, perhaps in the middle of a computation.
+    """
     show_log()
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     has_config = hasattr(args, "config")
     overrides = [r for r in rest if r.startswith("--config.")] if has_config else []
     unknown = [r for r in rest if r not in overrides]
+    with Interruptions() as interruptions:
+        args.interruptions = interruptions
+        try:
+            return _run_command(args, overrides, unknown, has_config)
+        except Exception as e:
+            # In the middle of an import, a signal's exception may become another one.
+            if interruptions.received is None:
+                raise
+            interrupted = Interrupted(interruptions.received)
+            interrupted.__cause__ = e
+        except Interrupted as e:
+            interrupted = e
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"hmar {args.command}: {interrupted}", file=sys.stderr)
+    raise interrupted
+
+
+def _run_command(args, overrides: list[str], unknown: list[str], has_config: bool) -> int:
     try:
         for text in overrides:  # first: of "--config.KEY VALUE", the value would be called unknown
             if "=" not in text:
@@ -40,9 +73,6 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as e:  # a run that diverged
         print(f"hmar {args.command}: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"hmar {args.command}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of a pipe, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -57,7 +87,11 @@ def main(argv: list[str] | None = None) -> int:
 def run() -> None:
     """The console command."""
     warnings.formatwarning = _format_warning
-    sys.exit(main())
+    try:
+        status = _main(None)
+    except Interrupted as e:
+        end_now(e.status)
+    sys.exit(status)
 
 
 def _format_warning(message, category, filename, lineno, line=None) -> str:

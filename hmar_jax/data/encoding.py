@@ -202,6 +202,7 @@ def write_record_set(
     workers: int = 0,
     verify: bool = False,
     progress: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> RecordSetInfo:
     """Writes one part of an encoded data set, or what is missing of it.
 
@@ -219,6 +220,7 @@ def write_record_set(
       verify: whether to check finished shards by checksum and not only by size. Damaged shards are
         written again.
       progress: whether to show a progress bar on a terminal.
+      check: called before each image; what it raises ends the call. Finished shards stay.
 
     Returns:
       The description of the set as it is now; `complete` is False while other parts are missing.
@@ -245,6 +247,7 @@ def write_record_set(
                 threads,
                 workers,
                 progress,
+                check,
             )
     return finish(folder, info)
 
@@ -442,6 +445,7 @@ def _write_shards(
     threads: int,
     workers: int,
     progress: bool,
+    check: Callable[[], None],
 ) -> None:
     """Writes shards of one split, in order."""
     split, num_images = todo[0].split, sum(shard.stop - shard.start for shard in todo)
@@ -459,6 +463,7 @@ def _write_shards(
             writer = _ShardWriter(folder, shard)
             try:
                 for index in range(shard.start, shard.stop):
+                    check()
                     record = next(records)
                     if record is None:
                         if index not in broken:
@@ -545,13 +550,13 @@ def _encode_shards(
             yield row.tobytes() if readable else None
 
     previous = None
-    for batch in loader:  # the device encodes one batch while the previous one is written
-        encoded = encode(batch["image"])
-        if previous is not None:
-            yield from to_records(*previous)
-        previous = batch, encoded
-    yield from to_records(*previous)
-    loader.close()
+    with contextlib.closing(loader):
+        for batch in loader:  # the device encodes one batch while the previous one is written
+            encoded = encode(batch["image"])
+            if previous is not None:
+                yield from to_records(*previous)
+            previous = batch, encoded
+        yield from to_records(*previous)
 
 
 class _ShardWriter:

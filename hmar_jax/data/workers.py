@@ -1,7 +1,18 @@
 """Worker processes that read batches, for machines with more cores than one process can use."""
 
+import signal
+
 import grain
 from absl import flags
+
+from hmar_jax.interruption import SIGNALS
+
+
+def _leave_signals_to_the_parent(*_) -> None:
+    """A terminal sends Ctrl-C and SIGHUP to all of its processes; the parent still needs these."""
+    for number in SIGNALS:
+        if number != signal.SIGTERM:  # by which the parent ends them
+            signal.signal(number, signal.SIG_IGN)
 
 
 class MultiprocessDataset(grain.IterDataset):
@@ -27,7 +38,7 @@ class MultiprocessDataset(grain.IterDataset):
         options = grain.MultiprocessingOptions(
             num_workers=min(self._workers, len(self._dataset) - index), per_worker_buffer_size=1
         )
-        return iter(remaining.mp_prefetch(options))
+        return iter(remaining.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent))
 
     def check_index(self, index: int) -> None:
         if not 0 <= index <= len(self._dataset):

@@ -28,7 +28,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from hmar_jax.errors import InputError
 from hmar_jax.io import arrays
 from hmar_jax.io.arrays import DamagedFilesError
-from hmar_jax.io.files import absolute, read_json
+from hmar_jax.io.files import absolute, read_json, write_atomically
 from hmar_jax.parallel import processes
 
 _log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class RunCheckpoints:
           InputError: the directory cannot be created.
         """
         self.directory = absolute(workdir) / "checkpoints"
+        self._max_to_keep, self._keep_best = max_to_keep, keep_best
         keep: list[policies.PreservationPolicy] = [policies.LatestN(max_to_keep)]
         best_fn = None
         if keep_best:
@@ -144,6 +145,28 @@ class RunCheckpoints:
             return self._manager.save(
                 step, args=ocp.args.Composite(**items), metrics=metrics, force=True
             )
+
+    def record_validation_loss(self, step: int, loss: float) -> None:
+        """Stores the validation loss of a step that was saved without one.
+
+        Then older checkpoints that are neither among the newest nor among the best are deleted. It
+        waits for a save in flight.
+        """
+        self.wait()
+        if processes.is_primary():
+            file = self.directory / str(step) / "metrics" / "metrics"
+            write_atomically(file, json.dumps({_LOSS: float(loss)}))
+        processes.wait_for_all(f"hmar_jax recorded the loss of step {step}")
+        self._manager.reload()
+        steps = self.steps()
+        losses = {step: _saved_loss(self.directory / str(step)) for step in steps}
+        measured = [step for step in steps if losses[step] < math.inf]
+        best = sorted(measured, key=losses.__getitem__)[: self._keep_best]
+        superseded = [step for step in steps[: -self._max_to_keep] if step not in best]
+        # The first process decides: others may still see an old file.
+        decided = processes.gather_messages(" ".join(map(str, superseded)))[0]
+        for old in map(int, decided.split()):
+            self._manager.delete(old)
 
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises if it failed."""

@@ -5,6 +5,7 @@ itself on SLURM, Cloud TPU, GKE, Open MPI and Kubernetes; elsewhere three flags 
 one is. Only the first process writes to the run directory, except for Orbax.
 """
 
+import contextlib
 import os
 import signal
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hmar_jax.errors import InputError
+from hmar_jax.interruption import Interruptions
 
 _LONGEST_MESSAGE = 1000  # bytes, of what one process sends to the others
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -224,29 +226,50 @@ def wait_for_all(name: str) -> None:
 
 
 class StopRequest:
-    """Reports SIGTERM, so that a run saves a checkpoint and ends.
+    """Whether a run is to save a checkpoint and end, because of a signal to one of its processes.
 
     With several processes all of them report it after the same step, whichever of them got the
-    signal. That is JAX's preemption service, which installs its handler when the processes connect;
-    Orbax's `reached_preemption` calls the same function. For a single process there is no such
-    service, and the signal is handled here.
+    signal. That is JAX's preemption service, which handles SIGTERM since the processes connected;
+    Orbax's `reached_preemption` calls the same function. Ctrl-C and SIGHUP are passed on to it.
+
+    Attributes:
+      stopped: whether the run ends after the present step.
     """
 
-    def __init__(self):
-        self._requested = False
-        self._several = jax.process_count() > 1
-        self._previous = None if self._several else signal.signal(signal.SIGTERM, self._handle)
-
-    def _handle(self, *_):
-        self._requested = True
+    def __init__(self, interruptions: Interruptions):
+        self.stopped = False
+        self._interruptions, self._several = interruptions, jax.process_count() > 1
+        if self._several:
+            interruptions.release(signal.SIGTERM)
+            interruptions.on_signal = lambda: os.kill(os.getpid(), signal.SIGTERM)
+            if interruptions.received is not None:
+                interruptions.on_signal()
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step. Call it in every process after every step."""
-        if self._several and not self._requested:
-            self._requested = multihost_utils.reached_preemption_sync_point(step)
-        return self._requested
-
-    def restore(self) -> None:
-        """Installs the signal handler that was there before."""
+        if self.stopped:
+            return True
         if not self._several:
-            signal.signal(signal.SIGTERM, self._previous)
+            self.stopped = self._interruptions.received is not None
+        elif multihost_utils.reached_preemption_sync_point(step):
+            self.stopped = True
+            names = [name for name in gather_messages(self._name()) if name]
+            self._interruptions.received = signal.Signals[(names or ["SIGTERM"])[0]]
+        return self.stopped
+
+    def ignore(self) -> None:
+        """Forgets the signals: the run is complete, and there is nothing to resume."""
+        self.stopped, self._interruptions.received = False, None
+
+    def _name(self) -> str:
+        received = self._interruptions.received
+        return "" if received is None else received.name
+
+    def check(self) -> None:
+        """Raises Interrupted, if this process is alone: others would wait for it for ever."""
+        if not self._several:
+            self._interruptions.check()
+
+    def immediate(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which a signal raises Interrupted at once, if this process is alone."""
+        return contextlib.nullcontext() if self._several else self._interruptions.immediate()

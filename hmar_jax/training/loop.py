@@ -5,11 +5,12 @@ A run starts from the latest good checkpoint of its directory, or from scratch w
 
 import contextlib
 import dataclasses
+import hashlib
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
@@ -19,12 +20,15 @@ from tqdm import tqdm
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
 from hmar_jax.errors import InputError
-from hmar_jax.io import files, images, runs
+from hmar_jax.interruption import Interrupted, Interruptions
+from hmar_jax.io import files, runs
 from hmar_jax.io.checkpoints import RunCheckpoints
+from hmar_jax.io.locks import DirectoryLock, lock_together
 from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.parallel.chips import peak_flops
-from hmar_jax.training.compiled_steps import CompiledSteps, compile_steps
+from hmar_jax.training.after_step import AfterStep, OwedWork
+from hmar_jax.training.compiled_steps import compile_steps
 from hmar_jax.training.experiment import Experiment
 from hmar_jax.training.metrics import LOGGER, MetricsWriter, average, log_to_file
 from hmar_jax.training.step import MAX_SKIPPED_IN_ROW
@@ -32,7 +36,13 @@ from hmar_jax.training.step import MAX_SKIPPED_IN_ROW
 _IN_FLIGHT = 2  # steps the device may lag behind: it stays busy, and errors are known soon
 
 
-def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
+def run(
+    config: ConfigDict,
+    experiment: Experiment,
+    workdir: str,
+    interruptions: Interruptions | None = None,
+    lock: DirectoryLock | None = None,
+) -> Any:
     """Trains until the task's last step, from the latest good checkpoint where there is one.
 
     Every process of a run calls it; the first one writes what is written once.
@@ -42,93 +52,152 @@ def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
       experiment: as built from the config.
       workdir: the run's directory, local (and seen by all hosts) or gs://. A second call resumes
         where the first ended or was killed, on any mesh and any number of hosts.
+      interruptions: of the command. Ctrl-C, SIGHUP and SIGTERM save a checkpoint and end the run
+        after the present step; `received` says so. None: they are handled here.
+      lock: of the directory, held by the first process. None: it is taken here.
 
     Returns:
       The last state.
 
     Raises:
-      InputError: the directory cannot be written, is no run directory, or belongs to a run with
-        another config.
+      InputError: the directory cannot be written, is no run directory, is in use by another
+        process, or belongs to a run with another config.
+      Interrupted: by a signal before the first step.
       FloatingPointError: loss or gradient was not finite for MAX_SKIPPED_IN_ROW steps in a row.
     """
-    directory = _prepare_together(workdir, config, experiment)
-    with log_to_file(directory) if processes.is_primary() else contextlib.nullcontext():
-        with RunCheckpoints(directory, config.keep_checkpoints, config.keep_best) as checkpoints:
-            return _run(config, experiment, directory, checkpoints)
+    if interruptions is None:
+        with Interruptions(only_noted=True) as own:
+            return run(config, experiment, workdir, own, lock)
+    if lock is None:
+        with lock_together(workdir, "workdir") as own_lock:
+            return run(config, experiment, workdir, interruptions, own_lock)
+    with interruptions.deferred():  # no exception in the middle of a computation or a save
+        stop = processes.StopRequest(interruptions)
+        _check_same_errors(experiment.decode_errors)
+        directory = _prepare_together(workdir, config, experiment)
+        with log_to_file(directory) if processes.is_primary() else contextlib.nullcontext():
+            with RunCheckpoints(
+                directory, config.keep_checkpoints, config.keep_best
+            ) as checkpoints:
+                return _run(config, experiment, directory, checkpoints, stop, lock)
 
 
 def _run(
-    config: ConfigDict, experiment: Experiment, directory: epath.Path, checkpoints: RunCheckpoints
+    config: ConfigDict,
+    experiment: Experiment,
+    directory: epath.Path,
+    checkpoints: RunCheckpoints,
+    stop: processes.StopRequest,
+    lock: DirectoryLock,
 ) -> Any:
     task, mesh = experiment.task, experiment.mesh
     keys = jax.random.split(jax.random.key(config.seed), 3)
     init_key, run_key, preview_key = (sharding.place_key(key, mesh) for key in keys)
     steps = compile_steps(task, mesh, experiment.frozen, config.ema_decay)
     restored = checkpoints.restore_latest(steps.state)
-    if restored is not None and restored.step >= task.steps:
+    start = 0 if restored is None else restored.step
+    owed = OwedWork(directory)
+    resumes_work = restored is not None and owed.is_owed(start)
+    if restored is not None and start >= task.steps and not resumes_work:
         LOGGER.info("this run is complete: step %d of %d", restored.step, task.steps)
         return restored.state
+    stop.check()
     frozen = sharding.place(experiment.frozen, jax.tree.map(lambda x: x.sharding, steps.frozen))
     if restored is None:
-        state, start = steps.init(init_key, frozen), 0
+        with stop.immediate():  # nothing is lost, and compilation takes long
+            state = steps.init(init_key, frozen)
     else:
-        state, start = restored.state, restored.step
+        state = restored.state
         LOGGER.info("resuming from step %d", start)
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     LOGGER.debug("parameters\n%s", overview)
     LOGGER.debug("mesh %s of %s", dict(mesh.shape), mesh.devices.flat[0].device_kind)
+    stop.check()
 
-    batches = iter(experiment.loader())
-    if restored is not None:
-        restore_loader_state(batches, restored.metadata["data_state"])
     primary = processes.is_primary()
-    reporter = _Reporter(directory, start, task.steps, config.task) if primary else None
-    meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
-    stop = processes.StopRequest()
-    num_reported = 0  # images that could not be decoded and have been named
-    try:
-        for step in range(start + 1, task.steps + 1):
+    with contextlib.ExitStack() as closing:
+        with stop.immediate():  # may encode all images
+            batches = iter(experiment.loader())
+        closing.callback(batches.close)
+        if restored is not None:
+            restore_loader_state(batches, restored.metadata["data_state"])
+        reporter = _Reporter(directory, start, task.steps, config.task) if primary else None
+        if reporter is not None:
+            closing.callback(reporter.close)
+        report = reporter.report if reporter is not None else lambda step, means: None
+        store_loss = checkpoints.record_validation_loss if config.keep_best else lambda *_: None
+        after_step = AfterStep(
+            steps, frozen, experiment, directory, preview_key, report, store_loss, stop.check
+        )
+        step = start
+        # Whatever ends the loop, the device is idle afterwards: a process that ends during a
+        # computation crashes. A lambda: the last state counts.
+        closing.callback(lambda: _wait_for_device(state))
+
+        def finish_step() -> None:
+            """Evaluation and preview, where they are due; the step has been saved."""
+            with _stops(stop):
+                after_step.run(step, state, *_due_after(step, config, experiment))
+
+        if resumes_work:
+            finish_step()
+        num_reported = 0  # images that could not be decoded and have been named
+        meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
+        while step < task.steps and not stop.stopped:
+            step += 1
             with meter.time("data"):
                 batch = sharding.global_batch(mesh, next(batches), config.batch_size)
-            state, metrics = steps.train_step(state, frozen, batch, run_key)
+            with stop.immediate() if step == start + 1 else contextlib.nullcontext():
+                state, metrics = steps.train_step(state, frozen, batch, run_key)
             meter.add(step, metrics)
             last = step == task.steps
 
             if reporter is not None:
                 reporter.advance()
             if step % config.log_every == 0 or last:
-                means = meter.read()
-                if reporter is not None:
-                    reporter.report(step, means)
+                report(step, meter.read())
                 num_reported = _report_decode_errors(experiment.decode_errors, num_reported)
             with meter.time("excluded"):
-                loss = None
-                if step % config.eval_every == 0 or last:
-                    means = evaluate(steps, state, frozen, experiment)
-                    loss = means.get("validation/loss")
-                    if reporter is not None:
-                        reporter.report(step, means)
-                if step % config.sample_every == 0 or last:
-                    rows = steps.preview(state, frozen, experiment.preview_images, preview_key)
-                    if primary:
-                        _save_preview(np.asarray(rows), task.preview_labels(), directory, step)
+                lock.check()
                 stopped = stop.requested(step)
-                due = step % config.checkpoint_every == 0 or (loss is not None and config.keep_best)
-                if due or last or stopped:
+                has_work = any(_due_after(step, config, experiment))
+                if has_work or last or stopped or step % config.checkpoint_every == 0:
                     meter.check()
                     if reporter is not None:
                         reporter.sync()  # lines before the checkpoint are not written again
-                    position = loader_state_to_bytes(batches)
-                    checkpoints.save(step, state, position, validation_loss=loss)
-            if stopped and not last:
-                LOGGER.info("stopped by a signal after step %d; rerun the command to resume", step)
-                break
-    finally:
-        batches.close()
-        if reporter is not None:
-            reporter.close()
-        stop.restore()
+                    if has_work:
+                        owed.note(step)
+                    checkpoints.save(step, state, loader_state_to_bytes(batches))
+                if has_work and not stopped:
+                    checkpoints.wait()  # on disk, whatever happens in the evaluation
+                    finish_step()
+        if stop.stopped and (step < task.steps or owed.is_owed(step)):
+            LOGGER.info("stopped by a signal after step %d; rerun the command to resume", step)
+        else:
+            stop.ignore()
     return state
+
+
+def _due_after(step: int, config: ConfigDict, experiment: Experiment) -> tuple[bool, bool]:
+    """Whether a validation and a preview are due after a step."""
+    last, task = step == experiment.task.steps, experiment.task
+    evaluates = experiment.validation is not None and (step % config.eval_every == 0 or last)
+    can_preview = not task.num_preview_images or experiment.preview_images is not None
+    return evaluates, can_preview and (step % config.sample_every == 0 or last)
+
+
+@contextlib.contextmanager
+def _stops(stop: processes.StopRequest) -> Iterator[None]:
+    """A signal between the batches of an evaluation is a request to stop."""
+    try:
+        yield
+    except Interrupted:
+        stop.stopped = True
+
+
+def _wait_for_device(state: Any) -> None:
+    with contextlib.suppress(Exception):  # it has been raised where it happened
+        jax.block_until_ready(state)
 
 
 def _peak_images_per_second(task, mesh: Mesh) -> float | None:
@@ -138,19 +207,15 @@ def _peak_images_per_second(task, mesh: Mesh) -> float | None:
     return sum(peaks) / task.flops_per_image if known else None
 
 
-def evaluate(
-    steps: CompiledSteps, state: Any, frozen: Any, experiment: Experiment
-) -> dict[str, float]:
-    """Means over the validation images, names prefixed with "validation/"."""
-    held_out = experiment.validation
-    if held_out is None:
-        return {}
-    batches = (
-        sharding.global_batch(experiment.mesh, batch, held_out.batch_size)
-        for batch in held_out.loader
-    )
-    means = average(jax.device_get(steps.eval_step(state, frozen, batch)) for batch in batches)
-    return {f"validation/{name}": value for name, value in means.items()}
+def _check_same_errors(errors: DecodeErrorLog) -> None:
+    """Raises InputError unless all processes found the same held-out images unreadable."""
+    paths = sorted(path for path, _ in errors.items)
+    digests = processes.gather_messages(hashlib.sha256(repr(paths).encode()).hexdigest())
+    if len(set(digests)) > 1:
+        raise InputError(
+            "the hosts must read the same images; some could read held-out images that others "
+            "could not; rerun the command if that was a passing error"
+        )
 
 
 # The run directory
@@ -204,6 +269,7 @@ class _Reporter:
     name: str
 
     def __post_init__(self):
+        self._failed: set[str] = set()
         self._writer = MetricsWriter(self.directory, self.start)
         self._bar = tqdm(
             total=self.steps,
@@ -214,13 +280,22 @@ class _Reporter:
             dynamic_ncols=True,
         )
 
+    def _try(self, what: str, do: Callable[[], object]) -> None:
+        """Nothing that is reported is worth a training step; a failure is named once."""
+        try:
+            do()
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                LOGGER.warning("%s failed, training continues: %s", what, error)
+
     def advance(self) -> None:
-        self._bar.update()
+        self._try("showing the progress", self._bar.update)
 
     def report(self, step: int, means: dict[str, float]) -> None:
         if not means:
             return
-        self._writer.write(step, means)
+        self._try("writing metrics", lambda: self._writer.write(step, means))
         short = ("loss", "accuracy", "psnr", "usage/any", "images_per_second")
         words = [
             f"{name} {value:.4g}"
@@ -229,14 +304,14 @@ class _Reporter:
         ]
         LOGGER.info("step %d of %d: %s", step, self.steps, ", ".join(words))
         if not self._bar.disable:
-            self._bar.set_postfix_str(", ".join(words))
+            self._try("showing the progress", lambda: self._bar.set_postfix_str(", ".join(words)))
 
     def sync(self) -> None:
-        self._writer.sync()
+        self._try("writing metrics", self._writer.sync)
 
     def close(self) -> None:
-        self._bar.close()
-        self._writer.close()
+        self._try("showing the progress", self._bar.close)
+        self._try("writing metrics", self._writer.close)
 
 
 def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:
@@ -245,12 +320,6 @@ def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:
     for path, reason in items[num_reported:]:
         LOGGER.warning("skipped %s: %s", path, reason)
     return len(items)
-
-
-def _save_preview(rows: np.ndarray, labels: list[str], directory: epath.Path, step: int) -> None:
-    """rows: (rows, columns, h, w, 3) in [0, 1]."""
-    grid = images.make_grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1], labels=labels)
-    images.save_image(directory / "samples" / f"step_{step:06d}.png", grid)
 
 
 class _Meter:

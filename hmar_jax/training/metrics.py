@@ -3,12 +3,15 @@
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import tensorboardX
 from etils import epath
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from hmar_jax.io.files import AppendedFile, is_local, write_atomically
 
@@ -53,24 +56,51 @@ class MetricsWriter:
         self._file = AppendedFile(self._path)
         self._board = None  # its event files are appended to, which object stores cannot
         if is_local(workdir):
-            self._board = tensorboardX.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
-            )
+            self._board = _TensorBoard(workdir / "tensorboard", start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, metrics)
 
     def sync(self) -> None:
         """Everything written so far is in the file."""
         self._file.sync()
+        if self._board is not None:
+            self._board.sync()
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class _TensorBoard:
+    """An event file.
+
+    tensorboardX's SummaryWriter hands events to a thread, which ends on a full disk. Then its queue
+    fills up, and the training loop waits for ever.
+    """
+
+    def __init__(self, folder: epath.Path, start_step: int):
+        folder.mkdir(exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        if start_step:  # hides what a killed run had written beyond it
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(step=start_step + 1, session_log=start)
+
+    def _write(self, **fields: Any) -> None:
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._write(step=step, summary=summary.scalar(name, value))
+
+    def sync(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _drop_after(path: epath.Path, step: int) -> None:
@@ -90,11 +120,20 @@ def _drop_after(path: epath.Path, step: int) -> None:
 @contextlib.contextmanager
 def log_to_file(workdir: epath.Path) -> Iterator[None]:
     """Sends the package's log also to log.txt."""
-    with AppendedFile(workdir / "log.txt") as file:
-        handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        LOGGER.addHandler(handler)
-        try:
-            yield
-        finally:
-            LOGGER.removeHandler(handler)
+    file = AppendedFile(workdir / "log.txt")
+    handler = _LogFile(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        with contextlib.suppress(OSError):  # the terminal has had every line
+            file.close()
+
+
+class _LogFile(logging.StreamHandler):
+    """A log that a full disk costs lines and nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drops the line; logging's own would print a traceback for each."""
