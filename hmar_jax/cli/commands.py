@@ -92,7 +92,8 @@ def train(args, overrides) -> None:
         error = e
     processes.raise_on_all_processes(error)  # if one cannot start, the others must not wait for it
     assert experiment is not None
-    step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
+    state = loop.run(config, experiment, args.workdir, args.allow_data_change)
+    step, steps = int(state.step), experiment.task.steps
     if processes.is_primary():
         state = "complete" if step == steps else f"stopped at step {step} of {steps}"
         print(f"{args.workdir}: {config.task} run {state}")
@@ -124,6 +125,7 @@ def tokenize(args) -> None:
     from hmar_jax import autoencoders, loading
     from hmar_jax.autoencoders.base import AUTOENCODER, config_to_json, make_encoder
     from hmar_jax.data import encoding
+    from hmar_jax.data.agreement import check_same_data
     from hmar_jax.data.sources import SPLITS, open_source
     from hmar_jax.data.transforms import Transform
     from hmar_jax.parallel import processes
@@ -158,6 +160,13 @@ def tokenize(args) -> None:
         seed=args.seed,
         shard_size=args.shard_size,
     )
+    if args.part is None:
+        check_same_data(
+            {
+                name: {"images": split.num_images, "fingerprint": split.source_fingerprint}
+                for name, split in info.splits.items()
+            }
+        )
     encode, batch_size = make_encoder(autoencoder, params, args.batch_size, jax.local_devices())
     info = encoding.write_record_set(
         args.out,
@@ -372,6 +381,7 @@ def evaluate(args) -> None:
     from hmar_jax.data.sources import open_source
     from hmar_jax.evaluation.classifier import read_all
     from hmar_jax.evaluation.report import classifier_report, format_report
+    from hmar_jax.io.identity import class_conflicts
 
     pipe = _load_sampler(args)
     options = _options(args, "SamplingConfig")
@@ -381,6 +391,11 @@ def evaluate(args) -> None:
         raise InputError(
             f"reference {args.reference!r} must have the model's {pipe.spec.num_classes} classes; "
             f"it has {real[0].num_classes}"
+        )
+    if conflicts := class_conflicts(pipe.spec.class_names, real[0].class_names):
+        raise InputError(
+            f"reference {args.reference!r} must have the model's classes in the same order; "
+            f"compared with it: {', '.join(conflicts)}"
         )
     ids = np.arange(args.n) % pipe.spec.num_classes
     images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from hmar_jax.data.agreement import check_same_data
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
 from hmar_jax.errors import InputError
@@ -32,7 +33,9 @@ from hmar_jax.training.step import MAX_SKIPPED_IN_ROW
 _IN_FLIGHT = 2  # steps the device may lag behind: it stays busy, and errors are known soon
 
 
-def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
+def run(
+    config: ConfigDict, experiment: Experiment, workdir: str, allow_data_change: bool = False
+) -> Any:
     """Trains until the task's last step, from the latest good checkpoint where there is one.
 
     Every process of a run calls it; the first one writes what is written once.
@@ -42,17 +45,20 @@ def run(config: ConfigDict, experiment: Experiment, workdir: str) -> Any:
       experiment: as built from the config.
       workdir: the run's directory, local (and seen by all hosts) or gs://. A second call resumes
         where the first ended or was killed, on any mesh and any number of hosts.
+      allow_data_change: resume also on other images than those that the run was trained on.
 
     Returns:
       The last state.
 
     Raises:
       InputError: the directory cannot be written, is no run directory, or belongs to a run with
-        another config.
+        another config, model or data set; or the hosts see different data sets.
       FloatingPointError: loss or gradient was not finite for MAX_SKIPPED_IN_ROW steps in a row.
     """
-    directory = _prepare_together(workdir, config, experiment)
+    directory, change = _prepare_together(workdir, config, experiment, allow_data_change)
     with log_to_file(directory) if processes.is_primary() else contextlib.nullcontext():
+        if change is not None:
+            LOGGER.warning("this run resumes on other images, recorded in config.json: %s", change)
         with RunCheckpoints(directory, config.keep_checkpoints, config.keep_best) as checkpoints:
             return _run(config, experiment, directory, checkpoints)
 
@@ -156,12 +162,26 @@ def evaluate(
 # The run directory
 
 
-def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) -> epath.Path:
-    """The first process prepares the directory; if it cannot, or one does not see it, all raise."""
-    directory, error = files.absolute(workdir), None
+def _prepare_together(
+    workdir: str, config: ConfigDict, experiment: Experiment, allow_data_change: bool
+) -> tuple[epath.Path, str | None]:
+    """The first process prepares the directory; if it cannot, or one does not see it, all raise.
+
+    Returns:
+      The directory, and in the first process how the run's images changed, if they did.
+    """
+    directory, change, error = files.absolute(workdir), None, None
+    check_same_data(experiment.inputs.data)
     if processes.is_primary():
         try:
-            runs.prepare(workdir, config, experiment.spec.to_json(), experiment.schema)
+            change = runs.prepare(
+                workdir,
+                config,
+                experiment.spec.to_json(),
+                experiment.schema,
+                experiment.inputs,
+                allow_data_change,
+            )
             _keep_parent(directory, experiment)
         except InputError as e:
             error = e
@@ -172,7 +192,7 @@ def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) 
             "it must be a directory that all hosts share, or gs://"
         )
     processes.raise_on_all_processes(error)
-    return directory
+    return directory, change
 
 
 def _keep_parent(directory: epath.Path, experiment: Experiment) -> None:
