@@ -148,14 +148,14 @@ def _load_parent(
     name = config[key]
     if not name:
         raise InputError(
-            f"config.{kind.parent_key} is empty; give --config.{kind.parent_key}=MODEL, a run, a "
-            "model directory or a bundled model"
+            f"config.{key} is empty; give --config.{key}=MODEL, a run, a model directory or a "
+            "bundled model"
         )
     kept = workdir and files.absolute(workdir) / kind.parent_folder
     resumes = workdir and (kept / "config.json").exists()
     loaded = load_spec_and_params(os.fspath(kept) if resumes else name)
     run = runs.read(workdir) if workdir else None
-    former = run["config"].get(key, "") if run else name
+    former = run.get("config", {}).get(key) if run else name
     difference = None
     if former and not identity.same_place(former, name):
         if resumes:

@@ -132,15 +132,13 @@ def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
         if a is None or b is None:
             found.append(f"{what} images were {'added' if a is None else 'removed'}")
             continue
-        counts = [
-            f"{a.get(key)} {what if key == 'images' else f'of the {what}'} {key} there, "
-            f"{b.get(key)} here"
-            for key in ("images", "crops")
-            if a.get(key) != b.get(key)
-        ]
-        if not counts and a.get("fingerprint") != b.get("fingerprint"):
-            counts = [f"the {b['images']} {what} images have other names, sizes or labels"]
-        found += counts
+        if a["images"] != b["images"]:
+            found.append(f"{a['images']} {what} images there, {b['images']} here")
+        elif a.get("crops") != b.get("crops"):
+            there, here = (split.get("crops", "no encoded") for split in (a, b))
+            found.append(f"{there} crops of each {what} image there, {here} here")
+        else:
+            found.append(f"the {b['images']} {what} images have other names, sizes or labels")
     return found
 
 

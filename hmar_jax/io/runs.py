@@ -126,7 +126,9 @@ def _compare(
         data = _data_differences(theirs, before, inputs)
     if not (keys or classes or data):
         keys = identity.model_differences(model, spec, schema)
-    if classes and not inputs.labels_matter and allow_data_change:
+    # Names may change where labels do not: of a task without labels, or of the same images.
+    only_names = not inputs.labels_matter or bool(theirs.get("data") and not data)
+    if classes and only_names and allow_data_change:
         data, classes = [*data, *classes], []
 
     problems, cures = [], []
@@ -135,7 +137,8 @@ def _compare(
         cures.append("use the run's config")
     if classes:
         problems.append(f"other classes: {', '.join(classes)}")
-        cures.append("restore its classes")
+        accept = ", or accept these with --allow_data_change" if only_names else ""
+        cures.append(f"restore its classes{accept}")
     elif data and not allow_data_change:
         problems.append(f"other images: {', '.join(data)}")
         cures.append("restore its images, or accept these with --allow_data_change")
