@@ -70,8 +70,12 @@ def contents(directory) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files}
 
 
-def copy_of(run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return shutil.copytree(run, tmp_path / "run")
+def copy_of(run: pathlib.Path, tmp_path: pathlib.Path, images=None) -> pathlib.Path:
+    """A copy of a tiny run, which may be changed; as if it had been trained on `images`."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace(str(tiny.images()), str(images or tiny.images())))
+    return copy
 
 
 def config_of(run: pathlib.Path) -> dict:
@@ -83,7 +87,7 @@ def config_of(run: pathlib.Path) -> dict:
 
 def test_a_data_set_may_move(images, resumes, tmp_path, monkeypatch):
     run = copy_of(tiny.tokenizer_run(), tmp_path)
-    recorded = config_of(run)["data"]
+    recorded = config_of(run).get("data")
     monkeypatch.chdir(tmp_path)
     for place in (images, f"{images}/", "images", "./images//"):
         resumes(tiny.train_tokenizer(run, data__source=f"folder:{place}"))
@@ -138,7 +142,7 @@ def rewrite(images):
     ],
 )
 def test_changed_images_are_refused(change, words, images, refused, tmp_path):
-    run = copy_of(tiny.tokenizer_run(), tmp_path)
+    run = copy_of(tiny.tokenizer_run(), tmp_path, images)
     change(images)
     command = tiny.train_tokenizer(run, data__source=f"folder:{images}")
     refused(command, run, words, "--allow_data_change")
@@ -207,7 +211,7 @@ def rename_class(images):
 )
 @pytest.mark.parametrize("more", [[], ["--allow_data_change"]])
 def test_other_classes_are_refused_and_named(change, words, more, images, refused, tmp_path, capfd):
-    run = copy_of(tiny.model_run(), tmp_path)
+    run = copy_of(tiny.model_run(), tmp_path, images)
     change(images)
     refused([*tiny.train(run, data__source=f"folder:{images}"), *more], run, words)
     assert cli.main(["info", f"--model={run}"]) == 0
@@ -215,7 +219,7 @@ def test_other_classes_are_refused_and_named(change, words, more, images, refuse
 
 
 def test_names_of_the_same_classes_change_on_request_alone(images, resumes, refused, tmp_path):
-    run = copy_of(tiny.model_run(), tmp_path)
+    run = copy_of(tiny.model_run(), tmp_path, images)
     (images / "class_names.txt").write_text("circle cross\ncross circle\n")
     command = tiny.train(run, data__source=f"folder:{images}")
     words = "the same names in another order: class 0 was 'circle' and is 'cross'; "
@@ -225,7 +229,7 @@ def test_names_of_the_same_classes_change_on_request_alone(images, resumes, refu
 
 
 def test_a_tokenizer_may_train_on_with_more_classes(images, resumes, refused, tmp_path):
-    run = copy_of(tiny.tokenizer_run(), tmp_path)
+    run = copy_of(tiny.tokenizer_run(), tmp_path, images)
     add_class(images)
     command = tiny.train_tokenizer(run, data__source=f"folder:{images}")
     refused(command, run, "added 'diamond'")
@@ -261,7 +265,7 @@ def test_evaluation_needs_the_classes_of_the_model(images, refused, tmp_path):
 
 
 def test_a_refusal_names_every_key_that_differs(images, refused, tmp_path):
-    run = copy_of(tiny.tokenizer_run(), tmp_path)
+    run = copy_of(tiny.tokenizer_run(), tmp_path, images)
     add(images)
     changes = dict(seed=1, recipe__beta=0.5, model__vocab_size=32, log_every=3)
     error = refused(
