@@ -92,8 +92,9 @@ def train(args, overrides) -> None:
         error = e
     processes.raise_on_all_processes(error)  # if one cannot start, the others must not wait for it
     assert experiment is not None
-    state = loop.run(config, experiment, args.workdir, args.allow_data_change)
-    step, steps = int(state.step), experiment.task.steps
+    change = args.allow_data_change
+    final = loop.run(config, experiment, args.workdir, allow_data_change=change)
+    step, steps = int(final.step), experiment.task.steps
     if processes.is_primary():
         state = "complete" if step == steps else f"stopped at step {step} of {steps}"
         print(f"{args.workdir}: {config.task} run {state}")

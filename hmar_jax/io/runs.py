@@ -100,7 +100,7 @@ def prepare(
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         known = [*known, {"first_seen": now, **inputs.data}]
     fingerprints = {**(theirs or {}).get("files", {}), **inputs.files}
-    _write(workdir, directory, run_config(spec, ours, known, fingerprints))
+    _write(workdir, directory, theirs, run_config(spec, ours, known, fingerprints))
     return identity.shorten(changes) if changes else None
 
 
@@ -162,12 +162,14 @@ def _data_differences(theirs: dict[str, Any], before: dict[str, Any], inputs: In
     return [f"the run knows its data set by its place alone, which was {source!r} and is {now!r}"]
 
 
-def _write(workdir: str, directory: epath.Path, contents: dict[str, Any]) -> None:
+def _write(
+    workdir: str, directory: epath.Path, old: dict[str, Any] | None, new: dict[str, Any]
+) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(contents, indent=1, sort_keys=True)
-        # First: it makes this a run directory.
-        files.write_atomically(directory / "config.json", text)
+        if new != old:  # first: it makes this a run directory
+            text = json.dumps(new, indent=1, sort_keys=True)
+            files.write_atomically(directory / "config.json", text)
         (directory / "samples").mkdir(exist_ok=True)
     except OSError as e:
         raise InputError(f"cannot write workdir {workdir}: {e.strerror or e}") from None
