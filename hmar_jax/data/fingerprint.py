@@ -5,6 +5,7 @@ set in another folder, on another mount or in a bucket has the same fingerprint,
 an image was added has another.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ _THREADS = 32  # network file systems and object stores answer slowly, but to ma
 _FILES_PER_TASK = 1000
 _DIGEST_BYTES = 8
 _UNKNOWN_SIZE = -1  # of a file that is listed and cannot be found, such as a broken link
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 
 
 class Split(Protocol):
@@ -96,8 +98,10 @@ def _local_sizes(root: str, files: Sequence[str]) -> Iterator[int]:
 def _local_size(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except FileNotFoundError:
-        return _UNKNOWN_SIZE
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return _UNKNOWN_SIZE
+        raise
 
 
 def _remote_sizes(root: str, files: Sequence[str]) -> Iterator[int]:

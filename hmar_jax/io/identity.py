@@ -117,7 +117,7 @@ def class_conflicts(model: Sequence[str], data: Sequence[str]) -> list[str]:
 
     The ids of WordNet (n01440764) are no names of their own: ImageNet's classes have both.
     """
-    if not model or not data or all(_WORDNET_ID.fullmatch(name) for name in data):
+    if any(all(map(_WORDNET_ID.fullmatch, names)) for names in (model, data)):  # also without any
         return []
     return class_differences(model, data)
 
