@@ -84,6 +84,15 @@ class ConfigSchema:
             if settings.declaration(field).harmless
         }
 
+    def inputs(self) -> set[str]:
+        """Dotted names of the keys that name inputs: compared by what they name, not as text."""
+        return {
+            _join(group, name)
+            for group in self.groups
+            for name, (_, field) in self.fields(group).items()
+            if settings.declaration(field).is_input
+        }
+
     def former_names(self) -> dict[str, str]:
         """Dotted former names of keys, and the present ones."""
         return {
@@ -275,18 +284,9 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 _MISSING = object()  # unlike every value
 
 
-def first_difference(
-    old: Mapping[str, Any], new: Mapping[str, Any], harmless: Iterable[str] = ()
-) -> str | None:
-    """Names the first key in which two configs differ, with both values.
-
-    Args:
-      old: of a run; upgraded to this version's keys (ConfigSchema.upgrade).
-      harmless: dotted names of keys that may differ.
-    """
-    a, b = dict(flatten(old)), dict(flatten(new))
-    for name in sorted({*a, *b} - set(harmless)):
-        if a.get(name, _MISSING) != b.get(name, _MISSING):
-            values = [repr(c[name]) if name in c else "missing (another version)" for c in (a, b)]
-            return f"{name} is {values[0]} there and {values[1]} here"
-    return None
+def differing_keys(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignored: Iterable[str] = ()
+) -> list[str]:
+    """Sorted keys in which two flat configs (see `flatten`) differ, also those that one lacks."""
+    keys = sorted({*old, *new} - set(ignored))
+    return [key for key in keys if old.get(key, _MISSING) != new.get(key, _MISSING)]

@@ -5,6 +5,7 @@ config -> parent model (if any) -> data -> task -> Experiment
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,14 +22,16 @@ from hmar_jax.autoencoders import models
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec, make_encoder
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.encoding import encode_in_memory
+from hmar_jax.data.fingerprint import describe_data
 from hmar_jax.data.loader import make_loader
 from hmar_jax.data.readable import readable_part
 from hmar_jax.data.records import RecordSet, make_record_loader, open_records
 from hmar_jax.data.sources import Source, open_source, records_directory
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
-from hmar_jax.io import files
-from hmar_jax.loading import load_spec_and_params
+from hmar_jax.io import files, identity, runs
+from hmar_jax.io.identity import Inputs
+from hmar_jax.loading import is_copy, load_spec_and_params
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.training.experiment import Experiment, FrozenModel, Validation
 from hmar_jax.training.metrics import LOGGER
@@ -46,6 +50,7 @@ class _Data:
     loader: Callable[[], grain.IterDataset]
     validation: Validation | None
     decode_errors: DecodeErrorLog
+    described: dict[str, Any]  # by describe_data
     held_out: Source | None = None  # the images of `validation`; None where it has records
 
 
@@ -78,7 +83,7 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         )
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch_size, config.get("grad_accum_steps", 1))
-    parent, parent_params = _load_parent(config, kind, workdir)
+    parent, parent_params, parent_difference = _load_parent(config, kind, workdir)
     side = trainable.image_side(config, parent)
     data = _open_data(config, mesh, side, parent, parent_params)
     setup = trainable.make_task(config, parent, data.info)
@@ -105,6 +110,12 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         data.decode_errors,
         kind.schema,
         kept,
+        Inputs(
+            data.described,
+            _fingerprint_files(config, kind),
+            parent_difference,
+            labels_matter=not isinstance(setup.spec, AutoencoderSpec),
+        ),
     )
 
 
@@ -127,20 +138,55 @@ def _kept_parts(setup: Any, parent_params: Any) -> Any:
 
 def _load_parent(
     config: ConfigDict, kind: TaskKind, workdir: str | None
-) -> tuple[Parent | None, Any]:
-    """The model that the config trains on top of: its spec, and its parameters on the host."""
+) -> tuple[Parent | None, Any, str | None]:
+    """The model that the config trains on top of.
+
+    Returns:
+      Its spec, its parameters on the host, and how it differs from that of the run in `workdir`.
+    """
     if kind.parent_key is None:
-        return None, {}
-    name = config[kind.parent_key]
+        return None, {}, None
+    key = kind.parent_key
+    name = config[key]
     if not name:
         raise InputError(
-            f"config.{kind.parent_key} is empty; give --config.{kind.parent_key}=MODEL, a run, a "
-            "model directory or a bundled model"
+            f"config.{key} is empty; give --config.{key}=MODEL, a run, a model directory or a "
+            "bundled model"
         )
     kept = workdir and files.absolute(workdir) / kind.parent_folder
     resumes = workdir and (kept / "config.json").exists()
-    spec, params = load_spec_and_params(os.fspath(kept) if resumes else name)
-    return Parent(name, spec), jax.tree.map(np.asarray, params)
+    loaded = load_spec_and_params(os.fspath(kept) if resumes else name)
+    run = runs.read(workdir) if workdir else None
+    former = run.get("config", {}).get(key) if run else name
+    difference = None
+    if former and not identity.same_place(former, name):
+        if resumes:
+            difference = _parent_difference(key, former, name, loaded)
+        else:  # the run was killed before it had a copy
+            difference = f"{key} is {former!r} there and {name!r} here"
+    spec, params = loaded
+    return Parent(name, spec), jax.tree.map(np.asarray, params), difference
+
+
+def _parent_difference(key: str, former: str, name: str, kept: tuple[Any, Any]) -> str | None:
+    """How the model `name` differs from the copy that a run keeps of `former`."""
+    try:
+        if is_copy(kept, load_spec_and_params(name)):
+            return None
+    except InputError as error:
+        return f"{key} is {former!r} there and {name!r} here, which cannot be compared ({error})"
+    return f"{key} is {former!r} there and {name!r}, another model, here"
+
+
+def _fingerprint_files(config: ConfigDict, kind: TaskKind) -> dict[str, str]:
+    """Fingerprints of the files that a config names beside its data set and its parent."""
+    keys = kind.schema.inputs() - {"data.source", kind.parent_key}
+    paths = {key: config.get(key, "") for key in keys}
+    return {
+        key: hashlib.blake2b(epath.Path(path).read_bytes(), digest_size=8).hexdigest()
+        for key, path in sorted(paths.items())
+        if path and epath.Path(path).exists()
+    }
 
 
 # Data
@@ -216,7 +262,9 @@ def _open_images(
     kind = "image"
     if copies:
         kind = autoencoders.make_autoencoder(parent.spec.autoencoder).record_spec.kind
-    return _Data(_info(config, source), kind, loader, validation, errors, readable)
+    described = describe_data(config.data.source, {"train": source, "validate": held_out})
+    info = _info(config, source)
+    return _Data(info, kind, loader, validation, errors, described, readable)
 
 
 def _look_at(config: ConfigDict, held_out: Source, errors: DecodeErrorLog) -> Source | None:
@@ -284,8 +332,10 @@ def _open_records(config: ConfigDict, mesh: Mesh, parent: Parent, parent_params:
         )
 
     info, kind = _info(config, source), source.info.record_spec.kind
+    splits = {"train": source} | ({"validate": held_out} if held_out else {})
+    described = describe_data(config.data.source, splits)
     if not held_out:
-        return _Data(info, kind, loader, None, DecodeErrorLog())
+        return _Data(info, kind, loader, None, DecodeErrorLog(), described)
     batch = _validation_batch(config, mesh, len(held_out))
     own, count = sharding.host_share(mesh, batch)
     validation = make_record_loader(
@@ -296,7 +346,8 @@ def _open_records(config: ConfigDict, mesh: Mesh, parent: Parent, parent_params:
         shard_count=count,
         threads=config.data.threads,
     )
-    return _Data(info, kind, loader, Validation(validation, batch), DecodeErrorLog())
+    held_out_batches = Validation(validation, batch)
+    return _Data(info, kind, loader, held_out_batches, DecodeErrorLog(), described)
 
 
 def _check_fingerprint(source: RecordSet, directory: str, parent: Parent, params: Any) -> None:

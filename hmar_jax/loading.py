@@ -4,6 +4,8 @@ import os
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
 from hmar_jax import families, settings
@@ -78,6 +80,26 @@ def _load_run(
     if folder := family.TASKS[task].parent_folder:
         _, parent_params = models.load_model(directory / folder)
     return spec, family.assemble_params(spec, trained, parent_params)
+
+
+def is_copy(copy: tuple[Any, dict], model: tuple[Any, dict]) -> bool:
+    """Whether a copy, of some parts of a model or of all, has its networks and parameters.
+
+    Args:
+      copy, model: spec and parameters, as `load_spec_and_params` returns them.
+    """
+    (spec, params), (other_spec, other_params) = copy, model
+    networks, other = (
+        {name: value for name, value in s.to_json().items() if isinstance(value, dict)}
+        for s in (spec, other_spec)
+    )
+    shared = networks.keys() & other.keys() - {"sampling"}
+    return all(networks[name] == other[name] for name in shared) and all(
+        part in other_params
+        and jax.tree.structure(tree) == jax.tree.structure(other_params[part])
+        and all(map(np.array_equal, jax.tree.leaves(tree), jax.tree.leaves(other_params[part])))
+        for part, tree in params.items()
+    )
 
 
 def convert_torch_files(model: str | None = None, family: str = "", **options) -> tuple[Any, dict]:

@@ -43,6 +43,9 @@ class Declaration:
     former_name: str | None = None  # still accepted, with a warning
     derived: bool = False  # follows from the data or another model: no key of a config
     harmless: bool = False  # may differ between the starts of one run: changes no result
+    # Names a data set, a model or a file: starts of one run are compared by what it names, so that
+    # it may be moved.
+    is_input: bool = False
     tasks: tuple[str, ...] = ()  # of sampling options: tasks whose configs have it as a key
 
 

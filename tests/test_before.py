@@ -74,6 +74,8 @@ def test_an_interrupted_run_resumes_to_the_recorded_parameters(name, folder, exp
     hmar(folder, *COMMANDS[name])
     assert (folder / name / "metrics.jsonl").read_text().startswith(before)
     assert [line["step"] for line in training_lines(folder / name)] == list(range(10, 81, 10))
+    (data,) = json.loads((folder / name / "config.json").read_text())["data"]  # known from now on
+    assert (data["train"]["images"], data["validate"]["images"]) == (36, 9)
 
     params = hmar_jax.load(str(folder / name)).params[TRAINED[name]]
     leaves = {

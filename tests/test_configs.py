@@ -280,21 +280,16 @@ def test_wrong_overrides(config, key, text, words):
     assert words in str(caught.value) and config.to_json() == before
 
 
-def test_first_difference(config):
-    other = config_files.to_dict(config)
-    harmless = ("log_every", "data.threads")
-    difference = lambda: config_files.first_difference(
-        config_files.to_dict(config), other, harmless
-    )
-    assert difference() is None
-    other["log_every"], other["data"]["threads"] = 99, 99
-    assert difference() is None
-    other["steps"] = 6
-    assert difference() == "steps is 5 there and 6 here"
-    other["steps"], other["group"]["steps"] = 5, 9
-    assert difference() == "group.steps is 7 there and 9 here"
+def test_differing_keys(config):
+    one, other = (dict(config_files.flatten(config_files.to_dict(config))) for _ in range(2))
+    differing = lambda: config_files.differing_keys(one, other, ("log_every", "data.threads"))
+    assert differing() == []
+    other["log_every"], other["data.threads"] = 99, 99
+    assert differing() == []
+    other["group.steps"], other["steps"] = 9, 6
+    assert differing() == ["group.steps", "steps"]
     del other["flag"]
-    assert difference() == "flag is False there and missing (another version) here"
+    assert differing() == ["flag", "group.steps", "steps"]
 
 
 # Schemas

@@ -33,6 +33,9 @@ class Numbered:
     name: str = "numbered"
     class_names: tuple = ("even", "odd")
 
+    def fingerprint(self):
+        return str(self.n)
+
     @property
     def num_classes(self):
         return 2

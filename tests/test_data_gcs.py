@@ -40,7 +40,7 @@ def bucket():
     patch.undo()
 
 
-def test_a_folder_of_images(bucket):
+def test_a_folder_of_images(bucket, tmp_path):
     root = epath.Path(bucket) / "images"
     rng = np.random.default_rng(0)
     images = {}
@@ -62,6 +62,15 @@ def test_a_folder_of_images(bucket):
     for source in (train, validate):
         for i, name in enumerate(source.files):
             np.testing.assert_array_equal(source[i]["image"], images[name])
+    for name in images:  # a copy on disk has the same fingerprint
+        path = tmp_path / ("val" if name == "b/4.png" else "train") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((root / path.relative_to(tmp_path)).read_bytes())
+    copies = [open_source(f"folder:{tmp_path}", split) for split in ("train", "validate")]
+    fingerprints = [source.fingerprint() for source in (train, validate)]
+    assert [source.fingerprint() for source in copies] == fingerprints
+    (tmp_path / "train/a/1.png").write_bytes(b"")
+    assert copies[0].fingerprint() != fingerprints[0]
     (root / "train" / "b" / "3.png").unlink()
     with pytest.raises(ImageDecodeError, match="gs://bucket/images/train/b/3.png"):
         train[2]

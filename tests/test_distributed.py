@@ -237,6 +237,37 @@ def test_hosts_that_do_not_divide_the_batch(tmp_path, command):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_hosts_that_see_different_images(tmp_path):
+    """Nothing is written, and every process says which of them sees what."""
+    places = [recorded.colours(tmp_path / name) for name in ("one", "other")]
+    (places[1] / "train/a/0.png").unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "hmar_jax"),
+                *tiny.train(tmp_path / "run", data__source=f"folder:{place}"),
+                *(f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"),
+            ],
+            env=tiny.ENVIRONMENT,
+            cwd=pathlib.Path(__file__).parent.parent,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, place in enumerate(places)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    for error in errors:
+        lines = [line for line in error.splitlines() if line.startswith("hmar train:")]
+        assert len(lines) == 1 and "process 0 sees 36 to train" in lines[0], error
+        assert "process 1 sees 35 to train" in lines[0] and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
 # Connecting
 
 

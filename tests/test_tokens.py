@@ -84,6 +84,9 @@ class Images:
     class_names: tuple = ("even", "odd")
     slow: float = 0.0
 
+    def fingerprint(self):
+        return f"{self.n} of noise"
+
     @property
     def num_classes(self):
         return 2
@@ -513,10 +516,7 @@ def test_too_many_broken_images_stop_the_writer_and_finished_shards_stay(tmp_pat
         ({"seed": 5}, "another seed: 3 there, 5 here"),
         ({"shard_size": 5}, "another shard_size"),
         ({"source": "folder:x"}, "another source: 'noise' there, 'folder:x' here"),
-        (
-            {"class_names": ("even", "odd", "more")},
-            "another class_names: '2 classes' there, '3 classes' here",
-        ),
+        ({"class_names": ("even", "odd", "more")}, "other classes: added 'more'"),
         ({"transform": {}}, "another transform"),
         ({"record_spec": MOMENTS}, "another record: .*'tokens'.* there, .*'moments'.* here"),
         ({"autoencoder": {"dtype": "bfloat16"}}, "another dtype: 'float32' there, 'bfloat16' here"),
@@ -527,7 +527,7 @@ def test_another_set_is_not_overwritten(tmp_path, change, message):
     before = files_of(tmp_path / "set")
     with pytest.raises(InputError, match=message):
         write(tmp_path / "set", n=5, held_out=5, changes=change)
-    with pytest.raises(InputError, match="had 5 images to train; it has 6 now"):
+    with pytest.raises(InputError, match="5 images to train there, 6 here"):
         write(tmp_path / "set", n=6, held_out=5)
     assert files_of(tmp_path / "set") == before
 
@@ -624,7 +624,15 @@ def test_describe(tmp_path, monkeypatch):
     options = dict(crops=2, seed=3, shard_size=SHARD)
     autoencoder = info().autoencoder
     arguments = "none", "0" * 16, TOKENS, autoencoder
-    assert describe(*arguments, "noise", sources, TRANSFORM, **options) == info()
+    described = describe(*arguments, "noise", sources, TRANSFORM, **options)
+    assert [s.source_fingerprint for s in described.splits.values()] == [
+        "50 of noise",
+        "20 of noise",
+    ]
+    without = {
+        k: dataclasses.replace(s, source_fingerprint="") for k, s in described.splits.items()
+    }
+    assert dataclasses.replace(described, splits=without) == info()
     folder = describe(*arguments, "folder:here", sources, TRANSFORM, **options)
     assert folder.source == f"folder:{tmp_path / 'here'}"
     assert [(s.num_images, s.crops) for s in folder.splits.values()] == [(50, 2), (20, 1)]

@@ -27,7 +27,7 @@ class _VQKeys(Settings):
     """What a config has beside the keys of every run."""
 
     perceptual_network: str = setting(
-        "", "The .npz file of the perceptual loss, see autoencoders/perceptual.py."
+        "", "The .npz file of the perceptual loss, see autoencoders/perceptual.py.", is_input=True
     )
 
 

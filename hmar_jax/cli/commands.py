@@ -109,8 +109,15 @@ def _train(args, config) -> int:
             error = e
         processes.raise_on_all_processes(error)  # if one cannot start, others must not wait for it
         assert experiment is not None
-        state = loop.run(config, experiment, args.workdir, args.interruptions, lock)
-    step, steps = int(state.step), experiment.task.steps
+        final = loop.run(
+            config,
+            experiment,
+            args.workdir,
+            args.interruptions,
+            lock,
+            allow_data_change=args.allow_data_change,
+        )
+    step, steps = int(final.step), experiment.task.steps
     stopped = args.interruptions.received
     if processes.is_primary():
         result = f"stopped at step {step} of {steps}" if stopped else "complete"
@@ -147,6 +154,7 @@ def tokenize(args) -> None:
     from hmar_jax import autoencoders, loading
     from hmar_jax.autoencoders.base import AUTOENCODER, config_to_json, make_encoder
     from hmar_jax.data import encoding
+    from hmar_jax.data.agreement import check_same_data
     from hmar_jax.data.sources import SPLITS, open_source
     from hmar_jax.data.transforms import Transform
     from hmar_jax.io import locks
@@ -183,6 +191,13 @@ def tokenize(args) -> None:
         seed=args.seed,
         shard_size=args.shard_size,
     )
+    if args.part is None:
+        check_same_data(
+            {
+                name: {"images": split.num_images, "fingerprint": split.source_fingerprint}
+                for name, split in info.splits.items()
+            }
+        )
     encode, batch_size = make_encoder(autoencoder, params, args.batch_size, jax.local_devices())
     # Commands with --part write to one set together.
     lock = contextlib.nullcontext() if args.part else locks.lock_together(args.out, "--out")
@@ -402,6 +417,7 @@ def evaluate(args) -> None:
     from hmar_jax.data.sources import open_source
     from hmar_jax.evaluation.classifier import read_all
     from hmar_jax.evaluation.report import classifier_report, format_report
+    from hmar_jax.io.identity import class_conflicts
 
     pipe = _load_sampler(args)
     options = _options(args, "SamplingConfig")
@@ -411,6 +427,11 @@ def evaluate(args) -> None:
         raise InputError(
             f"reference {args.reference!r} must have the model's {pipe.spec.num_classes} classes; "
             f"it has {real[0].num_classes}"
+        )
+    if conflicts := class_conflicts(pipe.spec.class_names, real[0].class_names):
+        raise InputError(
+            f"reference {args.reference!r} must have the model's classes in the same order; "
+            f"compared with it: {', '.join(conflicts)}"
         )
     ids = np.arange(args.n) % pipe.spec.num_classes
     images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))

@@ -251,6 +251,12 @@ def _add_train(command) -> None:
             required=True,
             help="the run's directory; an existing run resumes where it ended",
         )
+        sub.add_argument(
+            "--allow_data_change",
+            action="store_true",
+            help="resume a run also where images were added, removed or changed; the run's "
+            "config.json records it. A data set that was only moved needs no option",
+        )
         hosts = sub.add_argument_group(
             "several processes",
             "on SLURM, Cloud TPU, GKE, Open MPI and Kubernetes they find each other; elsewhere "

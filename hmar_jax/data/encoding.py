@@ -42,6 +42,7 @@ from hmar_jax.data.sources import ImageDecodeError, Source
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
+from hmar_jax.io.identity import class_differences, same_place
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +154,11 @@ def describe(
     if kind == "folder":  # the same from any current directory
         spec = f"folder:{absolute(epath.Path(place).expanduser())}"
     splits = {
-        split: SplitInfo(len(source), crops if split == "train" else 1)
+        split: SplitInfo(
+            len(source),
+            crops if split == "train" else 1,
+            source_fingerprint=source.fingerprint(),
+        )
         for split, source in sources.items()
     }
     return RecordSetInfo(
@@ -288,7 +293,10 @@ def _prepare_directory(folder: epath.Path, info: RecordSetInfo) -> RecordSetInfo
 
 
 def _check_same_set(folder: epath.Path, found: RecordSetInfo, given: RecordSetInfo) -> None:
-    """Raises InputError unless a call that writes set `given` may write to set `found`."""
+    """Raises InputError unless a call that writes set `given` may write to set `found`.
+
+    The images may lie elsewhere than before, if their fingerprints are known.
+    """
     if found.fingerprint != given.fingerprint:
         raise InputError(
             f"{folder} was encoded by another autoencoder: {found.autoencoder_name!r} with "
@@ -297,35 +305,36 @@ def _check_same_set(folder: epath.Path, found: RecordSetInfo, given: RecordSetIn
         )
     compared = {
         name: (getattr(found, name), getattr(given, name))
-        for name in ("source", "seed", "shard_size", "transform", "class_names")
+        for name in ("seed", "shard_size", "transform")
     }
+    known = all(split.source_fingerprint for split in found.splits.values())
+    if not known and not same_place(found.source, given.source):
+        compared["source"] = (found.source, given.source)
     compared["record"] = (found.record_spec.to_json(), given.record_spec.to_json())
     # An older or newer version may describe more of the same autoencoder.
     for name in found.autoencoder.keys() & given.autoencoder.keys():
         compared[name] = (found.autoencoder[name], given.autoencoder[name])
-    for name, (theirs, ours) in compared.items():
-        if theirs != ours:
-            if name == "class_names":
-                theirs, ours = (
-                    f"{len(names)} classes" if len(theirs) != len(ours) else names
-                    for names in (theirs, ours)
-                )
-            raise InputError(
-                f"{folder} holds an encoded data set with another {name}: {theirs!r} there, "
-                f"{ours!r} here; choose another --out"
-            )
+    differences = [
+        f"another {name}: {theirs!r} there, {ours!r} here"
+        for name, (theirs, ours) in compared.items()
+        if theirs != ours
+    ]
     if found.splits.keys() != given.splits.keys():
+        there, here = (", ".join(info.splits) for info in (found, given))
+        differences.append(f"other splits: {there} there, {here} here")
+    if classes := class_differences(found.class_names, given.class_names):
+        differences.append(f"other classes: {', '.join(classes)}")
+    for name in found.splits.keys() & given.splits.keys():
+        a, b = found.splits[name], given.splits[name]
+        if a.num_images != b.num_images:
+            differences.append(f"{a.num_images} images to {name} there, {b.num_images} here")
+        elif a.source_fingerprint and a.source_fingerprint != b.source_fingerprint:
+            differences.append(f"images to {name} of other names, sizes or labels")
+    if differences:
         raise InputError(
-            f"{folder} holds an encoded data set of the splits {', '.join(found.splits)}, not "
-            f"{', '.join(given.splits)}; choose another --out"
+            f"{folder} holds an encoded data set with {'; with '.join(differences)}; choose "
+            "another --out"
         )
-    for name, split in given.splits.items():
-        before = found.splits[name].num_images
-        if before != split.num_images:
-            raise InputError(
-                f"{folder} was started when {given.source} had {before} images to {name}; it has "
-                f"{split.num_images} now; choose another --out"
-            )
 
 
 def finish(directory: os.PathLike | str, info: RecordSetInfo) -> RecordSetInfo:

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from hmar_jax.data.decoding import ImageDecodeError, decode_image
+from hmar_jax.data.fingerprint import fingerprint_files
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import is_local
 
@@ -48,6 +49,10 @@ class FolderSource:
         path = os.path.join(self.root, self.files[index])
         image = decode_image(path) if is_local(path) else decode_image(_download(path), path)
         return {"image": image, "label": int(self.labels[index])}
+
+    def fingerprint(self) -> str:
+        """See `data.sources.Source.fingerprint`."""
+        return fingerprint_files(self.root, self.files, self.labels)
 
 
 def _download(path: str) -> BinaryIO:

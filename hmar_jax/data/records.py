@@ -26,6 +26,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from hmar_jax.data import first_version
+from hmar_jax.data.fingerprint import fingerprint_values
 from hmar_jax.data.loader import read_ahead, validate_loader_args
 from hmar_jax.data.record_spec import RecordField, RecordSpec
 from hmar_jax.data.seeds import SeedPurpose, derive_seed
@@ -63,6 +64,7 @@ class SplitInfo:
     Attributes:
       num_images: N, with the unreadable ones.
       crops: number of random crops of each image.
+      source_fingerprint: of the images that were encoded; "" in sets of earlier versions.
       broken: index, path and reason of each unreadable image.
       shards: {"file", "records", "bytes", "sha256"} of each shard, those of crop 0 first.
     """
@@ -71,6 +73,7 @@ class SplitInfo:
     crops: int
     broken: tuple[tuple[int, str, str], ...] = ()
     shards: tuple[dict[str, Any], ...] = ()
+    source_fingerprint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +274,14 @@ class RecordSet:
 
     def __len__(self) -> int:
         return len(self._readable)
+
+    def fingerprint(self) -> str:
+        """See `data.sources.Source.fingerprint`. It covers every crop, and the contents too."""
+        shards = [[shard["records"], shard["sha256"]] for shard in self._split.shards]
+        broken = [index for index, *_ in self._split.broken]
+        return fingerprint_values(
+            self.info.fingerprint, self.info.record_spec.to_json(), shards, broken
+        )
 
     def read(self, indices: np.ndarray, crops: np.ndarray) -> dict[str, np.ndarray]:
         """See `Records.read`.

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from hmar_jax.data.decoding import ImageDecodeError, decode_image
+from hmar_jax.data.fingerprint import fingerprint_values
 from hmar_jax.data.folder import open_folder
 from hmar_jax.errors import InputError
 
@@ -68,6 +69,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict: ...
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that depend on names, sizes, labels and order of the examples.
+
+        They do not depend on where the data lie, nor on contents: no image is read.
+        """
+        ...
 
 
 def open_source(
@@ -150,6 +158,10 @@ class ArraySource:
     def __getitem__(self, index: int) -> dict:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return fingerprint_values(self.name, list(self.images.shape), self.labels.tolist())
+
 
 def _open_digits(split: str) -> ArraySource:
     try:
@@ -207,6 +219,7 @@ class TfdsSource:
     class_names: tuple[str, ...]
     split: str  # the data set's name of the split
     records: Any  # tfds.data_source: records[i] is {"image": encoded bytes, "label": int}
+    version: str = ""  # of the data set
 
     @property
     def num_classes(self) -> int:
@@ -222,6 +235,11 @@ class TfdsSource:
             "image": decode_image(io.BytesIO(record["image"]), path),
             "label": int(record["label"]),
         }
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`. A version of a data set has always the same examples."""
+        name = self.name.partition(":")[2].partition(":")[0]  # without a version
+        return fingerprint_values(name, self.version, self.split, len(self))
 
 
 def _open_tfds(rest: str, split: str) -> TfdsSource:
@@ -261,7 +279,8 @@ def _open_tfds(rest: str, split: str) -> TfdsSource:
         records = builder.as_data_source(tfds_split, decoders={"image": tfds.decode.SkipDecoding()})
     except Exception as error:
         raise not_prepared from error
-    return TfdsSource(f"tfds:{name}", tuple(features["label"].names), tfds_split, records)
+    names, version = tuple(features["label"].names), str(builder.version)
+    return TfdsSource(f"tfds:{name}", names, tfds_split, records, version)
 
 
 # In memory
@@ -292,3 +311,7 @@ class InMemory:
             with self._lock:
                 self._examples[index] = example
         return dict(example)
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return self.source.fingerprint()

@@ -53,7 +53,9 @@ class GenerativeTrainConfig(TrainConfig):
 class DataConfig(Settings):
     """The group `data`; its group `transform` is data.transforms.Transform."""
 
-    source: str = setting("", "folder:DIR, tfds:NAME, digits, or tokens:DIR of hmar tokenize.")
+    source: str = setting(
+        "", "folder:DIR, tfds:NAME, digits, or tokens:DIR of hmar tokenize.", is_input=True
+    )
     threads: int = setting(
         2, "Threads that read ahead, in each process.", at_least=0, harmless=True
     )

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.decode_errors import DecodeErrorLog
+from hmar_jax.io.identity import Inputs
 from hmar_jax.training.task import Params, Task
 
 
@@ -52,3 +53,4 @@ class Experiment:
     decode_errors: DecodeErrorLog
     schema: ConfigSchema
     parent: FrozenModel | None = None
+    inputs: Inputs = Inputs()

@@ -5,6 +5,7 @@ A run starts from the latest good checkpoint of its directory, or from scratch w
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from hmar_jax.data.agreement import check_same_data
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
 from hmar_jax.errors import InputError
@@ -42,6 +44,8 @@ def run(
     workdir: str,
     interruptions: Interruptions | None = None,
     lock: DirectoryLock | None = None,
+    *,
+    allow_data_change: bool = False,
 ) -> Any:
     """Trains until the task's last step, from the latest good checkpoint where there is one.
 
@@ -55,31 +59,40 @@ def run(
       interruptions: of the command. Ctrl-C, SIGHUP and SIGTERM save a checkpoint and end the run
         after the present step; `received` says so. None: they are handled here.
       lock: of the directory, held by the first process. None: it is taken here.
+      allow_data_change: resume also on other images than those that the run was trained on.
 
     Returns:
       The last state.
 
     Raises:
       InputError: the directory cannot be written, is no run directory, is in use by another
-        process, or belongs to a run with another config.
+        process, or belongs to a run with another config, model or data set; or the hosts see
+        different data sets.
       Interrupted: by a signal before the first step.
       FloatingPointError: loss or gradient was not finite for MAX_SKIPPED_IN_ROW steps in a row.
     """
+    again = functools.partial(run, config, experiment, workdir, allow_data_change=allow_data_change)
     if interruptions is None:
         with Interruptions(only_noted=True) as own:
-            return run(config, experiment, workdir, own, lock)
+            return again(own, lock)
     if lock is None:
         with lock_together(workdir, "workdir") as own_lock:
-            return run(config, experiment, workdir, interruptions, own_lock)
+            return again(interruptions, own_lock)
     with interruptions.deferred():  # no exception in the middle of a computation or a save
         stop = processes.StopRequest(interruptions)
         _check_same_errors(experiment.decode_errors)
-        directory = _prepare_together(workdir, config, experiment)
-        with log_to_file(directory) if processes.is_primary() else contextlib.nullcontext():
-            with RunCheckpoints(
-                directory, config.keep_checkpoints, config.keep_best
-            ) as checkpoints:
-                return _run(config, experiment, directory, checkpoints, stop, lock)
+        directory, change = _prepare_together(workdir, config, experiment, allow_data_change)
+        with contextlib.ExitStack() as closing:
+            if processes.is_primary():
+                closing.enter_context(log_to_file(directory))
+            if change is not None:
+                LOGGER.warning(
+                    "this run resumes on other images, recorded in config.json: %s", change
+                )
+            checkpoints = closing.enter_context(
+                RunCheckpoints(directory, config.keep_checkpoints, config.keep_best)
+            )
+            return _run(config, experiment, directory, checkpoints, stop, lock)
 
 
 def _run(
@@ -221,12 +234,26 @@ def _check_same_errors(errors: DecodeErrorLog) -> None:
 # The run directory
 
 
-def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) -> epath.Path:
-    """The first process prepares the directory; if it cannot, or one does not see it, all raise."""
-    directory, error = files.absolute(workdir), None
+def _prepare_together(
+    workdir: str, config: ConfigDict, experiment: Experiment, allow_data_change: bool
+) -> tuple[epath.Path, str | None]:
+    """The first process prepares the directory; if it cannot, or one does not see it, all raise.
+
+    Returns:
+      The directory, and in the first process how the run's images changed, if they did.
+    """
+    directory, change, error = files.absolute(workdir), None, None
+    check_same_data(experiment.inputs.data)
     if processes.is_primary():
         try:
-            runs.prepare(workdir, config, experiment.spec.to_json(), experiment.schema)
+            change = runs.prepare(
+                workdir,
+                config,
+                experiment.spec.to_json(),
+                experiment.schema,
+                experiment.inputs,
+                allow_data_change,
+            )
             _keep_parent(directory, experiment)
         except InputError as e:
             error = e
@@ -237,7 +264,7 @@ def _prepare_together(workdir: str, config: ConfigDict, experiment: Experiment) 
             "it must be a directory that all hosts share, or gs://"
         )
     processes.raise_on_all_processes(error)
-    return directory
+    return directory, change
 
 
 def _keep_parent(directory: epath.Path, experiment: Experiment) -> None:

@@ -27,6 +27,7 @@ from hmar_jax.families.hmar.spec import (
     stored_sampling,
 )
 from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
+from hmar_jax.io.identity import class_conflicts
 from hmar_jax.parallel.sharding import MeshConfig
 from hmar_jax.settings import Settings, setting
 from hmar_jax.training.config import EncodedDataConfig, GenerativeTrainConfig
@@ -44,14 +45,18 @@ _STAGE2_CHANGES = ("dropout", "drop_path", "dtype", "remat", "attention")  # to 
 class _Stage1Keys(Settings):
     """Keys of a config of stage 1, in addition to those of every run."""
 
-    tokenizer: str = setting("", "A run of train-tokenizer, a model directory or a bundled model.")
+    tokenizer: str = setting(
+        "", "A run of train-tokenizer, a model directory or a bundled model.", is_input=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stage2Keys(Settings):
     """Keys of a config of stage 2, in addition to those of every run."""
 
-    init_from: str = setting("", "The stage 1: a run, a model directory or a bundled model.")
+    init_from: str = setting(
+        "", "The stage 1: a run, a model directory or a bundled model.", is_input=True
+    )
     stage1_config: str = setting(
         "", "Config name of the stage 1 that hmar plan assumes without init_from.", harmless=True
     )
@@ -158,10 +163,18 @@ def _make_masked_task(config: Any, parent: Parent, data: DataInfo) -> TaskSetup:
             f"config.model.masked_depth must be in [1, {stage1.transformer.depth}], the blocks of "
             f"{parent.name!r}; got {depth}"
         )
+    conflicts = class_conflicts(stage1.class_names, data.class_names)
     if data.num_classes != stage1.num_classes:
+        named = f" ({', '.join(conflicts)})" if conflicts else ""
         raise InputError(
-            f"{data.source} has {data.num_classes} classes, init_from {parent.name!r} has "
+            f"{data.source} has {data.num_classes} classes{named}, init_from {parent.name!r} has "
             f"{stage1.num_classes}; they must be equal"
+        )
+    if conflicts:
+        raise InputError(
+            f"{data.source} must have the classes of init_from {parent.name!r} in the same order; "
+            f"compared with it: {', '.join(conflicts)}. Give its folders the names of that model, "
+            "or list them in class_names.txt"
         )
     changes = {name: config.model[name] for name in _STAGE2_CHANGES}
     spec = dataclasses.replace(
