@@ -18,14 +18,21 @@ from ml_collections import ConfigDict
 from hmar_jax import autoencoders, families, settings
 from hmar_jax.autoencoders import models
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec, make_encoder
+from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.encoding import encode_in_memory
 from hmar_jax.data.loader import make_loader
-from hmar_jax.data.records import RecordSet, make_record_loader, open_records
-from hmar_jax.data.sources import Source, open_source, records_directory
+from hmar_jax.data.records import (
+    RecordSet,
+    has_info,
+    make_record_loader,
+    open_records,
+    read_info,
+)
+from hmar_jax.data.sources import Source, SourceConfig, open_splits, records_directory
 from hmar_jax.data.transforms import Transform
-from hmar_jax.errors import InputError
-from hmar_jax.io import files
+from hmar_jax.errors import InputError, printable
+from hmar_jax.io import files, runs
 from hmar_jax.loading import load_spec_and_params
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.training.experiment import Experiment, FrozenModel, Validation
@@ -45,6 +52,7 @@ class _Data:
     loader: Callable[[], grain.IterDataset]
     validation: Validation | None
     decode_errors: DecodeErrorLog
+    held_out: Source | None = None  # the images of `validation`; None where it has records
 
 
 def task_kind(config: ConfigDict) -> tuple[Any, TaskKind]:
@@ -99,7 +107,7 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         frozen,
         data.loader,
         data.validation,
-        _preview_images(config, task.num_preview_images, side, data.decode_errors),
+        _preview_images(config, task.num_preview_images, side, data),
         data.decode_errors,
         kind.schema,
         kept,
@@ -166,13 +174,20 @@ def _open_images(
             f"images; got {config.data.workers}"
         )
     transform = settings.from_group(Transform, config.data.transform, side=side)
-    open_split = functools.partial(
-        open_source,
+    splits = open_splits(
         config.data.source,
         in_memory=config.data.in_memory,
         need_classes=parent is not None,
+        config=settings.from_group(SourceConfig, config.data),
     )
-    source, held_out = open_split("train"), open_split("validate")
+    source, held_out = splits["train"], splits["validate"]
+    LOGGER.info(
+        "%s: %d images of %d classes to train on, %d held out",
+        printable(source.name),
+        len(source),
+        source.num_classes,
+        len(held_out),
+    )
     copies = config.data.get("cached_copies", 0)
     _check_batch_size(config, len(source) * max(1, copies))
     errors = DecodeErrorLog()
@@ -193,7 +208,9 @@ def _open_images(
 
     def loader():
         if copies:
-            return _cached_loader(config, source, transform, parent, parent_params, shard, shards)
+            return _cached_loader(
+                config, source, transform, parent, parent_params, shard, shards, errors
+            )
         return make_loader(
             source,
             transform,
@@ -210,10 +227,13 @@ def _open_images(
     kind = "image"
     if copies:
         kind = autoencoders.make_autoencoder(parent.spec.autoencoder).record_spec.kind
-    return _Data(_info(config, source), kind, loader, Validation(validation, batch), errors)
+    held_out_batches = Validation(validation, batch)
+    return _Data(_info(config, source), kind, loader, held_out_batches, errors, held_out)
 
 
-def _cached_loader(config, source: Source, transform, parent: Parent, params, shard, shards):
+def _cached_loader(
+    config, source: Source, transform, parent: Parent, params, shard, shards, errors
+):
     """Encodes every image some times before training; every host encodes all of them."""
     autoencoder = autoencoders.make_autoencoder(parent.spec.autoencoder)
     encode, _ = make_encoder(autoencoder, params[AUTOENCODER], 1, jax.local_devices()[:1])
@@ -225,6 +245,7 @@ def _cached_loader(config, source: Source, transform, parent: Parent, params, sh
         copies=config.data.cached_copies,
         seed=config.seed,
         progress=processes.is_primary(),
+        broken=errors,
     )
     return make_record_loader(
         records,
@@ -306,23 +327,40 @@ def _validation_batch(config: ConfigDict, mesh: Mesh, num_images: int) -> int:
     return -(-min(config.batch_size, num_images, _MAX_EVAL_BATCH) // parts) * parts
 
 
-def _preview_images(
-    config: ConfigDict, count: int, side: int, errors: DecodeErrorLog
-) -> np.ndarray | None:
+def _preview_images(config: ConfigDict, count: int, side: int, data: _Data) -> np.ndarray | None:
     """Held-out images, the same on every host: (count, side, side, 3) uint8."""
-    if not count:
+    if not count or data.held_out is None:
         return None
-    held_out = open_source(config.data.source, "validate", in_memory=config.data.in_memory)
     few = make_loader(  # a loader replaces images that cannot be decoded
-        held_out,
+        data.held_out,
         settings.from_group(Transform, config.data.transform, side=side),
-        batch_size=min(count, len(held_out)),
+        batch_size=min(count, len(data.held_out)),
         seed=0,
         train=False,
         threads=0,
-        broken=errors,
+        broken=data.decode_errors,
     )
     return next(iter(few))["image"]
+
+
+def recorded_source_config(model: str) -> SourceConfig | None:
+    """What a run read of its data; None if `model` is no run directory.
+
+    Other commands that open the data of a run open the same split with it.
+    """
+    path = files.absolute(model) / "config.json"
+    found = files.read_json(path, "the config of a model or a run") if path.exists() else None
+    if not runs.is_run(found):
+        return None
+    data = found.get("config", {}).get("data", {})
+    directory = records_directory(data.get("source", ""))
+    if directory and has_info(directory):
+        info = read_info(directory)
+        return SourceConfig(held_out=info.held_out, folder_rules=info.folder_rules)
+    known = {field.name for field in dataclasses.fields(SourceConfig)}
+    kept = {name: value for name, value in data.items() if name in known}
+    schema = ConfigSchema({"": (), "data": (SourceConfig,)})
+    return settings.from_group(SourceConfig, schema.upgrade({"data": kept})["data"])
 
 
 # Planning

@@ -85,7 +85,8 @@ def _run(
     reporter = _Reporter(directory, start, task.steps, config.task) if primary else None
     meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
     stop = processes.StopRequest()
-    num_reported = 0  # images that could not be decoded and have been named
+    # Images that could not be decoded and have been named: also those of crops that were cached.
+    num_reported = _report_decode_errors(experiment.decode_errors, 0)
     try:
         for step in range(start + 1, task.steps + 1):
             with meter.time("data"):
@@ -124,6 +125,7 @@ def _run(
                 LOGGER.info("stopped by a signal after step %d; rerun the command to resume", step)
                 break
     finally:
+        _report_decode_errors(experiment.decode_errors, num_reported)  # of the last evaluation
         batches.close()
         if reporter is not None:
             reporter.close()
@@ -244,6 +246,8 @@ def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:
     items = errors.items
     for path, reason in items[num_reported:]:
         LOGGER.warning("skipped %s: %s", path, reason)
+    if len(items) > num_reported:
+        LOGGER.warning("images that could not be decoded, so far: %d", len(items))
     return len(items)
 
 
