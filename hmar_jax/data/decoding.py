@@ -109,15 +109,18 @@ def _open_image(file: BinaryIO, name: str) -> Image.Image:
     prefix, notes = file.read(16), []
     if not prefix:
         raise ValueError("the file is empty")
-    for format_name in tuple(Image.ID):
-        factory, accept = Image.OPEN[format_name]
-        accepted = accept(prefix) if accept else True
-        if isinstance(accepted, str):  # why this Pillow cannot read the format
-            notes.append(accepted)
-        elif accepted:
-            file.seek(0)
-            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
-                return factory(file, name)
+    for has_test in (True, False):  # formats that do not test the prefix take longer
+        for format_name in tuple(Image.ID):
+            factory, accept = Image.OPEN[format_name]
+            if (accept is not None) != has_test:
+                continue
+            accepted = accept(prefix) if accept else True
+            if isinstance(accepted, str):  # why this Pillow cannot read the format
+                notes.append(accepted)
+            elif accepted:
+                file.seek(0)
+                with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+                    return factory(file, name)
     raise ValueError("; ".join(["not an image of a known format", *notes]))
 
 

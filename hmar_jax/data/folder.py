@@ -150,7 +150,7 @@ def _check_classes(
     if not any(classes.values()):
         raise InputError(
             f"no images in {root}; there must be files such as .jpg, .png or .webp"
-            + (f"; there are {skipped}" if listing.skipped else "")
+            + (f"; found {skipped}" if listing.skipped else "")
         )
     if need_classes and "" in classes:
         raise InputError(
@@ -165,7 +165,7 @@ def _check_classes(
             f"each class folder of {root} must have images; there are none in "
             f"{', '.join(empty[:5])}{more}; remove them, or keep them as classes with "
             "--config.data.allow_empty_classes=true (hmar tokenize: --allow_empty_classes)"
-            + (f"; {root} has {skipped}" if listing.skipped else "")
+            + (f"; found {skipped}" if listing.skipped else "")
         )
 
 

@@ -32,7 +32,7 @@ CLASS_NAME_FILES = (
     "LOC_synset_mapping.txt",  # this one and the next come with ImageNet
     "synset_words.txt",
 )
-_BROKEN_LINK, _SPECIAL = "broken link", "pipe, socket or device"
+_BROKEN_LINK, _SPECIAL = "broken link", "pipe or device"
 _CURES = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
     ".avif": "pip install --upgrade pillow",  # read since Pillow 11.3
