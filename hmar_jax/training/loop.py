@@ -247,7 +247,7 @@ def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:
     for path, reason in items[num_reported:]:
         LOGGER.warning("skipped %s: %s", path, reason)
     if len(items) > num_reported:
-        LOGGER.warning("images that could not be decoded, so far: %d", len(items))
+        LOGGER.warning("images that could not be decoded: %d", len(items))
     return len(items)
 
 
