@@ -2,10 +2,12 @@
 
 import logging
 import os
+import pathlib
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -161,8 +163,6 @@ def test_a_folder_that_cannot_be_listed(folder, monkeypatch):
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user to read as")
 def test_folders_and_files_of_another_user(folder):
     """A real process of a user who may not read them."""
-    good = shutil.copytree(folder, folder / "good")
-    (folder / "train" / "a" / "0.png").chmod(0)
     program = (
         "import os, sys\n"
         "from hmar_jax.data.sources import open_source\n"
@@ -172,19 +172,33 @@ def test_folders_and_files_of_another_user(folder):
         "    source = open_source(sys.argv[1]); print(len(source)); source[0]\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
-    for parent in folder.parents:
-        if parent.owner() == "root" and parent.name.startswith("pytest"):
-            parent.chmod(0o755)
-    folder.chmod(0o755)
+    with tempfile.TemporaryDirectory() as other:  # pytest's own are for its user alone
+        os.chmod(other, 0o755)
+        theirs = shutil.copytree(folder, pathlib.Path(other) / "images")
+        command = [sys.executable, "-c", program, f"folder:{theirs}", f"folder:{folder}"]
 
-    def read():
-        command = [sys.executable, "-c", program, f"folder:{folder}", f"folder:{good}"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        def read():
+            return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
-    text = read()
-    assert text.startswith("6\nImageDecodeError") and text.endswith("0.png: Permission denied\n")
-    (folder / "train" / "b").chmod(0)
-    assert "InputError" in (text := read()) and "/train/b cannot be listed: Permission" in text
+        (theirs / "train" / "a" / "0.png").chmod(0)
+        text = read()
+        assert text.startswith("6\nImageDecodeError") and text.endswith(": Permission denied\n")
+        (theirs / "train" / "b").chmod(0)
+        assert "InputError" in (text := read()) and "/train/b cannot be listed: Perm" in text
+
+
+@pytest.mark.parametrize("names", [("Train", "Val"), ("TRAIN", "test"), ("training", "valid")])
+def test_splits_by_other_names_are_no_classes(tmp_path, names):
+    for name in names:
+        save(tmp_path / name / "a" / "0.png")
+        save(tmp_path / name / "b" / "0.png")
+    with pytest.raises(InputError, match=f"must be classes, or .*got {', '.join(sorted(names))}"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_valid_is_a_validation_folder(folder):
+    (folder / "validate").rename(folder / "valid")
+    assert [len(s) for s in open_splits(f"folder:{folder}").values()] == [6, 2]
 
 
 # Links

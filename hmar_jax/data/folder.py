@@ -26,7 +26,9 @@ from hmar_jax.io.files import is_local
 
 _log = logging.getLogger(__name__)
 
-_VALIDATE_FOLDERS = ("validate", "val", "validation")
+_VALIDATE_FOLDERS = ("validate", "val", "validation", "valid")
+# Names of splits that are no names of classes, if all folders have one.
+_SPLIT_NAMES = frozenset((*_VALIDATE_FOLDERS, "train", "training", "test", "testing"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +102,15 @@ def open_folder(
     train_root = root / "train" if has_train else root
     train = list_class_folders(train_root, rules)
     _check_classes(train_root, train, need_classes, rules == 1 or config.allow_empty_classes)
+    if rules > 1 and not has_train:
+        _check_not_splits(root, train)
     names = _class_names(root, train.classes, rules)
     skipped = collections.Counter(train.skipped)
 
     validate_root = None
     if has_train:
-        candidates = (root / folder for folder in _VALIDATE_FOLDERS)
+        names_of_split = _VALIDATE_FOLDERS if rules > 1 else _VALIDATE_FOLDERS[:3]
+        candidates = (root / folder for folder in names_of_split)
         validate_root = next((folder for folder in candidates if folder.is_dir()), None)
     found = {"train": (train_root, train.classes)}
     if validate_root is None:
@@ -166,6 +171,16 @@ def _check_classes(
             f"{', '.join(empty[:5])}{more}; remove them, or keep them as classes with "
             "--config.data.allow_empty_classes=true (hmar tokenize: --allow_empty_classes)"
             + (f"; found {skipped}" if listing.skipped else "")
+        )
+
+
+def _check_not_splits(root: epath.Path, listing: Listing) -> None:
+    """DIR/Train and DIR/Val would be two classes."""
+    folders = sorted(listing.classes)
+    if len(folders) > 1 and all(folder.lower() in _SPLIT_NAMES for folder in folders):
+        raise InputError(
+            f"the folders of {root} must be classes, or be called train and validate (or "
+            f"{', '.join(_VALIDATE_FOLDERS[1:])}); got {', '.join(folders)}; rename them"
         )
 
 

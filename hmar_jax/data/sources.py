@@ -88,8 +88,8 @@ def open_source(
       spec: one of
         `digits`: scikit-learn's handwritten digits, gray, enlarged from 8x8 to 32x32; 1,437 for
           training and 360 for validation.
-        `folder:DIR`: images in DIR/train/CLASS with DIR/validate/CLASS (or val, validation); or in
-          DIR/CLASS; or directly in DIR (one class, "all"). Folders below a class folder are
+        `folder:DIR`: images in DIR/train/CLASS with DIR/validate/CLASS (or val, validation, valid);
+          or in DIR/CLASS; or directly in DIR (one class, "all"). Folders below a class folder are
           searched too; hidden files and what operating systems leave are ignored. The label of a
           class is the index of its folder among the sorted folder names. Its name is, in this
           order: what DIR/class_names.txt or ImageNet's DIR/LOC_synset_mapping.txt calls it (lines
