@@ -175,6 +175,7 @@ def test_folders_and_files_of_another_user(folder):
     with tempfile.TemporaryDirectory() as other:  # pytest's own are for its user alone
         os.chmod(other, 0o755)
         theirs = shutil.copytree(folder, pathlib.Path(other) / "images")
+        theirs.chmod(0o755)
         command = [sys.executable, "-c", program, f"folder:{theirs}", f"folder:{folder}"]
 
         def read():
