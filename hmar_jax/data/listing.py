@@ -32,7 +32,7 @@ CLASS_NAME_FILES = (
     "LOC_synset_mapping.txt",  # this one and the next come with ImageNet
     "synset_words.txt",
 )
-_BROKEN_LINK, _SPECIAL = "broken link", "pipe or device"
+_BROKEN_LINK, _SPECIAL, _NO_ENDING = "broken link", "pipe or device", "without ending"
 _CURES = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
     ".avif": "pip install --upgrade pillow",  # read since Pillow 11.3
@@ -87,8 +87,9 @@ def list_class_folders(root: epath.Path, rules: int) -> Listing:
     nonempty = [folder for folder, files in classes.items() if files]
     if loose and nonempty:
         raise InputError(
-            f"{root} has images ({loose[0]}) next to folders of images ({nonempty[0]}); move every "
-            "image to the folder of its class, or all of them to one folder without classes"
+            f"{printable(str(root))} has images ({printable(loose[0])}) next to folders of images "
+            f"({printable(nonempty[0])}); move every image to the folder of its "
+            "class, or all of them to one folder without classes"
         )
     return Listing({"": loose} if loose else classes, skipped)
 
@@ -119,12 +120,16 @@ class _Walk:
     ) -> tuple[list[str] | None, collections.Counter]:
         """The images below a folder, sorted, and what was passed over.
 
-        None in place of the images: the folder is a symbolic link to one that contains it.
+        None in place of the images: the folder is a symbolic link to one that contains it, or an
+        object of a store.
         """
         resolved = _resolve(folder)
         if resolved in parents:
             return None, collections.Counter()
-        entries, skipped = self.entries(folder)
+        try:
+            entries, skipped = self.entries(folder)
+        except NotADirectoryError:
+            return None, collections.Counter({_NO_ENDING: 1})
         found = []
         for name, is_folder in entries:
             if is_folder:
@@ -144,6 +149,8 @@ class _Walk:
             found = (
                 self._local(folder, skipped) if is_local(folder) else self._remote(folder, skipped)
             )
+        except NotADirectoryError:
+            raise
         except OSError as error:
             raise InputError(
                 f"the folder {printable(str(folder))} cannot be listed: {error.strerror or error}"
@@ -167,18 +174,28 @@ class _Walk:
         return found
 
     def _remote(self, folder: epath.Path, skipped: collections.Counter) -> list[tuple[str, bool]]:
-        found = []
-        for path in folder.iterdir():
-            name = path.name
+        """Asks for the kind of few names: one request for each would take hours."""
+        names = [path.name for path in folder.iterdir()]
+        if names == [folder.name] and not folder.is_dir():
+            raise NotADirectoryError  # such as LICENSE, which looked like a folder
+        found, others = [], collections.defaultdict(list)  # others: by ending
+        for name in names:
             if name.startswith("."):
                 continue
-            if "." not in name:  # one request per name to an object store would take hours
+            ending = name[name.rfind(".") :].lower()
+            if "." not in name:
                 if self._is_own(name):
                     found.append((name, True))
-            elif name[name.rfind(".") :].lower() in self._endings:
+            elif ending in self._endings:
                 found.append((name, False))
             else:
-                self._skip(name, skipped)
+                others[ending].append(name)
+        for same_ending in others.values():
+            if self._rules > 1 and (folder / same_ending[0]).is_dir():  # such as "St. Bernard"
+                found += [(name, True) for name in same_ending if (folder / name).is_dir()]
+            else:
+                for name in same_ending:
+                    self._skip(name, skipped)
         return found
 
     def _is_own(self, name: str) -> bool:
@@ -194,7 +211,7 @@ class _Walk:
         elif ending in self._endings:
             skipped[_SPECIAL] += 1
         elif name not in CLASS_NAME_FILES and name.lower() not in _SYSTEM_NAMES:
-            skipped[ending or "without ending"] += 1
+            skipped[ending or _NO_ENDING] += 1
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
