@@ -5,7 +5,9 @@ says which keys there are; the keys are declared as settings (settings.py).
 """
 
 import ast
+import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -103,12 +105,40 @@ class ConfigSchema:
         }
 
     def upgrade(self, old: Mapping[str, Any]) -> dict[str, Any]:
-        """The config of an older version: former names replaced, missing keys at their defaults."""
+        """The config of an older version: former names replaced, missing keys at their defaults.
+
+        A key that declares what held before it was there has that value.
+        """
         flat, former = dict(flatten(old)), self.former_names()
         flat = {former.get(name, name): value for name, value in flat.items()}
+        for name, declared in self._kept():
+            flat.setdefault(name, declared.before)
         for name, value in flatten(to_dict(self.default_config())):
             flat.setdefault(name, value)
         return unflatten(flat)
+
+    def settle(self, config: ConfigDict, run: Mapping[str, Any] | None) -> ConfigDict:
+        """A copy of a config with values for the empty keys that a run keeps from its start.
+
+        Args:
+          run: the config of the run that resumes, upgraded; None: a new run.
+        """
+        settled, kept = copy.deepcopy(config), dict(flatten(run or {}))
+        for name, declared in self._kept():
+            *groups, key = name.split(".")
+            node = functools.reduce(lambda node, group: node[group], groups, settled)
+            if node.get(key) is None:
+                value = kept.get(name)
+                node[key] = declared.new if value is None else value
+        return settled
+
+    def _kept(self) -> Iterator[tuple[str, settings.Declaration]]:
+        """Dotted names of the keys that a run keeps from its start, and their declarations."""
+        for group in self.groups:
+            for name, (_, field) in self.fields(group).items():
+                declared = settings.declaration(field)
+                if declared.new is not None:
+                    yield _join(group, name), declared
 
 
 def _empty(cls: type, field: dataclasses.Field) -> Any:

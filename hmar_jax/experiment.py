@@ -20,15 +20,22 @@ from ml_collections import ConfigDict
 from hmar_jax import autoencoders, families, settings
 from hmar_jax.autoencoders import models
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec, make_encoder
+from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.encoding import encode_in_memory
 from hmar_jax.data.fingerprint import describe_data
 from hmar_jax.data.loader import make_loader
 from hmar_jax.data.readable import readable_part
-from hmar_jax.data.records import RecordSet, make_record_loader, open_records
-from hmar_jax.data.sources import Source, open_source, records_directory
+from hmar_jax.data.records import (
+    RecordSet,
+    has_info,
+    make_record_loader,
+    open_records,
+    read_info,
+)
+from hmar_jax.data.sources import Source, SourceConfig, open_splits, records_directory
 from hmar_jax.data.transforms import Transform
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, printable
 from hmar_jax.io import files, identity, runs
 from hmar_jax.io.identity import Inputs
 from hmar_jax.loading import is_copy, load_spec_and_params
@@ -214,13 +221,20 @@ def _open_images(
             f"images; got {config.data.workers}"
         )
     transform = settings.from_group(Transform, config.data.transform, side=side)
-    open_split = functools.partial(
-        open_source,
+    splits = open_splits(
         config.data.source,
         in_memory=config.data.in_memory,
         need_classes=parent is not None,
+        config=settings.from_group(SourceConfig, config.data),
     )
-    source, held_out = open_split("train"), open_split("validate")
+    source, held_out = splits["train"], splits["validate"]
+    LOGGER.info(
+        "%s: %d images of %d classes to train on, %d held out",
+        printable(source.name),
+        len(source),
+        source.num_classes,
+        len(held_out),
+    )
     copies = config.data.get("cached_copies", 0)
     _check_batch_size(config, len(source) * max(1, copies))
     errors = DecodeErrorLog()
@@ -245,7 +259,9 @@ def _open_images(
 
     def loader():
         if copies:
-            return _cached_loader(config, source, transform, parent, parent_params, shard, shards)
+            return _cached_loader(
+                config, source, transform, parent, parent_params, shard, shards, errors
+            )
         return make_loader(
             source,
             transform,
@@ -283,7 +299,9 @@ def _look_at(config: ConfigDict, held_out: Source, errors: DecodeErrorLog) -> So
     return readable
 
 
-def _cached_loader(config, source: Source, transform, parent: Parent, params, shard, shards):
+def _cached_loader(
+    config, source: Source, transform, parent: Parent, params, shard, shards, errors
+):
     """Encodes every image some times before training; every host encodes all of them."""
     autoencoder = autoencoders.make_autoencoder(parent.spec.autoencoder)
     encode, _ = make_encoder(autoencoder, params[AUTOENCODER], 1, jax.local_devices()[:1])
@@ -295,6 +313,7 @@ def _cached_loader(config, source: Source, transform, parent: Parent, params, sh
         copies=config.data.cached_copies,
         seed=config.seed,
         progress=processes.is_primary(),
+        broken=errors,
     )
     return make_record_loader(
         records,
@@ -393,6 +412,26 @@ def _preview_images(config: ConfigDict, count: int, side: int, data: _Data) -> n
         broken=data.decode_errors,
     )
     return next(iter(few))["image"]
+
+
+def recorded_source_config(model: str) -> SourceConfig | None:
+    """What a run read of its data; None if `model` is no run directory.
+
+    Other commands that open the data of a run open the same split with it.
+    """
+    path = files.absolute(model) / "config.json"
+    found = files.read_json(path, "the config of a model or a run") if path.exists() else None
+    if not runs.is_run(found):
+        return None
+    data = found.get("config", {}).get("data", {})
+    directory = records_directory(data.get("source", ""))
+    if directory and has_info(directory):
+        info = read_info(directory)
+        return SourceConfig(held_out=info.held_out, folder_rules=info.folder_rules)
+    known = {field.name for field in dataclasses.fields(SourceConfig)}
+    kept = {name: value for name, value in data.items() if name in known}
+    schema = ConfigSchema({"": (), "data": (SourceConfig,)})
+    return settings.from_group(SourceConfig, schema.upgrade({"data": kept})["data"])
 
 
 # Planning

@@ -47,6 +47,10 @@ class Declaration:
     # it may be moved.
     is_input: bool = False
     tasks: tuple[str, ...] = ()  # of sampling options: tasks whose configs have it as a key
+    # Of a setting whose default may change: the default is None, and what it stands for is decided
+    # when a run starts, and kept.
+    new: Any = None  # the value of a new run
+    before: Any = None  # the value of runs from before the setting was declared
 
 
 def setting(default: Any, help: str, **declaration) -> Any:
@@ -183,6 +187,13 @@ def from_group(cls: type, group: Mapping[str, Any], **more) -> Any:
 
 
 # The command line
+
+
+def from_arguments(default: Any, args: argparse.Namespace) -> Any:
+    """An instance of settings with the values of the options that were given (`add_arguments`)."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(default)}
+    given = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(default, **given)
 
 
 def add_arguments(parser: Any, cls: type, *, several: Iterable[str] = ()) -> None:

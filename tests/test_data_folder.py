@@ -10,7 +10,13 @@ from PIL import Image
 
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.loader import make_loader
-from hmar_jax.data.sources import ImageDecodeError, Source, decode_image, open_source
+from hmar_jax.data.sources import (
+    ImageDecodeError,
+    Source,
+    SourceConfig,
+    decode_image,
+    open_source,
+)
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 
@@ -112,7 +118,7 @@ def test_class_folders_without_train(tmp_path):
     for i in range(120):
         save(tmp_path / "ab"[i % 2] / f"{i}.png", size=(1, 1))
     train, validate = (open_source(f"folder:{tmp_path}", split) for split in ("train", "validate"))
-    assert (len(train), len(validate)) == (118, 2)
+    assert (len(train), len(validate)) == (116, 4) and sorted(labels(validate)) == [0, 0, 1, 1]
     assert train.class_names == validate.class_names == ("a", "b")
     assert sorted(names(train) + names(validate)) == sorted(f"{i}.png" for i in range(120))
     assert [int(file[0] == "b") for file in train.files] == labels(train)
@@ -135,7 +141,7 @@ def test_flat_folder(tmp_path, inside):
     (tmp_path / inside / "notes").mkdir()
     train, validate = (open_source(f"folder:{tmp_path}", split) for split in ("train", "validate"))
     assert train.class_names == ("all",) and set(labels(train)) == {0}
-    assert (len(train), len(validate)) == (9, 1) and not set(train.files) & set(validate.files)
+    assert (len(train), len(validate)) == (8, 2) and not set(train.files) & set(validate.files)
 
 
 def test_adding_an_image_keeps_the_split_of_the_others(tmp_path):
@@ -168,12 +174,13 @@ def test_search_is_recursive_and_skips_hidden_and_other_files(tmp_path):
     ) and source.class_names == ("a", "b")
 
 
-def test_an_empty_class_keeps_its_label(tmp_path):
+def test_an_empty_class_is_refused_or_keeps_its_label(tmp_path):
     for folder in "ac":
         save(tmp_path / "train" / folder / "1.png")
         save(tmp_path / "val" / folder / "1.png")
     (tmp_path / "train" / "b").mkdir()
-    source = open_source(f"folder:{tmp_path}")
+    assert_one_line_error(f"folder:{tmp_path}", "none in b", "allow_empty_classes=true")
+    source = open_source(f"folder:{tmp_path}", config=SourceConfig(allow_empty_classes=True))
     assert source.class_names == ("a", "b", "c") and labels(source) == [0, 2]
 
 
@@ -463,14 +470,14 @@ def test_an_epoch_of_photographs(tmp_path):
         file.parent.mkdir(parents=True)
         photograph(rng).save(file, quality=85)
     train, validate = (open_source(f"folder:{tmp_path}", split) for split in ("train", "validate"))
-    assert (len(train), len(validate), train.num_classes) == (98, 2, 100)
+    assert (len(train), len(validate), train.num_classes) == (99, 1, 100)
     assert train.class_names[:2] == ("kind_aa", "kind_ab")
     log = DecodeErrorLog()
     batches = list(
         make_loader(
             train,
             Transform(64, "resize_crop"),
-            batch_size=49,
+            batch_size=33,
             seed=0,
             train=True,
             num_epochs=1,
@@ -478,6 +485,6 @@ def test_an_epoch_of_photographs(tmp_path):
         )
     )
     images = np.concatenate([batch["image"] for batch in batches])
-    assert images.shape == (98, 64, 64, 3) and log.count == 0
+    assert images.shape == (99, 64, 64, 3) and log.count == 0
     assert sorted(np.concatenate([batch["label"] for batch in batches])) == sorted(train.labels)
     assert 110 < images.mean() < 140 and images.std() > 40

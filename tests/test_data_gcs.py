@@ -78,6 +78,23 @@ def test_a_folder_of_images(bucket, tmp_path):
         open_source("folder:gs://bucket/nothing")
 
 
+def test_what_else_is_in_a_bucket(bucket, caplog):
+    """Names tell folders and objects apart only in part: LICENSE, St. Bernard."""
+    root = epath.Path(bucket) / "odd"
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, format="PNG")
+    for name in ("a/1.png", "a/2.jfif", "St. Bernard/1.png", "St. Bernard/2.png", "@eaDir/x.jpg"):
+        (root / "train" / name).write_bytes(file.getvalue())
+    for name in ("LICENSE", "a/README", "a/1.json", "a/2.json", "Thumbs.db"):
+        (root / "train" / name).write_bytes(b"x")
+    (root / "val" / "a" / "3.png").write_bytes(file.getvalue())
+    with caplog.at_level(logging.INFO, "hmar_jax"):
+        source = open_source(f"folder:{root}")
+    assert source.class_names == ("St. Bernard", "a")
+    assert source.files == ("St. Bernard/1.png", "St. Bernard/2.png", "a/1.png", "a/2.jfif")
+    assert "skipped 4 files that are not images (2 .json, 2 without ending)" in caplog.text
+
+
 def test_an_encoded_data_set(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()

@@ -19,6 +19,8 @@ from hmar_jax import families, settings
 from hmar_jax.errors import InputError
 from hmar_jax.logging import TERMINAL
 
+_log = logging.getLogger(__name__)
+
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -96,14 +98,15 @@ def train(args, overrides) -> int:
 
 def _train(args, config) -> int:
     from hmar_jax import interruption
-    from hmar_jax.experiment import build_experiment
-    from hmar_jax.io import locks
+    from hmar_jax.experiment import build_experiment, task_kind
+    from hmar_jax.io import locks, runs
     from hmar_jax.parallel import processes
     from hmar_jax.training import loop
 
     with locks.lock_together(args.workdir, "workdir") as lock:
         experiment, error = None, None
         try:
+            config = runs.settle(args.workdir, config, task_kind(config)[1].schema)
             experiment = build_experiment(config, args.workdir)
         except InputError as e:
             error = e
@@ -155,7 +158,7 @@ def tokenize(args) -> None:
     from hmar_jax.autoencoders.base import AUTOENCODER, config_to_json, make_encoder
     from hmar_jax.data import encoding
     from hmar_jax.data.agreement import check_same_data
-    from hmar_jax.data.sources import SPLITS, open_source
+    from hmar_jax.data.sources import SPLITS, SourceConfig, open_splits
     from hmar_jax.data.transforms import Transform
     from hmar_jax.io import locks
     from hmar_jax.parallel import processes
@@ -173,11 +176,13 @@ def tokenize(args) -> None:
     transform = Transform(
         autoencoder.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip
     )
-    sources = {
-        split: open_source(args.data, split, need_classes=True)
-        for split in SPLITS
-        if split in splits
-    }
+    source_config = encoding.settle(args.out, settings.from_arguments(SourceConfig(), args))
+    sources = open_splits(
+        args.data,
+        [split for split in SPLITS if split in splits],
+        need_classes=True,
+        config=source_config,
+    )
     part = args.part or (jax.process_index(), jax.process_count())
     info = encoding.describe(
         args.tokenizer,
@@ -190,6 +195,7 @@ def tokenize(args) -> None:
         crops=args.crops,
         seed=args.seed,
         shard_size=args.shard_size,
+        config=source_config,
     )
     if args.part is None:
         check_same_data(
@@ -224,6 +230,13 @@ def tokenize(args) -> None:
         )
         return
     print(f"{args.out}: {_describe_records(info)}")
+
+
+def add_source_options(parser) -> None:
+    """Options of what is read of a data set."""
+    from hmar_jax.data.source_config import SourceConfig
+
+    settings.add_arguments(parser, SourceConfig)
 
 
 def _describe_records(info) -> str:
@@ -305,6 +318,13 @@ def _load_sampler(args):
     return pipe
 
 
+def add_decode_options(parser) -> None:
+    """Options of which images are decoded."""
+    from hmar_jax.data.source_config import DecodeConfig
+
+    settings.add_arguments(parser, DecodeConfig)
+
+
 def add_composite_options(parser) -> None:
     """Options of editing that every family has."""
     from hmar_jax.io.masks import CompositeConfig
@@ -337,7 +357,7 @@ def edit(args) -> None:
     from hmar_jax import pipeline
     from hmar_jax.io import images, masks
 
-    image = _read_image("--image", args.image)  # uint8 (h, w, 3)
+    image = _read_image("--image", args.image, args)  # uint8 (h, w, 3)
     mask = _read_mask(args, image)
     options = _options(args, "EditingConfig")
     for name in ("paste", "feather"):
@@ -371,7 +391,7 @@ def _read_mask(args, image):
     if args.box:
         mask = masks.box_mask(args.box, *image.shape[:2])
     else:
-        pixels = _read_image("--mask", args.mask)
+        pixels = _read_image("--mask", args.mask, args)
         if pixels.shape != image.shape:
             raise InputError(
                 f"mask {args.mask} must have the image's size, {image.shape[1]} x "
@@ -393,14 +413,15 @@ def _read_mask(args, image):
     )
 
 
-def _read_image(option: str, path: str):
+def _read_image(option: str, path: str, args):
     """uint8 (h, w, 3)"""
-    from hmar_jax.data.decoding import ImageDecodeError, decode_image
+    from hmar_jax.data.decoding import DecodeConfig, ImageDecodeError, decode_image
 
     if not os.path.isfile(path):
         raise InputError(f"{option} {path}: no such file")
     try:
-        return decode_image(path)
+        max_pixels = settings.from_arguments(DecodeConfig(), args).max_pixels
+        return decode_image(path, max_pixels=max_pixels)
     except ImageDecodeError as e:
         raise InputError(f"{option} {path} cannot be decoded as an image ({e.reason})") from None
 
@@ -414,28 +435,43 @@ def evaluate(args) -> None:
     import jax
     import numpy as np
 
-    from hmar_jax.data.sources import open_source
+    from hmar_jax.data.decode_errors import DecodeErrorLog
+    from hmar_jax.data.sources import SourceConfig, open_splits
     from hmar_jax.evaluation.classifier import read_all
-    from hmar_jax.evaluation.report import classifier_report, format_report
+    from hmar_jax.evaluation.neighbours import equal_counts
+    from hmar_jax.evaluation.report import check_reference, classifier_report, format_report
+    from hmar_jax.experiment import recorded_source_config
     from hmar_jax.io.identity import class_conflicts
 
     pipe = _load_sampler(args)
     options = _options(args, "SamplingConfig")
     pipe.sampling_config(families.get_family(pipe.spec.family).SamplingConfig, options)
-    real = [open_source(args.reference, split) for split in ("train", "validate")]
-    if real[0].num_classes != pipe.spec.num_classes:
+    # Of a run, the images that it held out.
+    recorded = recorded_source_config(args.model) or SourceConfig()
+    config = settings.from_arguments(recorded, args)
+    train, held_out = open_splits(args.reference, config=config).values()
+    if train.num_classes != pipe.spec.num_classes:
         raise InputError(
             f"reference {args.reference!r} must have the model's {pipe.spec.num_classes} classes; "
-            f"it has {real[0].num_classes}"
+            f"it has {train.num_classes}"
         )
-    if conflicts := class_conflicts(pipe.spec.class_names, real[0].class_names):
+    if conflicts := class_conflicts(pipe.spec.class_names, train.class_names):
         raise InputError(
             f"reference {args.reference!r} must have the model's classes in the same order; "
             f"compared with it: {', '.join(conflicts)}"
         )
     ids = np.arange(args.n) % pipe.spec.num_classes
+    if (labels := getattr(held_out, "labels", None)) is not None:
+        equal_counts(ids, labels)  # before any image is read
+    broken = DecodeErrorLog()
+    real = [read_all(source, broken) for source in (train, held_out)]
+    for path, reason in broken.items:
+        _log.warning("skipped %s: %s", path, reason)
+    if broken.count:
+        _log.warning("images that could not be decoded: %d", broken.count)
+    check_reference(ids, *real, pipe.image_side)  # before any image is sampled
     images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
-    report = classifier_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
+    report = classifier_report(images, ids, *real, seed=args.seed)
     if args.json:
         files.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
     print(format_report(report))

@@ -223,6 +223,7 @@ def _add_tokenize(command) -> None:
         action="store_true",
         help="check the checksums of existing files; write damaged ones again",
     )
+    commands.add_source_options(sub)
 
 
 def _add_train(command) -> None:
@@ -383,6 +384,7 @@ def _add_edit(command) -> None:
     )
     sub.add_argument("--coarse", choices=["keep", "free"], default=None, help=argparse.SUPPRESS)
     commands.add_composite_options(sub)
+    commands.add_decode_options(sub)
     _add_options(sub, "EditingConfig")
 
 
@@ -412,6 +414,7 @@ def _add_evaluate(command) -> None:
     sub.add_argument(
         "--json", type=arguments.output, default=None, help="also write the metrics to this file"
     )
+    commands.add_source_options(sub.add_argument_group("options of the reference"))
     _add_options(sub, "SamplingConfig")
 
 

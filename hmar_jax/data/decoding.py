@@ -1,18 +1,38 @@
 """Decodes image files of any kind to RGB bytes, or raises `ImageDecodeError`."""
 
+import contextlib
+import struct
+import warnings
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
+from hmar_jax.data.source_config import DecodeConfig
+from hmar_jax.errors import printable
+
+try:
+    import pillow_heif  # reads .heic files; optional
+except ImportError:
+    pass
+else:
+    pillow_heif.register_heif_opener()
+
+MAX_PIXELS = DecodeConfig().max_pixels
 _EXIF_ORIENTATION = 0x0112
+_STRIP_PIXELS = 1 << 22
+# Formats that Pillow recognises and does not decode (others are StubImageFile), or only by a
+# program that interprets them (Ghostscript).
+_NOT_DECODED = ("EPS", "MPEG")
+# Some decoders warn of half of Pillow's own limit. `max_pixels` stands in its place.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageDecodeError(Exception):
     """An image cannot be decoded.
 
     Attributes:
-      path: which image.
+      path: which image; unprintable characters are escaped.
       reason: what is wrong with it, in one line.
     """
 
@@ -25,7 +45,26 @@ class ImageDecodeError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode_image(file: str | BinaryIO, path: str | None = None) -> np.ndarray:
+def image_endings() -> frozenset[str]:
+    """The endings of file names, such as ".jpg", of the formats that can be decoded.
+
+    They are those that Pillow and its registered plugins list for the formats that they open.
+    """
+    Image.init()
+    return frozenset(
+        ending.lower()
+        for ending, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in _NOT_DECODED and not _is_stub(Image.OPEN[name][0])
+    )
+
+
+def _is_stub(factory) -> bool:
+    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+
+
+def decode_image(
+    file: str | BinaryIO, path: str | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Decodes any image that PIL can read to RGB.
 
     CMYK, palette and 16-bit gray images are converted. Transparent pixels are composited over
@@ -34,22 +73,82 @@ def decode_image(file: str | BinaryIO, path: str | None = None) -> np.ndarray:
     Args:
       file: a path or an open binary file.
       path: the image's name in errors; by default the path itself.
+      max_pixels: the most pixels, width times height; checked before pixels are decoded.
 
     Returns:
       (h, w, 3) uint8.
 
     Raises:
-      ImageDecodeError: the image cannot be decoded completely.
+      ImageDecodeError: the image cannot be decoded completely, or has more pixels.
     """
     try:
-        with Image.open(file) as image:
-            return np.array(_to_rgb(_apply_orientation(image)))
+        with contextlib.ExitStack() as stack:
+            opened = stack.enter_context(open(file, "rb")) if isinstance(file, str) else file
+            image = _open_image(opened, file if isinstance(file, str) else "")
+            _check_size(image, max_pixels)
+            return _to_array(_to_rgb(_apply_orientation(image)))
     except MemoryError:
         raise  # caused by the machine, not by the image
     except Exception as error:
         # PIL's decoders raise nearly every built-in exception on damaged input.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageDecodeError(str(file) if path is None else path, reason) from error
+        known = isinstance(error, OSError) and error.strerror
+        reason = " ".join(str(known or error).split()) or type(error).__name__
+        raise ImageDecodeError(printable(path or str(file)), reason) from error
+
+
+def _open_image(file: BinaryIO, name: str) -> Image.Image:
+    """Does what PIL.Image.open does, without its limit of pixels.
+
+    That limit is a global of Pillow: to change it would change it for the whole program.
+
+    Args:
+      file: at its start.
+      name: of the file, if it has one: uncompressed pixels are then read as a memory map.
+    """
+    Image.preinit()  # the common formats first
+    Image.init()
+    prefix, notes = file.read(16), []
+    if not prefix:
+        raise ValueError("the file is empty")
+    for has_test in (True, False):  # formats that do not test the prefix take longer
+        for format_name in tuple(Image.ID):
+            factory, accept = Image.OPEN[format_name]
+            if (accept is not None) != has_test:
+                continue
+            accepted = accept(prefix) if accept else True
+            if isinstance(accepted, str):  # why this Pillow cannot read the format
+                notes.append(accepted)
+            elif accepted:
+                file.seek(0)
+                with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+                    return factory(file, name)
+    raise ValueError("; ".join(["not an image of a known format", *notes]))
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{width} x {height} pixels are more than max_pixels={max_pixels}; to read it, give "
+            f"max_pixels={width * height} (--config.data.max_pixels, or --max_pixels)"
+        )
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    """An RGB image as (h, w, 3) uint8.
+
+    NumPy takes all bytes of an image at once, and copies them. In strips, a large one takes a third
+    of the time and half of the memory.
+    """
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // width)
+    if height <= rows:
+        return np.array(image)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(height, top + rows)))
+        pixels[top : top + rows] = np.asarray(strip)
+    return pixels
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:

@@ -25,7 +25,11 @@ from array_record.python import array_record_module
 from etils import epath
 from tqdm import tqdm
 
-from hmar_jax.data.decode_errors import MAX_UNREADABLE_FRACTION, is_over_limit
+from hmar_jax.data.decode_errors import (
+    MAX_UNREADABLE_FRACTION,
+    DecodeErrorLog,
+    is_over_limit,
+)
 from hmar_jax.data.loader import make_loader, shard_and_batch
 from hmar_jax.data.record_spec import RecordSpec
 from hmar_jax.data.records import (
@@ -38,7 +42,8 @@ from hmar_jax.data.records import (
     read_info,
 )
 from hmar_jax.data.seeds import SeedPurpose, derive_seed
-from hmar_jax.data.sources import ImageDecodeError, Source
+from hmar_jax.data.source_config import FOLDER_RULES
+from hmar_jax.data.sources import ImageDecodeError, Source, SourceConfig
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
@@ -64,6 +69,7 @@ def encode_in_memory(
     seed: int,
     batch_size: int = 64,
     progress: bool = False,
+    broken: DecodeErrorLog | None = None,
 ) -> RecordsInMemory:
     """Encodes every image of a source several times, each time with another random transform.
 
@@ -76,6 +82,7 @@ def encode_in_memory(
       seed: seed of the random transforms; the result depends on no other random numbers.
       batch_size: most images to encode at once.
       progress: whether to show a progress bar on a terminal.
+      broken: log of unreadable images; the next readable image replaces each.
 
     Returns:
       len(source) * copies records, each an image of its own. Up to a thousandth of them, which do
@@ -94,6 +101,7 @@ def encode_in_memory(
         seed=derive_seed(seed, SeedPurpose.ENCODE),
         train=True,
         num_epochs=copies,
+        broken=broken,
     )
     record_spec = record_spec.without_packing()  # few enough to be encoded at each start
     records = []
@@ -135,6 +143,7 @@ def describe(
     crops: int,
     seed: int,
     shard_size: int,
+    config: SourceConfig | None = None,
 ) -> RecordSetInfo:
     """Describes the encoded data set to write.
 
@@ -149,7 +158,9 @@ def describe(
       crops: number of random crops of each training image.
       seed: seed of the crops.
       shard_size: images in a shard.
+      config: what is read of the data; None: the defaults.
     """
+    config = SourceConfig() if config is None else config
     kind, _, place = spec.partition(":")
     if kind == "folder":  # the same from any current directory
         spec = f"folder:{absolute(epath.Path(place).expanduser())}"
@@ -172,7 +183,21 @@ def describe(
         seed=seed,
         shard_size=shard_size,
         splits=splits,
+        held_out=config.held_out,
+        folder_rules=config.folder_rules or FOLDER_RULES,
     )
+
+
+def settle(directory: os.PathLike | str, config: SourceConfig) -> SourceConfig:
+    """The settings with the folder rules of the set in a directory, or those of a new set.
+
+    Raises:
+      InputError: the description of the set cannot be read.
+    """
+    if config.folder_rules is not None:
+        return config
+    rules = read_info(directory).folder_rules if has_info(directory) else FOLDER_RULES
+    return dataclasses.replace(config, folder_rules=rules)
 
 
 def list_shards(split: str, num_images: int, crops: int, shard_size: int) -> list[Shard]:
@@ -305,7 +330,7 @@ def _check_same_set(folder: epath.Path, found: RecordSetInfo, given: RecordSetIn
         )
     compared = {
         name: (getattr(found, name), getattr(given, name))
-        for name in ("seed", "shard_size", "transform")
+        for name in ("held_out", "folder_rules", "seed", "shard_size", "transform")
     }
     known = all(split.source_fingerprint for split in found.splits.values())
     if not known and not same_place(found.source, given.source):

@@ -1,31 +1,35 @@
 """Folders of image files, with or without class folders, on disk or in an object store."""
 
+import collections
 import dataclasses
-import hashlib
 import io
+import logging
 import os
 import re
-from concurrent import futures
+from collections.abc import Iterable, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
 from etils import epath
 
-from hmar_jax.data.decoding import ImageDecodeError, decode_image
+from hmar_jax.data.decoding import MAX_PIXELS, ImageDecodeError, decode_image
 from hmar_jax.data.fingerprint import fingerprint_files
-from hmar_jax.errors import InputError
+from hmar_jax.data.held_out import hold_out
+from hmar_jax.data.listing import (
+    CLASS_NAME_FILES,
+    Listing,
+    describe_skipped,
+    list_class_folders,
+)
+from hmar_jax.data.source_config import FOLDER_RULES, SourceConfig
+from hmar_jax.errors import InputError, printable
 from hmar_jax.io.files import is_local
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_log = logging.getLogger(__name__)
 
-_CLASS_NAME_FILES = (
-    "class_names.txt",
-    "LOC_synset_mapping.txt",  # this one and the next come with ImageNet
-    "synset_words.txt",
-)
-_VALIDATE_FOLDERS = ("validate", "val", "validation")
-_LISTING_THREADS = 32  # for folders in object stores
-_HELD_OUT_FRACTION = 0.02  # for validation, if a folder has no validation images of its own
+_VALIDATE_FOLDERS = ("validate", "val", "validation", "valid")
+# Names of splits that are no names of classes, if all folders have one.
+_SPLIT_NAMES = frozenset((*_VALIDATE_FOLDERS, "train", "training", "test", "testing"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ class FolderSource:
     root: str
     files: tuple[str, ...]  # relative to root, in label order and sorted within a class
     labels: np.ndarray  # (N,) int32
+    max_pixels: int = MAX_PIXELS
 
     @property
     def num_classes(self) -> int:
@@ -47,7 +52,8 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict:
         path = os.path.join(self.root, self.files[index])
-        image = decode_image(path) if is_local(path) else decode_image(_download(path), path)
+        file = path if is_local(path) else _download(path)
+        image = decode_image(file, path, self.max_pixels)
         return {"image": image, "label": int(self.labels[index])}
 
     def fingerprint(self) -> str:
@@ -64,13 +70,19 @@ def _download(path: str) -> BinaryIO:
         raise ImageDecodeError(path, reason) from error
 
 
-def open_folder(path: str, split: str, need_classes: bool) -> FolderSource:
-    """Opens a folder of images.
+def open_folder(
+    path: str, splits: Iterable[str], need_classes: bool, config: SourceConfig
+) -> dict[str, FolderSource]:
+    """Opens a folder of images; lists it once for all splits.
 
     Args:
       path: the folder; `hmar_jax.data.sources.open_source` describes its layout.
-      split: "train" or "validate".
+      splits: "train", "validate" or both.
       need_classes: whether to reject a folder without class folders.
+      config: what is read of it.
+
+    Returns:
+      The images of each split.
 
     Raises:
       InputError: there is no such folder, it has no images, or its layout is not one of the known.
@@ -90,118 +102,117 @@ def open_folder(path: str, split: str, need_classes: bool) -> FolderSource:
             "DIR/CLASS or DIR"
         )
 
+    rules = config.folder_rules or FOLDER_RULES
     has_train = (root / "train").is_dir()
     train_root = root / "train" if has_train else root
-    classes = _list_classes(train_root)
+    train = list_class_folders(train_root, rules)
+    _check_classes(train_root, train, need_classes, rules == 1 or config.allow_empty_classes)
+    if rules > 1 and not has_train:
+        _check_not_splits(root, train)
+    names = _class_names(root, train.classes, rules)
+    skipped = collections.Counter(train.skipped)
+
+    validate_root = None
+    if has_train:
+        names_of_split = _VALIDATE_FOLDERS if rules > 1 else _VALIDATE_FOLDERS[:3]
+        candidates = (root / folder for folder in names_of_split)
+        validate_root = next((folder for folder in candidates if folder.is_dir()), None)
+    found = {"train": (train_root, train.classes)}
+    if validate_root is None:
+        held_out = hold_out(train.classes, config.held_out, rules, str(train_root))
+        for split in ("train", "validate"):
+            keep = split == "validate"
+            kept = {
+                folder: [file for file in files if (file in held_out) == keep]
+                for folder, files in train.classes.items()
+            }
+            found[split] = train_root, kept
+    elif "validate" in splits:
+        validate = list_class_folders(validate_root, rules)
+        _check_validation(validate_root, validate, train_root, train)
+        skipped.update(validate.skipped)
+        kept = {folder: validate.classes.get(folder, []) for folder in train.classes}
+        found["validate"] = validate_root, kept
+
+    name = f"folder:{os.fspath(root)}"
+    if skipped:
+        _log.info("%s: skipped %s", printable(name), describe_skipped(skipped))
+    return {split: _source(name, names, *found[split], config.max_pixels) for split in splits}
+
+
+def _source(
+    name: str,
+    class_names: tuple[str, ...],
+    root: epath.Path,
+    classes: Mapping[str, Sequence[str]],
+    max_pixels: int,
+) -> FolderSource:
+    files = tuple(file for files in classes.values() for file in files)
+    sizes = [len(files) for files in classes.values()]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), sizes)
+    return FolderSource(name, class_names, os.fspath(root), files, labels, max_pixels)
+
+
+def _check_classes(
+    root: epath.Path, listing: Listing, need_classes: bool, allow_empty: bool
+) -> None:
+    classes, skipped = listing.classes, describe_skipped(listing.skipped)
     if not any(classes.values()):
         raise InputError(
-            f"no images in {train_root}; there must be files that end in {' '.join(EXTENSIONS)}"
+            f"no images in {root}; there must be files such as .jpg, .png or .webp"
+            + (f"; found {skipped}" if listing.skipped else "")
         )
     if need_classes and "" in classes:
         raise InputError(
-            f"{train_root} has images but no class folders; move them to class folders, such as "
-            f"{train_root}/CLASS/{classes[''][0]}, or all of them to one folder to train without "
+            f"{root} has images but no class folders; move them to class folders, such as "
+            f"{root}/CLASS/{classes[''][0]}, or all of them to one folder to train without "
             "classes"
         )
+    empty = [printable(folder) for folder, files in classes.items() if not files]
+    if empty and not allow_empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise InputError(
+            f"each class folder of {root} must have images; there are none in "
+            f"{', '.join(empty[:5])}{more}; remove them, or keep them as classes with "
+            "--config.data.allow_empty_classes=true (hmar tokenize: --allow_empty_classes)"
+            + (f"; found {skipped}" if listing.skipped else "")
+        )
+
+
+def _check_not_splits(root: epath.Path, listing: Listing) -> None:
+    """DIR/Train and DIR/Val would be two classes."""
+    folders = sorted(listing.classes)
+    if len(folders) > 1 and all(folder.lower() in _SPLIT_NAMES for folder in folders):
+        raise InputError(
+            f"the folders of {root} must be classes, or be called train and validate (or "
+            f"{', '.join(_VALIDATE_FOLDERS[1:])}); got {', '.join(folders)}; rename them"
+        )
+
+
+def _check_validation(
+    root: epath.Path, listing: Listing, train_root: epath.Path, train: Listing
+) -> None:
+    unknown = sorted(set(listing.classes) - set(train.classes))
+    if unknown:
+        what = f"class folder {unknown[0]!r}" if unknown[0] else "images outside class folders"
+        raise InputError(
+            f"{root} has {what} and {train_root} does not; both must have the same classes"
+        )
+    if not any(listing.classes.values()):
+        raise InputError(
+            f"no images in {root}; add some, or remove it to hold out images of {train_root}"
+        )
+
+
+def _class_names(
+    root: epath.Path, classes: Mapping[str, Sequence[str]], rules: int
+) -> tuple[str, ...]:
     listed = _read_class_names(root)
     names = tuple(
         "all" if folder == "" else listed.get(folder) or _readable_name(folder, files)
         for folder, files in classes.items()
     )
-
-    validate_root = None
-    if has_train:
-        candidates = (root / folder for folder in _VALIDATE_FOLDERS)
-        validate_root = next((folder for folder in candidates if folder.is_dir()), None)
-
-    files_root = train_root
-    if validate_root is None:
-        all_files = [file for files in classes.values() for file in files]
-        held_out = _hold_out(all_files, train_root)
-        keep_held_out = split == "validate"
-        classes = {
-            folder: [file for file in files if (file in held_out) == keep_held_out]
-            for folder, files in classes.items()
-        }
-    elif split == "validate":
-        found = _list_classes(validate_root)
-        unknown = sorted(set(found) - set(classes))
-        if unknown:
-            what = f"class folder {unknown[0]!r}" if unknown[0] else "images outside class folders"
-            raise InputError(
-                f"{validate_root} has {what} and {train_root} does not; both must have the same "
-                "classes"
-            )
-        if not any(found.values()):
-            raise InputError(
-                f"no images in {validate_root}; add some, or remove it to hold out 2 % of "
-                f"{train_root}"
-            )
-        classes = {folder: found.get(folder, []) for folder in classes}
-        files_root = validate_root
-
-    files = tuple(file for files in classes.values() for file in files)
-    sizes = [len(files) for files in classes.values()]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), sizes)
-    return FolderSource(f"folder:{os.fspath(root)}", names, os.fspath(files_root), files, labels)
-
-
-def _list_classes(root: epath.Path) -> dict[str, list[str]]:
-    """Lists the files of each class folder.
-
-    Returns:
-      Class folder name to its files, relative to root, all sorted. If root itself holds the images:
-      {"": files}.
-    """
-    entries = _list_entries(root)
-    loose = [name for name, is_folder in entries if not is_folder]
-    folders = [name for name, is_folder in entries if is_folder]
-    # Object stores answer slowly, but to many requests at once.
-    with futures.ThreadPoolExecutor(1 if is_local(root) else _LISTING_THREADS) as pool:
-        found = pool.map(lambda name: _list_images(root / name, name, (_resolve(root),)), folders)
-        classes = dict(zip(folders, found))
-    nonempty = [folder for folder, files in classes.items() if files]
-    if loose and nonempty:
-        raise InputError(
-            f"{root} has images ({loose[0]}) next to folders of images ({nonempty[0]}); move every "
-            "image to the folder of its class, or all of them to one folder without classes"
-        )
-    return {"": loose} if loose else classes
-
-
-def _list_images(folder: epath.Path, relative: str, parents: tuple[str, ...]) -> list[str]:
-    resolved = _resolve(folder)
-    if resolved in parents:  # a symbolic link to a folder that contains it
-        return []
-    found = []
-    for name, is_folder in _list_entries(folder):
-        if is_folder:
-            found += _list_images(folder / name, f"{relative}/{name}", (*parents, resolved))
-        else:
-            found.append(f"{relative}/{name}")
-    return found
-
-
-def _list_entries(folder: epath.Path) -> list[tuple[str, bool]]:
-    """Lists names of images and folders, sorted, and whether each is a folder; no hidden files."""
-    if is_local(folder):
-        with os.scandir(folder) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries]
-    else:  # one request per name to an object store would take hours
-        found = [(path.name, "." not in path.name) for path in folder.iterdir()]
-    return sorted(
-        (name, is_folder)
-        for name, is_folder in found
-        if not name.startswith(".") and (is_folder or _is_image(name))
-    )
-
-
-def _resolve(folder: epath.Path) -> str:
-    return os.path.realpath(folder) if is_local(folder) else os.fspath(folder)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+    return names if rules == 1 else tuple(map(printable, names))
 
 
 def _readable_name(folder: str, files: list[str]) -> str:
@@ -223,7 +234,7 @@ def _readable_name(folder: str, files: list[str]) -> str:
 
 def _read_class_names(root: epath.Path) -> dict[str, str]:
     """Reads class names by folder: `n02099601 golden retriever` becomes "golden_retriever"."""
-    for file in _CLASS_NAME_FILES:
+    for file in CLASS_NAME_FILES:
         path = root / file
         if not path.exists():
             continue
@@ -240,20 +251,3 @@ def _read_class_names(root: epath.Path) -> dict[str, str]:
             )
         return {folder: "_".join(names.split(",")[0].split()) for folder, names in lines}
     return {}
-
-
-def _hold_out(files: list[str], root: epath.Path) -> set[str]:
-    """Returns the 2 % of the files to hold out for validation.
-
-    These are the files whose names have the lowest hashes. So new files move few of the others.
-    """
-    if len(files) < 2:
-        raise InputError(
-            f"{root} must have at least two images, because one is held out for validation; got "
-            f"{len(files)}"
-        )
-    count = max(1, round(_HELD_OUT_FRACTION * len(files)))
-    by_hash = sorted(
-        files, key=lambda file: hashlib.blake2b(os.fsencode(file), digest_size=8).digest()
-    )
-    return set(by_hash[:count])

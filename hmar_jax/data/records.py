@@ -92,6 +92,7 @@ class RecordSetInfo:
       shard_size: images in a shard.
       splits: by name, "train" or "validate".
       complete: whether all shards are finished.
+      held_out, folder_rules: see `SourceConfig`; the defaults are those of sets without them.
     """
 
     autoencoder_name: str
@@ -105,6 +106,8 @@ class RecordSetInfo:
     shard_size: int
     splits: dict[str, SplitInfo]
     complete: bool = False
+    held_out: float = 0.02
+    folder_rules: int = 1
 
     def __post_init__(self):
         # As it will be read back: for example with lists instead of tuples.

@@ -16,14 +16,16 @@ import dataclasses
 import io
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
-from hmar_jax.data.decoding import ImageDecodeError, decode_image
+from hmar_jax.data.decoding import MAX_PIXELS, ImageDecodeError, decode_image
 from hmar_jax.data.fingerprint import fingerprint_values
 from hmar_jax.data.folder import open_folder
+from hmar_jax.data.source_config import SourceConfig
 from hmar_jax.errors import InputError
 
 __all__ = [
@@ -32,9 +34,11 @@ __all__ = [
     "ImageDecodeError",
     "InMemory",
     "Source",
+    "SourceConfig",
     "TfdsSource",
     "decode_image",
     "open_source",
+    "open_splits",
     "records_directory",
 ]
 
@@ -84,20 +88,22 @@ def open_source(
     *,
     in_memory: bool = False,
     need_classes: bool = False,
+    config: SourceConfig | None = None,
 ) -> Source:
-    """Opens a source of images.
+    """Opens one split of a source of images.
 
     Args:
       spec: one of
         `digits`: scikit-learn's handwritten digits, gray, enlarged from 8x8 to 32x32; 1,437 for
           training and 360 for validation.
-        `folder:DIR`: images in DIR/train/CLASS with DIR/validate/CLASS (or val, validation); or in
-          DIR/CLASS; or directly in DIR (one class, "all"). Folders below a class folder are
-          searched too; hidden files are ignored. The label of a class is the index of its folder
-          among the sorted folder names. Its name is, in this order: what DIR/class_names.txt or
-          ImageNet's DIR/LOC_synset_mapping.txt calls it (lines of folder and name); the readable
-          part of its file names (n01440764/n01440764_tench.jpg is "tench"); the folder's name.
-          Without a validation folder, a fixed 2 % of the files (at least one) are held out.
+        `folder:DIR`: images in DIR/train/CLASS with DIR/validate/CLASS (or val, validation, valid);
+          or in DIR/CLASS; or directly in DIR (one class, "all"). Folders below a class folder are
+          searched too; hidden files and what operating systems leave are ignored. The label of a
+          class is the index of its folder among the sorted folder names. Its name is, in this
+          order: what DIR/class_names.txt or ImageNet's DIR/LOC_synset_mapping.txt calls it (lines
+          of folder and name); the readable part of its file names
+          (n01440764/n01440764_tench.jpg is "tench"); the folder's name. Without a validation
+          folder, a share of each class is held out (`hmar_jax.data.held_out`).
         `tfds:NAME` or `tfds:NAME@DATA_DIR`: a TensorFlow Datasets data set with features `image`
           and `label`, prepared with file format array_record. Validation uses its validation split,
           or else its test split.
@@ -105,19 +111,37 @@ def open_source(
       in_memory: keep every decoded image after it was first read (h * w * 3 bytes each).
       need_classes: reject a folder with images outside class folders. Such a folder, given by
         mistake, would train all of its classes as one.
+      config: what is read of the data; None: the defaults.
 
     Raises:
       InputError: the spec or the split is unknown, or there is no such data.
     """
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}; must be one of {', '.join(SPLITS)}")
+    opened = open_splits(
+        spec, (split,), in_memory=in_memory, need_classes=need_classes, config=config
+    )
+    return opened[split]
+
+
+def open_splits(
+    spec: str,
+    splits: Sequence[str] = SPLITS,
+    *,
+    in_memory: bool = False,
+    need_classes: bool = False,
+    config: SourceConfig | None = None,
+) -> dict[str, Source]:
+    """Opens several splits of a source, by name, as `open_source` does; lists a folder once."""
+    for split in splits:
+        if split not in SPLITS:
+            raise InputError(f"unknown split {split!r}; must be one of {', '.join(SPLITS)}")
+    config = SourceConfig() if config is None else config
     kind, _, rest = spec.partition(":")
     if spec == "digits":
-        source: Source = _open_digits(split)
+        sources: dict[str, Source] = {split: _open_digits(split) for split in splits}
     elif kind == "folder" and rest:
-        source = open_folder(rest, split, need_classes)
+        sources = dict(open_folder(rest, splits, need_classes, config))
     elif kind == "tfds" and rest:
-        source = _open_tfds(rest, split)
+        sources = {split: _open_tfds(rest, split, config.max_pixels) for split in splits}
     elif records_directory(spec):
         raise InputError(
             f"{spec} is an encoded data set, but images are required here: {_KNOWN_SPECS}"
@@ -127,7 +151,7 @@ def open_source(
             f"unknown data {spec!r}; must be one of {_KNOWN_SPECS}, or, where a model trains on "
             "encoded images, records:DIR (also written tokens:DIR)"
         )
-    return InMemory(source) if in_memory else source
+    return {split: InMemory(s) if in_memory else s for split, s in sources.items()}
 
 
 def records_directory(spec: str) -> str | None:
@@ -220,6 +244,7 @@ class TfdsSource:
     split: str  # the data set's name of the split
     records: Any  # tfds.data_source: records[i] is {"image": encoded bytes, "label": int}
     version: str = ""  # of the data set
+    max_pixels: int = MAX_PIXELS
 
     @property
     def num_classes(self) -> int:
@@ -232,7 +257,7 @@ class TfdsSource:
         record = self.records[index]
         path = f"{self.name}/{self.split}[{index}]"
         return {
-            "image": decode_image(io.BytesIO(record["image"]), path),
+            "image": decode_image(io.BytesIO(record["image"]), path, self.max_pixels),
             "label": int(record["label"]),
         }
 
@@ -242,7 +267,7 @@ class TfdsSource:
         return fingerprint_values(name, self.version, self.split, len(self))
 
 
-def _open_tfds(rest: str, split: str) -> TfdsSource:
+def _open_tfds(rest: str, split: str, max_pixels: int) -> TfdsSource:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -280,7 +305,7 @@ def _open_tfds(rest: str, split: str) -> TfdsSource:
     except Exception as error:
         raise not_prepared from error
     names, version = tuple(features["label"].names), str(builder.version)
-    return TfdsSource(f"tfds:{name}", names, tfds_split, records, version)
+    return TfdsSource(f"tfds:{name}", names, tfds_split, records, version, max_pixels)
 
 
 # In memory

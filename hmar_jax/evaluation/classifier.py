@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from hmar_jax.data.sources import Source
+from hmar_jax.data.decode_errors import (
+    MAX_UNREADABLE_FRACTION,
+    DecodeErrorLog,
+    is_over_limit,
+)
+from hmar_jax.data.sources import ImageDecodeError, Source
 from hmar_jax.errors import InputError
 
 # Block means per side. The digits of scikit-learn are 8x8 before they are enlarged.
@@ -70,19 +75,36 @@ def to_labels(labels: np.ndarray, count: int, name: str = "labels") -> np.ndarra
     return labels.astype(np.int64)
 
 
-def read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes all images of a source.
+def read_all(source: Source, broken: DecodeErrorLog | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes all images of a source, without those that cannot be decoded.
+
+    Args:
+      source: the images.
+      broken: log of unreadable images.
 
     Returns:
       uint8 (N, h, w, 3) images and int64 (N,) labels.
 
     Raises:
-      InputError: it is empty, or its images differ in size.
-      ImageDecodeError: an image cannot be decoded.
+      InputError: it is empty, or its images differ in size; or more than 1 % of its images, and
+        more than 10, cannot be decoded, or none can.
     """
-    examples = [source[i] for i in range(len(source))]
-    if not examples:
+    broken = DecodeErrorLog() if broken is None else broken
+    examples, unreadable = [], []
+    for index in range(len(source)):
+        try:
+            examples.append(source[index])
+        except ImageDecodeError as error:
+            unreadable.append(error.path)
+            broken.add(error.path, error.reason)
+    if not len(source):
         raise InputError(f"{source.name} has no images")
+    if not examples or is_over_limit(len(unreadable), MAX_UNREADABLE_FRACTION * len(source)):
+        raise InputError(
+            f"{source.name}: {len(unreadable)} of the {len(source)} images cannot be read; at most "
+            f"{MAX_UNREADABLE_FRACTION:.0%} may be unreadable; the first: "
+            f"{', '.join(unreadable[:3])}"
+        )
     shapes = sorted({example["image"].shape[:2] for example in examples})
     if len(shapes) > 1:
         raise InputError(

@@ -119,16 +119,16 @@ def equal_counts(labels: np.ndarray, held_out_labels: np.ndarray) -> dict[int, i
     """
     counts = {}
     for label in np.unique(labels):
-        found = {
-            "samples": int(np.sum(labels == label)),
-            "held-out images": int(np.sum(held_out_labels == label)),
-        }
-        for what, count in found.items():
+        samples, held_out = int(np.sum(labels == label)), int(np.sum(held_out_labels == label))
+        for what, count, cure in (
+            ("samples", samples, "sample more (--n)"),
+            ("held-out images", held_out, "add images, or hold out more (--held_out)"),
+        ):
             if count < 2:
                 raise InputError(
-                    f"each class must have at least 2 {what}; class {label} has {count}"
+                    f"each class must have at least 2 {what}; class {label} has {count}; {cure}"
                 )
-        counts[int(label)] = min(found.values())
+        counts[int(label)] = min(samples, held_out)
     return counts
 
 

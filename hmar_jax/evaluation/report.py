@@ -8,6 +8,7 @@ import numpy as np
 
 from hmar_jax.errors import InputError
 from hmar_jax.evaluation.classifier import (
+    BLOCKS,
     accuracy,
     classifier_features,
     fit_classifier,
@@ -22,6 +23,32 @@ from hmar_jax.evaluation.neighbours import (
     neighbour_distances,
     subsample,
 )
+
+
+def check_reference(
+    labels: np.ndarray,
+    train: tuple[np.ndarray, np.ndarray],
+    held_out: tuple[np.ndarray, np.ndarray],
+    side: int,
+) -> None:
+    """Raises InputError for what `classifier_report` would reject, before there are samples.
+
+    Args:
+      labels: int (N,), the requested classes.
+      train, held_out: as `classifier_report` takes them.
+      side: of the samples, in pixels.
+    """
+    for what, (images, _) in (("training images", train), ("held-out images", held_out)):
+        if images.shape[1:3] != (side, side):
+            raise InputError(
+                f"{what} of the reference must have the model's size, {side}x{side} pixels; got "
+                f"{images.shape[1]}x{images.shape[2]}"
+            )
+    if side % BLOCKS:
+        raise InputError(
+            f"the classifier needs images whose side is a multiple of {BLOCKS}; got {side}"
+        )
+    equal_counts(labels, held_out[1])
 
 
 def classifier_report(

@@ -39,6 +39,22 @@ def is_run(config: Any) -> bool:
     return isinstance(config, dict) and config.get("format") == FORMAT
 
 
+def settle(workdir: str, config: ConfigDict, schema: config_files.ConfigSchema) -> ConfigDict:
+    """The config with values for empty keys that a run keeps from its start.
+
+    Such a key has the value of the run in `workdir`, or else that of a new run.
+
+    Raises:
+      InputError: the run's config.json cannot be read.
+    """
+    saved, run = files.absolute(workdir) / "config.json", None
+    if saved.exists():
+        found = files.read_json(saved, "the config of a run")
+        if is_run(found):
+            run = schema.upgrade(found.get("config", {}))
+    return schema.settle(config, run)
+
+
 def read(workdir: str) -> dict[str, Any] | None:
     """Reads the config.json of a run; None if the directory is new or empty.
 

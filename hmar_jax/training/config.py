@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from hmar_jax.data.source_config import SourceConfig
 from hmar_jax.settings import Settings, setting
 
 
@@ -50,7 +51,7 @@ class GenerativeTrainConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(Settings):
+class DataConfig(SourceConfig):
     """The group `data`; its group `transform` is data.transforms.Transform."""
 
     source: str = setting(

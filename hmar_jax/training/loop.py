@@ -154,7 +154,10 @@ def _run(
 
         if resumes_work:
             finish_step()
-        num_reported = 0  # images that could not be decoded and have been named
+        # Images that could not be decoded and have been named: also those of cached crops.
+        num_reported = _report_decode_errors(experiment.decode_errors, 0)
+        # Those of the last evaluation. A lambda: the last count counts.
+        closing.callback(lambda: _report_decode_errors(experiment.decode_errors, num_reported))
         meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
         while step < task.steps and not stop.stopped:
             step += 1
@@ -346,6 +349,8 @@ def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:
     items = errors.items
     for path, reason in items[num_reported:]:
         LOGGER.warning("skipped %s: %s", path, reason)
+    if len(items) > num_reported:
+        LOGGER.warning("images that could not be decoded: %d", len(items))
     return len(items)
 
 
