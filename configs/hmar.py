@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from hmar_jax.config_files import override, parse_spec
+from hmar_jax.config_files import override, override_all, parse_spec
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.family import TASKS
 from hmar_jax.training.trainable import IMAGENET
@@ -164,6 +164,5 @@ def get_config(spec: str) -> ConfigDict:
     config.lock()
     if "pattern" in pairs:
         override(config, "model.pattern", pairs.pop("pattern"))
-    for key, text in pairs.items():
-        override(config, key, text, TASKS[stage].schema.former_names())
+    override_all(config, pairs.items(), TASKS[stage].schema)
     return config

@@ -5,6 +5,7 @@ config -> parent model (if any) -> data -> task -> Experiment
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hmar_jax import autoencoders, families, settings
-from hmar_jax.autoencoders import models
+from hmar_jax.autoencoders import models, reconstruction
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec, make_encoder
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.encoding import encode_in_memory
@@ -25,9 +26,11 @@ from hmar_jax.data.records import RecordSet, make_record_loader, open_records
 from hmar_jax.data.sources import Source, open_source, records_directory
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
-from hmar_jax.io import files
+from hmar_jax.io import files, runs
 from hmar_jax.loading import load_spec_and_params
 from hmar_jax.parallel import processes, sharding
+from hmar_jax.progress import announce
+from hmar_jax.training import run_length
 from hmar_jax.training.experiment import Experiment, FrozenModel, Validation
 from hmar_jax.training.metrics import LOGGER
 from hmar_jax.training.step import init_state
@@ -79,6 +82,9 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     parent, parent_params = _load_parent(config, kind, workdir)
     side = trainable.image_side(config, parent)
     data = _open_data(config, mesh, side, parent, parent_params)
+    steps = trainable.make_task(config, parent, data.info).task.steps
+    saved = runs.saved_config(workdir, kind.schema) if workdir else None
+    config, notes = run_length.fit_to_run(config, kind.schema, steps, saved)
     setup = trainable.make_task(config, parent, data.info)
     task = setup.task
     if data.kind not in task.input_kinds:
@@ -87,7 +93,9 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     task.check_mesh(mesh)
     frozen = trainable.frozen_params(config, parent, parent_params, _frozen_kind(config, data.kind))
     # Whatever only the networks and the optimizer can find out.
-    jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
+    state = jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
+    if saved is None:
+        notes += _warnings(setup, data, parent, parent_params)
     kept = None
     if setup.parent_spec is not None:
         parts = _kept_parts(setup, parent_params)
@@ -102,8 +110,42 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         _preview_images(config, task.num_preview_images, side, data.decode_errors),
         data.decode_errors,
         kind.schema,
+        config,
+        _overview(task, data, mesh, state.params),
+        tuple(notes),
         kept,
     )
+
+
+def _overview(task: Any, data: _Data, mesh: Mesh, params: Any) -> str:
+    """What a run trains and on what, in one line."""
+    info, held_out = data.info, data.validation.num_images if data.validation else 0
+    classes = f" of {info.num_classes} classes" if info.num_classes > 1 else ""
+    devices = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}"
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    epochs = task.steps * task.batch_size / info.num_images
+    return (
+        f"{info.num_images:,} images{classes} to train, {held_out:,} held out; {devices}; "
+        f"{count:,} parameters; {task.steps:,} steps of {task.batch_size} images "
+        f"({epochs:.3g} epochs)"
+    )
+
+
+def _warnings(setup: Any, data: _Data, parent: Parent | None, parent_params: Any) -> list[str]:
+    """Why a new run may not work on its data, in words."""
+    task = setup.task
+    found = [
+        *run_length.warnings(task.steps, task.batch_size, data.info.num_images),
+        *setup.warnings,
+    ]
+    if parent is not None and data.validation is not None and processes.is_primary():
+        batch = next(iter(data.validation.loader))
+        if "image" in batch:
+            images = batch["image"][np.asarray(batch["valid"], bool)]
+            found += reconstruction.warnings(
+                parent.name, parent.spec.autoencoder, parent_params[AUTOENCODER], images
+            )
+    return found
 
 
 def _frozen_kind(config: ConfigDict, kind: str) -> str:
@@ -172,6 +214,7 @@ def _open_images(
         in_memory=config.data.in_memory,
         need_classes=parent is not None,
     )
+    announce(f"listing the images of {config.data.source}")
     source, held_out = open_split("train"), open_split("validate")
     copies = config.data.get("cached_copies", 0)
     _check_batch_size(config, len(source) * max(1, copies))
@@ -210,7 +253,9 @@ def _open_images(
     kind = "image"
     if copies:
         kind = autoencoders.make_autoencoder(parent.spec.autoencoder).record_spec.kind
-    return _Data(_info(config, source), kind, loader, Validation(validation, batch), errors)
+    return _Data(
+        _info(config, source), kind, loader, Validation(validation, batch, len(held_out)), errors
+    )
 
 
 def _cached_loader(config, source: Source, transform, parent: Parent, params, shard, shards):
@@ -274,7 +319,7 @@ def _open_records(config: ConfigDict, mesh: Mesh, parent: Parent, parent_params:
         shard_count=count,
         threads=config.data.threads,
     )
-    return _Data(info, kind, loader, Validation(validation, batch), DecodeErrorLog())
+    return _Data(info, kind, loader, Validation(validation, batch, len(held_out)), DecodeErrorLog())
 
 
 def _check_fingerprint(source: RecordSet, directory: str, parent: Parent, params: Any) -> None:

@@ -43,6 +43,11 @@ class Declaration:
     former_name: str | None = None  # still accepted, with a warning
     derived: bool = False  # follows from the data or another model: no key of a config
     harmless: bool = False  # may differ between the starts of one run: changes no result
+    # Of a number of steps within a run: a value beyond the run's last step becomes this share of it
+    # (training/run_length.py).
+    share_of_run: float | None = None
+    counts: str = "steps"  # what it is a number of: steps or images
+    replaces: str | None = None  # another key of its group, which a value of this one turns off
     tasks: tuple[str, ...] = ()  # of sampling options: tasks whose configs have it as a key
 
 

@@ -54,7 +54,7 @@ class VQRecipe(OptimizerConfig):
 
     learning_rate: float = setting(1e-3, "Peak learning rate.", at_least=0)
     schedule: str = setting("cos", "Learning-rate schedule, see training/optimizer.py.")
-    warmup_steps: int = setting(50, "Steps of linear warm-up.", at_least=0)
+    warmup_steps: int = setting(50, "Steps of linear warm-up.", at_least=0, share_of_run=0.05)
     end_ratio: float = setting(0.01, "Last learning rate, relative to the peak.", at_least=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay at the first step.", at_least=0)
     b2: float = setting(0.99, "Decay of Adam's second moment.", at_least=0, below=1)
@@ -73,7 +73,7 @@ class VQRecipe(OptimizerConfig):
         0.0, "Factor of the adaptive weight of the adversarial loss.", at_least=0
     )
     adversarial_start: int = setting(
-        0, "First step at which the adversarial loss counts.", at_least=0
+        0, "First step at which the adversarial loss counts.", at_least=0, share_of_run=0.5
     )
     discriminator_channels: int = setting(
         64, "Channels of the discriminator's first layer.", at_least=1
@@ -87,21 +87,31 @@ class VQRecipe(OptimizerConfig):
         100,
         "First step that quantizes; the codebook is initialized with data just before it.",
         at_least=1,
+        share_of_run=0.1,
         former_name="unquantized_steps",
     )
     reset_every: int = setting(
         20,
         "Steps between resets of unused codebook entries; 0: never.",
         at_least=0,
+        share_of_run=0.01,
         former_name="revive_every",
     )
     reset_after: int = setting(
         2000,
         "Images after which an entry that no scale used is reset.",
         at_least=0,
+        share_of_run=0.1,
+        counts="images",
         former_name="revive_after",
     )
-    usage_window: int = setting(10000, "Images over which codebook usage is reported.", at_least=1)
+    usage_window: int = setting(
+        10000,
+        "Images over which codebook usage is reported.",
+        at_least=1,
+        share_of_run=0.25,
+        counts="images",
+    )
 
 
 @flax.struct.dataclass

@@ -52,10 +52,9 @@ def _config(args, overrides):
     from hmar_jax.experiment import task_kind
 
     config = config_files.load_config(args.config)
-    former = task_kind(config)[1].schema.former_names()
-    for text in overrides:
-        key, _, value = text.removeprefix("--config.").partition("=")
-        config_files.override(config, key, value, former)
+    texts = (text.removeprefix("--config.").partition("=") for text in overrides)
+    pairs = [(key, value) for key, _, value in texts]
+    config_files.override_all(config, pairs, task_kind(config)[1].schema)
     return config
 
 
@@ -92,6 +91,7 @@ def train(args, overrides) -> None:
         error = e
     processes.raise_on_all_processes(error)  # if one cannot start, the others must not wait for it
     assert experiment is not None
+    config = experiment.config  # what did not fit into the run has been changed
     step, steps = int(loop.run(config, experiment, args.workdir).step), experiment.task.steps
     if processes.is_primary():
         state = "complete" if step == steps else f"stopped at step {step} of {steps}"

@@ -22,6 +22,15 @@ def is_run(config: Any) -> bool:
     return isinstance(config, dict) and config.get("format") == FORMAT
 
 
+def saved_config(workdir: str, schema: config_files.ConfigSchema) -> dict[str, Any] | None:
+    """The config that a run was started with, in present names; None where there is no run yet."""
+    saved = files.absolute(workdir) / "config.json"
+    if not saved.exists():
+        return None
+    found = files.read_json(saved, "the config of a run")
+    return schema.upgrade(found.get("config", {})) if is_run(found) else None
+
+
 def prepare(
     workdir: str, config: ConfigDict, spec: dict[str, Any], schema: config_files.ConfigSchema
 ) -> None:

@@ -14,7 +14,6 @@ from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
@@ -24,6 +23,7 @@ from hmar_jax.io.checkpoints import RunCheckpoints
 from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.parallel.chips import peak_flops
+from hmar_jax.progress import Progress, announce
 from hmar_jax.training.compiled_steps import CompiledSteps, compile_steps
 from hmar_jax.training.experiment import Experiment
 from hmar_jax.training.metrics import LOGGER, MetricsWriter, average, log_to_file
@@ -61,6 +61,9 @@ def _run(
     config: ConfigDict, experiment: Experiment, directory: epath.Path, checkpoints: RunCheckpoints
 ) -> Any:
     task, mesh = experiment.task, experiment.mesh
+    LOGGER.info("%s", experiment.overview)
+    for text in experiment.warnings if processes.is_primary() else ():
+        LOGGER.warning("%s", text)
     keys = jax.random.split(jax.random.key(config.seed), 3)
     init_key, run_key, preview_key = (sharding.place_key(key, mesh) for key in keys)
     steps = compile_steps(task, mesh, experiment.frozen, config.ema_decay)
@@ -70,6 +73,7 @@ def _run(
         return restored.state
     frozen = sharding.place(experiment.frozen, jax.tree.map(lambda x: x.sharding, steps.frozen))
     if restored is None:
+        announce("compiling the initialization")
         state, start = steps.init(init_key, frozen), 0
     else:
         state, start = restored.state, restored.step
@@ -85,14 +89,21 @@ def _run(
     reporter = _Reporter(directory, start, task.steps, config.task) if primary else None
     meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
     stop = processes.StopRequest()
+    evaluated = False
     num_reported = 0  # images that could not be decoded and have been named
     try:
         for step in range(start + 1, task.steps + 1):
+            first, last = step == start + 1, step == task.steps
+            if first:
+                announce("reading the first images")
             with meter.time("data"):
                 batch = sharding.global_batch(mesh, next(batches), config.batch_size)
+            if first:
+                announce("compiling the training step")
             state, metrics = steps.train_step(state, frozen, batch, run_key)
             meter.add(step, metrics)
-            last = step == task.steps
+            if first:
+                _log_first_step(step, task.steps, metrics)
 
             if reporter is not None:
                 reporter.advance()
@@ -104,6 +115,9 @@ def _run(
             with meter.time("excluded"):
                 loss = None
                 if step % config.eval_every == 0 or last:
+                    if not evaluated:
+                        announce("compiling and running the first evaluation")
+                    evaluated = True
                     means = evaluate(steps, state, frozen, experiment)
                     loss = means.get("validation/loss")
                     if reporter is not None:
@@ -119,7 +133,9 @@ def _run(
                     if reporter is not None:
                         reporter.sync()  # lines before the checkpoint are not written again
                     position = loader_state_to_bytes(batches)
-                    checkpoints.save(step, state, position, validation_loss=loss)
+                    checkpoints.save(
+                        step, state, position, validation_loss=loss, steps_of_run=task.steps
+                    )
             if stopped and not last:
                 LOGGER.info("stopped by a signal after step %d; rerun the command to resume", step)
                 break
@@ -205,17 +221,12 @@ class _Reporter:
 
     def __post_init__(self):
         self._writer = MetricsWriter(self.directory, self.start)
-        self._bar = tqdm(
-            total=self.steps,
-            initial=self.start,
-            desc=self.name,
-            unit="step",
-            disable=None,
-            dynamic_ncols=True,
+        self._progress = Progress(
+            self.name, self.steps, "step", start=self.start, opening=False, line_seconds=120
         )
 
     def advance(self) -> None:
-        self._bar.update()
+        self._progress.advance()
 
     def report(self, step: int, means: dict[str, float]) -> None:
         if not means:
@@ -227,16 +238,24 @@ class _Reporter:
             for name, value in means.items()
             if name.removeprefix("validation/") in short
         ]
+        self._progress.show(", ".join(words))
+        if left := self._progress.time_left():
+            words.append(f"{left} left")
         LOGGER.info("step %d of %d: %s", step, self.steps, ", ".join(words))
-        if not self._bar.disable:
-            self._bar.set_postfix_str(", ".join(words))
 
     def sync(self) -> None:
         self._writer.sync()
 
     def close(self) -> None:
-        self._bar.close()
+        self._progress.close()
         self._writer.close()
+
+
+def _log_first_step(step: int, steps: int, metrics: dict) -> None:
+    """At once: what is wrong from the start need not run until the first log line."""
+    loss = jax.device_get(metrics).get("loss")
+    if loss is not None:
+        LOGGER.info("step %d of %d: loss %.4g", step, steps, float(loss))
 
 
 def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:
