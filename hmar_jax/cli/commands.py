@@ -207,6 +207,7 @@ def sample(args) -> None:
     import numpy as np
 
     from hmar_jax.io import images
+    from hmar_jax.progress import announce
 
     pipe = _load_sampler(args)
     spec = pipe.spec
@@ -223,6 +224,7 @@ def sample(args) -> None:
         pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
     ids = np.repeat(classes, args.n)
     key = jax.random.key(args.seed)
+    announce(f"compiling, then sampling {len(variants) * len(ids)} images")
     results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
     pixels = np.stack([np.asarray(pixels) for pixels, _ in results])  # (schedules, B, h, w, 3)
     rows = pixels.reshape(len(schedules), len(classes), args.n, *pixels.shape[2:]).swapaxes(0, 1)
@@ -372,10 +374,13 @@ def evaluate(args) -> None:
     from hmar_jax.data.sources import open_source
     from hmar_jax.evaluation.classifier import read_all
     from hmar_jax.evaluation.report import classifier_report, format_report
+    from hmar_jax.progress import announce
 
     pipe = _load_sampler(args)
     options = _options(args, "SamplingConfig")
     pipe.sampling_config(families.get_family(pipe.spec.family).SamplingConfig, options)
+    _check_samples_of_each_class(args.n, pipe.spec.num_classes)
+    announce(f"listing the images of {args.reference}")
     real = [open_source(args.reference, split) for split in ("train", "validate")]
     if real[0].num_classes != pipe.spec.num_classes:
         raise InputError(
@@ -383,26 +388,52 @@ def evaluate(args) -> None:
             f"it has {real[0].num_classes}"
         )
     ids = np.arange(args.n) % pipe.spec.num_classes
+    announce(f"compiling, then sampling {args.n} images")
     images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
+    announce(f"reading {sum(map(len, real))} real images and comparing")
     report = classifier_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
     if args.json:
         files.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
     print(format_report(report))
 
 
+def _check_samples_of_each_class(count: int, num_classes: int) -> None:
+    if count < 2 * num_classes:
+        raise InputError(
+            f"--n must be at least {2 * num_classes}, two samples of each of the model's "
+            f"{num_classes} classes; got {count}"
+        )
+
+
 def info(args) -> None:
-    """Prints what a model is."""
+    """Prints what a model is and, of a run, how far it is."""
     from hmar_jax import loading
     from hmar_jax.autoencoders import models
 
     spec, params = loading.load_spec_and_params(args.model, args.checkpoint)
-    rows = [("model", f"{args.model}: {spec.kind}"), *models.describe(spec.autoencoder, params)]
+    rows = [("model", f"{args.model}: {spec.kind}"), *_describe_run(args.model)]
+    rows += models.describe(spec.autoencoder, params)
     if spec.sampling is not None:
         rows += families.get_family(spec.family).describe(spec, params)
     rows += [("origin", spec.origin), ("licence", spec.licence)]
     for name, text in rows:
         if text:
             print(f"{name:12} {text}")
+
+
+def _describe_run(name: str) -> list[tuple[str, str]]:
+    """Rows on a run's progress; none for a model."""
+    from hmar_jax.io import files, runs
+    from hmar_jax.training import status
+
+    path = files.absolute(name) / "config.json"
+    saved = files.read_json(path, "the config of a run") if path.exists() else None
+    if not runs.is_run(saved):
+        return []
+    config = saved["config"]
+    trainable = families.get_trainable(config.get("family", ""), config.get("task", ""))
+    command = trainable.TASKS[config["task"]].command
+    return status.describe_run(name, config, command)
 
 
 def convert(args) -> None:
