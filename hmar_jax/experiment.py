@@ -29,7 +29,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.io import files, runs
 from hmar_jax.loading import load_spec_and_params
 from hmar_jax.parallel import processes, sharding
-from hmar_jax.progress import announce
+from hmar_jax.progress import phase
 from hmar_jax.training import run_length
 from hmar_jax.training.experiment import Experiment, FrozenModel, Validation
 from hmar_jax.training.metrics import LOGGER
@@ -142,9 +142,10 @@ def _warnings(setup: Any, data: _Data, parent: Parent | None, parent_params: Any
         batch = next(iter(data.validation.loader))
         if "image" in batch:
             images = batch["image"][np.asarray(batch["valid"], bool)]
-            found += reconstruction.warnings(
-                parent.name, parent.spec.autoencoder, parent_params[AUTOENCODER], images
-            )
+            with phase(f"trying {parent.name} on held-out images"):
+                found += reconstruction.warnings(
+                    parent.name, parent.spec.autoencoder, parent_params[AUTOENCODER], images
+                )
     return found
 
 
@@ -214,8 +215,8 @@ def _open_images(
         in_memory=config.data.in_memory,
         need_classes=parent is not None,
     )
-    announce(f"listing the images of {config.data.source}")
-    source, held_out = open_split("train"), open_split("validate")
+    with phase(f"listing the images of {config.data.source}"):
+        source, held_out = open_split("train"), open_split("validate")
     copies = config.data.get("cached_copies", 0)
     _check_batch_size(config, len(source) * max(1, copies))
     errors = DecodeErrorLog()

@@ -3,14 +3,18 @@
 Only the first process of a run says anything.
 """
 
+import contextlib
 import logging
+import threading
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
 from hmar_jax.parallel import processes
 
 LOGGER = logging.getLogger("hmar_jax")
+QUIET_SECONDS = 3.0  # of a phase that needs no line
 _LINE_SECONDS = 30.0  # between lines, where there is no terminal
 
 
@@ -18,6 +22,18 @@ def announce(what: str) -> None:
     """One line on what begins now and may take long, such as "compiling the training step"."""
     if processes.is_primary():
         LOGGER.info("%s ...", what)
+
+
+@contextlib.contextmanager
+def phase(what: str) -> Iterator[None]:
+    """Around what may take long: the same line, once it has taken a few seconds."""
+    timer = threading.Timer(QUIET_SECONDS, announce, (what,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Progress:

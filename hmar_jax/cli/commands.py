@@ -127,6 +127,7 @@ def tokenize(args) -> None:
     from hmar_jax.data.sources import SPLITS, open_source
     from hmar_jax.data.transforms import Transform
     from hmar_jax.parallel import processes
+    from hmar_jax.progress import phase
 
     splits = args.splits.split(",")
     if not set(splits) <= set(SPLITS):
@@ -140,11 +141,12 @@ def tokenize(args) -> None:
     transform = Transform(
         autoencoder.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip
     )
-    sources = {
-        split: open_source(args.data, split, need_classes=True)
-        for split in SPLITS
-        if split in splits
-    }
+    with phase(f"listing the images of {args.data}"):
+        sources = {
+            split: open_source(args.data, split, need_classes=True)
+            for split in SPLITS
+            if split in splits
+        }
     part = args.part or (jax.process_index(), jax.process_count())
     info = encoding.describe(
         args.tokenizer,
@@ -207,7 +209,7 @@ def sample(args) -> None:
     import numpy as np
 
     from hmar_jax.io import images
-    from hmar_jax.progress import announce
+    from hmar_jax.progress import phase
 
     pipe = _load_sampler(args)
     spec = pipe.spec
@@ -224,8 +226,8 @@ def sample(args) -> None:
         pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
     ids = np.repeat(classes, args.n)
     key = jax.random.key(args.seed)
-    announce(f"compiling, then sampling {len(variants) * len(ids)} images")
-    results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
+    with phase(f"compiling, then sampling {len(variants) * len(ids)} images"):
+        results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
     pixels = np.stack([np.asarray(pixels) for pixels, _ in results])  # (schedules, B, h, w, 3)
     rows = pixels.reshape(len(schedules), len(classes), args.n, *pixels.shape[2:]).swapaxes(0, 1)
     names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
@@ -374,24 +376,24 @@ def evaluate(args) -> None:
     from hmar_jax.data.sources import open_source
     from hmar_jax.evaluation.classifier import read_all
     from hmar_jax.evaluation.report import classifier_report, format_report
-    from hmar_jax.progress import announce
+    from hmar_jax.progress import phase
 
     pipe = _load_sampler(args)
     options = _options(args, "SamplingConfig")
     pipe.sampling_config(families.get_family(pipe.spec.family).SamplingConfig, options)
     _check_samples_of_each_class(args.n, pipe.spec.num_classes)
-    announce(f"listing the images of {args.reference}")
-    real = [open_source(args.reference, split) for split in ("train", "validate")]
+    with phase(f"listing the images of {args.reference}"):
+        real = [open_source(args.reference, split) for split in ("train", "validate")]
     if real[0].num_classes != pipe.spec.num_classes:
         raise InputError(
             f"reference {args.reference!r} must have the model's {pipe.spec.num_classes} classes; "
             f"it has {real[0].num_classes}"
         )
     ids = np.arange(args.n) % pipe.spec.num_classes
-    announce(f"compiling, then sampling {args.n} images")
-    images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
-    announce(f"reading {sum(map(len, real))} real images and comparing")
-    report = classifier_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
+    with phase(f"compiling, then sampling {args.n} images"):
+        images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
+    with phase(f"reading {sum(map(len, real))} real images and comparing"):
+        report = classifier_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
     if args.json:
         files.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
     print(format_report(report))
