@@ -32,9 +32,9 @@ def fit_to_run(
     intervals, notes = [], []
     for name, value, declared in _counted(config, schema):
         total = steps if declared.counts == "steps" else steps * config.batch_size
-        if value < total or (value == total and declared.harmless):
+        fitting = max(1, int(total * declared.share_of_run))
+        if value < total or (value == total and declared.harmless) or value == fitting:
             continue
-        fitting = max(int(declared.at_least or 0), int(total * declared.share_of_run))
         beyond = f"config.{name}={value} is not reached within the run's {total} {declared.counts}"
         if declared.harmless:
             intervals.append(f"{name}={fitting}")
