@@ -37,6 +37,7 @@ from hmar_jax.training.step import init_state
 from hmar_jax.training.trainable import DataInfo, Parent, TaskKind
 
 _MAX_EVAL_BATCH = 128
+_SMALL_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +343,7 @@ def _check_batch_size(config: ConfigDict, rows: int) -> None:
     if config.batch_size > rows:
         raise InputError(
             f"config.batch_size must be at most {rows}, the images of {config.data.source}; "
-            f"got {config.batch_size}"
+            f"got {config.batch_size}; give --config.batch_size={min(rows, _SMALL_BATCH)}"
         )
 
 
