@@ -3,6 +3,7 @@
 config -> parent model (if any) -> data -> task -> Experiment
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -139,15 +140,24 @@ def _warnings(setup: Any, data: _Data, parent: Parent | None, parent_params: Any
         *run_length.warnings(task.steps, task.batch_size, data.info.num_images),
         *setup.warnings,
     ]
-    if parent is not None and data.validation is not None and processes.is_primary():
-        batch = next(iter(data.validation.loader))
-        if "image" in batch:
-            images = batch["image"][np.asarray(batch["valid"], bool)]
-            with phase(f"trying {parent.name} on held-out images"):
-                found += reconstruction.warnings(
-                    parent.name, parent.spec.autoencoder, parent_params[AUTOENCODER], images
-                )
+    if parent is not None and processes.is_primary():
+        images = _held_out_images(data)
+        with phase(f"trying {parent.name} on held-out images"):
+            found += reconstruction.warnings(
+                parent.name, parent.spec.autoencoder, parent_params[AUTOENCODER], images
+            )
     return found
+
+
+def _held_out_images(data: _Data) -> np.ndarray:
+    """A few of them, (n, h, w, 3) uint8; none where there are none, or none that can be read."""
+    batch: dict[str, Any] = {}
+    if data.validation is not None:
+        with contextlib.suppress(InputError):  # evaluation will report it
+            batch = next(iter(data.validation.loader))
+    if "image" not in batch:
+        return np.zeros((0, 1, 1, 3), np.uint8)
+    return batch["image"][np.asarray(batch["valid"], bool)]
 
 
 def _frozen_kind(config: ConfigDict, kind: str) -> str:

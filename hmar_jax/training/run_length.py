@@ -32,12 +32,16 @@ def fit_to_run(
     intervals, notes = [], []
     for name, value, declared in _counted(config, schema):
         total = steps if declared.counts == "steps" else steps * config.batch_size
-        fitting = max(1, int(total * declared.share_of_run))
-        if value < total or (value == total and declared.harmless) or value == fitting:
+        if value < total or (value == total and declared.harmless):
             continue
+        fitting = int(total * declared.share_of_run)
         beyond = f"config.{name}={value} is not reached within the run's {total} {declared.counts}"
         if declared.harmless:
+            fitting = max(1, fitting)
             intervals.append(f"{name}={fitting}")
+        elif fitting < 1:  # a few steps, to try something out
+            notes.append(beyond)
+            continue
         elif before.get(name) == value:
             notes.append(f"{beyond}; it stays, as the run was started with it")
             continue
