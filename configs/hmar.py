@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from hmar_jax.config_files import override, parse_spec
+from hmar_jax.config_files import override, override_all, parse_spec
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.family import TASKS
 from hmar_jax.training.trainable import IMAGENET
@@ -61,7 +61,7 @@ _SIZES = {  # name: depth, side of the images
     "d36_512": (36, 512),
     "d16_1024": (16, 1024),
 }
-NAMES = ("digits", "cifar10", *_SIZES)
+NAMES = ("digits", "photos", "cifar10", *_SIZES)
 
 
 def base() -> ConfigDict:
@@ -83,6 +83,26 @@ def digits() -> ConfigDict:
     c.recipe.update(learning_rate=3e-3, end_ratio=0.01)
     c.sampling.update(guidance=1.0)
     c.eval_every, c.sample_every, c.checkpoint_every = 600, 600, 400
+    return c
+
+
+def photos() -> ConfigDict:
+    """Small and regularized: a larger model learns some hundred images by heart."""
+    c = base()
+    c.steps, c.batch_size, c.image_side = 2000, 32, 64
+    c.data.in_memory, c.data.cached_copies = True, 20
+    c.data.transform.update(kind="resize_crop", resize_ratio=1.25, flip=True)
+    c.model.update(depth=4, width=192, heads=3, dropout=0.2, drop_path=0.1, init_adaln_gamma=1e-2)
+    c.recipe.update(
+        learning_rate=1e-3,
+        warmup_steps=100,
+        end_ratio=0.01,
+        weight_decay=0.1,
+        weight_decay_end=0.1,
+        label_smoothing=0.1,
+    )
+    c.ema_decay = 0.999
+    c.log_every, c.eval_every, c.sample_every, c.checkpoint_every = 50, 250, 500, 250
     return c
 
 
@@ -138,6 +158,8 @@ def masked(name: str, stage1: ConfigDict) -> ConfigDict:
     if name == "digits":
         c.steps = 1000
         c.sampling.update(guidance=0.75, choice_temperature=4.0)
+    elif name == "photos":
+        c.steps = 1000
     elif name == "cifar10":
         c.epochs = 50
     else:
@@ -152,7 +174,7 @@ def get_config(spec: str) -> ConfigDict:
     stage = pairs.pop("stage", "next_scale")
     if stage not in TASKS:
         raise InputError(f"stage must be next_scale (stage 1) or masked (stage 2); got {stage!r}")
-    small = {"digits": digits, "cifar10": cifar10}
+    small = {"digits": digits, "photos": photos, "cifar10": cifar10}
     config = published(*_SIZES[name]) if name in _SIZES else small[name]()
     if stage == "masked":
         if "pattern" in pairs:
@@ -164,6 +186,5 @@ def get_config(spec: str) -> ConfigDict:
     config.lock()
     if "pattern" in pairs:
         override(config, "model.pattern", pairs.pop("pattern"))
-    for key, text in pairs.items():
-        override(config, key, text, TASKS[stage].schema.former_names())
+    override_all(config, pairs.items(), TASKS[stage].schema)
     return config

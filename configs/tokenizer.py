@@ -15,7 +15,7 @@ autoencoders (vq.py, vq_task.py). Here stand the differences alone.
 from ml_collections import ConfigDict
 
 from hmar_jax.autoencoders.vq_training import TASKS
-from hmar_jax.config_files import override, parse_spec
+from hmar_jax.config_files import override_all, parse_spec
 
 NAMES = ("digits", "photos", "cifar10", "vae_256")
 
@@ -102,6 +102,5 @@ def get_config(spec: str) -> ConfigDict:
     name, pairs = parse_spec(spec, NAMES)
     configs = {"digits": digits, "photos": photos, "cifar10": cifar10, "vae_256": vae_256}
     config = configs[name]().lock()
-    for key, text in pairs.items():
-        override(config, key, text, TASKS["tokenizer"].schema.former_names())
+    override_all(config, pairs.items(), TASKS["tokenizer"].schema)
     return config

@@ -104,6 +104,15 @@ class ConfigSchema:
             if settings.declaration(field).former_name
         }
 
+    def replaced_by(self) -> dict[str, str]:
+        """Dotted names of keys that turn another one off, and that other key."""
+        return {
+            _join(group, name): _join(group, settings.declaration(field).replaces)
+            for group in self.groups
+            for name, (_, field) in self.fields(group).items()
+            if settings.declaration(field).replaces
+        }
+
     def upgrade(self, old: Mapping[str, Any]) -> dict[str, Any]:
         """The config of an older version: former names replaced, missing keys at their defaults.
 
@@ -246,6 +255,19 @@ def parse_spec(spec: str, names: Mapping[str, Any] | Iterable[str]) -> tuple[str
 # Single values
 
 
+def get_value(config: ConfigDict, key: str) -> Any:
+    """The value of a dotted key, which must be there."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def set_value(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets a dotted key, which must be there, to a value of its type."""
+    group, _, last = key.rpartition(".")
+    (get_value(config, group) if group else config)[last] = value
+
+
 def override(
     config: ConfigDict, key: str, text: str, former_names: Mapping[str, str] | None = None
 ) -> None:
@@ -273,6 +295,29 @@ def override(
         raise InputError(f"config key {key!r} is a group; its keys: {inner}")
     kind = node.get_type(last) if old is None else type(old)
     node[last] = _convert(key, text, old, kind)
+
+
+def override_all(
+    config: ConfigDict, pairs: Iterable[tuple[str, str]], schema: ConfigSchema
+) -> None:
+    """Sets dotted keys from texts. A key that replaces another one (epochs: steps) turns it off.
+
+    If both are given, the other one holds, and a warning says so.
+
+    Raises:
+      InputError: see `override`.
+    """
+    pairs, former = list(pairs), schema.former_names()
+    for key, text in pairs:
+        override(config, key, text, former)
+    given = {former.get(key, key) for key, _ in pairs}
+    for key, other in schema.replaced_by().items():
+        if key not in given or not get_value(config, key) or not get_value(config, other):
+            continue
+        if other in given:
+            _log.warning("config.%s has no effect, as config.%s is given too", key, other)
+        else:
+            override(config, other, "0")
 
 
 def _convert(key: str, text: str, old: Any, kind: type) -> Any:

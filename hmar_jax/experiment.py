@@ -3,9 +3,11 @@
 config -> parent model (if any) -> data -> task -> Experiment
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hmar_jax import autoencoders, families, settings
-from hmar_jax.autoencoders import models
+from hmar_jax.autoencoders import models, reconstruction
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec, make_encoder
 from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.decode_errors import DecodeErrorLog
@@ -35,17 +37,20 @@ from hmar_jax.data.records import (
 )
 from hmar_jax.data.sources import Source, SourceConfig, open_splits, records_directory
 from hmar_jax.data.transforms import Transform
-from hmar_jax.errors import InputError, printable
+from hmar_jax.errors import InputError
 from hmar_jax.io import files, identity, runs
 from hmar_jax.io.identity import Inputs
 from hmar_jax.loading import is_copy, load_spec_and_params
 from hmar_jax.parallel import processes, sharding
+from hmar_jax.progress import phase
+from hmar_jax.training import run_length
 from hmar_jax.training.experiment import Experiment, FrozenModel, Validation
 from hmar_jax.training.metrics import LOGGER
 from hmar_jax.training.step import init_state
 from hmar_jax.training.trainable import DataInfo, Parent, TaskKind
 
 _MAX_EVAL_BATCH = 128
+_SMALL_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +98,9 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     parent, parent_params, parent_difference = _load_parent(config, kind, workdir)
     side = trainable.image_side(config, parent)
     data = _open_data(config, mesh, side, parent, parent_params)
+    steps = trainable.make_task(config, parent, data.info).task.steps
+    saved = runs.saved_config(workdir, kind.schema) if workdir else None
+    config, notes = run_length.fit_to_run(config, kind.schema, steps, saved)
     setup = trainable.make_task(config, parent, data.info)
     task = setup.task
     if data.kind not in task.input_kinds:
@@ -101,7 +109,9 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     task.check_mesh(mesh)
     frozen = trainable.frozen_params(config, parent, parent_params, _frozen_kind(config, data.kind))
     # Whatever only the networks and the optimizer can find out.
-    jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
+    state = jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
+    if saved is None:
+        notes += _warnings(setup, data, parent, parent_params)
     kept = None
     if setup.parent_spec is not None:
         parts = _kept_parts(setup, parent_params)
@@ -116,6 +126,9 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         _preview_images(config, task.num_preview_images, side, data),
         data.decode_errors,
         kind.schema,
+        config,
+        _overview(task, data, mesh, state.params),
+        tuple(notes),
         kept,
         Inputs(
             data.described,
@@ -124,6 +137,47 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
             labels_matter=not isinstance(setup.spec, AutoencoderSpec),
         ),
     )
+
+
+def _overview(task: Any, data: _Data, mesh: Mesh, params: Any) -> str:
+    """What a run trains and on what, in one line."""
+    info, held_out = data.info, data.validation.num_images if data.validation else 0
+    classes = f" of {info.num_classes} classes" if info.num_classes > 1 else ""
+    devices = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}"
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    epochs = task.steps * task.batch_size / info.num_images
+    return (
+        f"{info.num_images:,} images{classes} to train, {held_out:,} held out; {devices}; "
+        f"{count:,} parameters; {task.steps:,} steps of {task.batch_size} images "
+        f"({epochs:.3g} epochs)"
+    )
+
+
+def _warnings(setup: Any, data: _Data, parent: Parent | None, parent_params: Any) -> list[str]:
+    """Why a new run may not work on its data, in words."""
+    task = setup.task
+    found = [
+        *run_length.warnings(task.steps, task.batch_size, data.info.num_images),
+        *setup.warnings,
+    ]
+    if parent is not None and processes.is_primary():
+        images = _held_out_images(data)
+        with phase(f"trying {parent.name} on held-out images"):
+            found += reconstruction.warnings(
+                parent.name, parent.spec.autoencoder, parent_params[AUTOENCODER], images
+            )
+    return found
+
+
+def _held_out_images(data: _Data) -> np.ndarray:
+    """A few of them, (n, h, w, 3) uint8; none where there are none, or none that can be read."""
+    batch: dict[str, Any] = {}
+    if data.validation is not None:
+        with contextlib.suppress(InputError):  # evaluation will report it
+            batch = next(iter(data.validation.loader))
+    if "image" not in batch:
+        return np.zeros((0, 1, 1, 3), np.uint8)
+    return batch["image"][np.asarray(batch["valid"], bool)]
 
 
 def _frozen_kind(config: ConfigDict, kind: str) -> str:
@@ -221,20 +275,14 @@ def _open_images(
             f"images; got {config.data.workers}"
         )
     transform = settings.from_group(Transform, config.data.transform, side=side)
-    splits = open_splits(
-        config.data.source,
-        in_memory=config.data.in_memory,
-        need_classes=parent is not None,
-        config=settings.from_group(SourceConfig, config.data),
-    )
+    with phase(f"listing the images of {config.data.source}"):
+        splits = open_splits(
+            config.data.source,
+            in_memory=config.data.in_memory,
+            need_classes=parent is not None,
+            config=settings.from_group(SourceConfig, config.data),
+        )
     source, held_out = splits["train"], splits["validate"]
-    LOGGER.info(
-        "%s: %d images of %d classes to train on, %d held out",
-        printable(source.name),
-        len(source),
-        source.num_classes,
-        len(held_out),
-    )
     copies = config.data.get("cached_copies", 0)
     _check_batch_size(config, len(source) * max(1, copies))
     errors = DecodeErrorLog()
@@ -254,7 +302,7 @@ def _open_images(
             threads=config.data.threads,
             broken=errors,
         )
-        validation = Validation(batches, batch)
+        validation = Validation(batches, batch, len(readable))
     shard, shards = sharding.host_share(mesh, config.batch_size)
 
     def loader():
@@ -365,7 +413,7 @@ def _open_records(config: ConfigDict, mesh: Mesh, parent: Parent, parent_params:
         shard_count=count,
         threads=config.data.threads,
     )
-    held_out_batches = Validation(validation, batch)
+    held_out_batches = Validation(validation, batch, len(held_out))
     return _Data(info, kind, loader, held_out_batches, DecodeErrorLog(), described)
 
 
@@ -388,7 +436,7 @@ def _check_batch_size(config: ConfigDict, rows: int) -> None:
     if config.batch_size > rows:
         raise InputError(
             f"config.batch_size must be at most {rows}, the images of {config.data.source}; "
-            f"got {config.batch_size}"
+            f"got {config.batch_size}; give --config.batch_size={min(rows, _SMALL_BATCH)}"
         )
 
 

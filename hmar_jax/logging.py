@@ -3,6 +3,8 @@
 import logging
 import sys
 
+from tqdm import tqdm
+
 
 class _Terminal(logging.StreamHandler):
     """Writes to the current sys.stderr, which tests and notebooks replace."""
@@ -11,6 +13,14 @@ class _Terminal(logging.StreamHandler):
 
     def __init__(self):
         logging.Handler.__init__(self, logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):  # a line does not cut through a bar
+            super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        return mark + super().format(record)
 
 
 TERMINAL = _Terminal()

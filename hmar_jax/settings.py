@@ -46,6 +46,11 @@ class Declaration:
     # Names a data set, a model or a file: starts of one run are compared by what it names, so that
     # it may be moved.
     is_input: bool = False
+    # Of a number of steps within a run: a value beyond the run's last step becomes this share of it
+    # (training/run_length.py).
+    share_of_run: float | None = None
+    counts: str = "steps"  # what it is a number of: steps or images
+    replaces: str | None = None  # another key of its group, which a value of this one turns off
     tasks: tuple[str, ...] = ()  # of sampling options: tasks whose configs have it as a key
     # Of a setting whose default may change: the default is None, and what it stands for is decided
     # when a run starts, and kept.

@@ -33,6 +33,14 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ.pop("HMAR_TINY_FOLDER"), ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_lines_on_slow_phases():
+    """Output does not depend on how busy the machine is."""
+    from hmar_jax import progress
+
+    progress.QUIET_SECONDS = 3600
+
+
 @pytest.fixture(scope="session")
 def load_golden():
     """load_golden("next_scale") -> the arrays of next_scale.npz, by name."""

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = (
     ("pallas_kernels", "hmar_jax.errors", "hmar_jax.interruption", "hmar_jax.logging"),
     ("hmar_jax.settings",),
-    ("hmar_jax.config_files", "hmar_jax.parallel"),
+    ("hmar_jax.config_files", "hmar_jax.parallel", "hmar_jax.progress"),
     ("hmar_jax.io",),
     ("hmar_jax.data",),
     ("hmar_jax.training",),

@@ -395,7 +395,7 @@ def test_a_deprecated_name_warns_in_one_line():
         (["train", "--config=nope.py:digits", "--workdir=run"], ["'nope.py': no such"]),
         (
             ["train", "--config=configs/hmar.py:nope", "--workdir=run"],
-            ["'nope' must be one of digits, cifar10, d16_256"],
+            ["'nope' must be one of digits, photos, cifar10, d16_256"],
         ),
         (
             ["train", "--config=configs/hmar.py:digits,stage=3", "--workdir=run"],

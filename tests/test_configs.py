@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 HMAR, TOKENIZER = (str(ROOT / "configs" / name) for name in ("hmar.py", "tokenizer.py"))
 NAMES = (
     "digits",
+    "photos",
     "cifar10",
     "d16_256",
     "d20_256",
@@ -29,6 +30,7 @@ NAMES = (
     "d36_512",
     "d16_1024",
 )
+SMALL = ("digits", "photos", "cifar10")
 
 
 def setup_of(config, parent_config=None):
@@ -38,7 +40,7 @@ def setup_of(config, parent_config=None):
     parent = None
     if kind.parent_key is not None:
         side = config.image_side if config.image_side in PUBLISHED_SIDES else 256
-        config.image_side = 0  # digits and cifar10 have other tokenizers
+        config.image_side = 0  # the small ones have other tokenizers
         parent = Parent("", AutoencoderSpec(TokenizerConfig(scales=PUBLISHED_SIDES[side])))
         if parent_config is not None:
             parent = Parent("", setup_of(parent_config).spec)
@@ -66,7 +68,7 @@ def test_transformers(name):
         task = setup_of(config).task
         model = task.transformer
         assert model.pattern == pattern
-        assert name in ("digits", "cifar10") or side == 16 * model.scales[-1]
+        assert name in SMALL or side == 16 * model.scales[-1]
         assert task.optimizer.make(task.steps, task.decay_mask)
         assert 0 < task.optimizer.warmup_steps < task.steps
 
@@ -78,7 +80,7 @@ def test_stage_2_of_transformers(name):
     )
     assert (config.task, config.init_from, config.stage1_config) == ("masked", "", name)
     assert (config.batch_size, config.data) == (stage1.batch_size, stage1.data)
-    small = name in ("digits", "cifar10")
+    small = name in SMALL
     assert config.model.masked_depth == (max(1, stage1.model.depth // 2) if small else 8)
     task = setup_of(config, stage1).task
     assert 0 < task.optimizer.warmup_steps < task.steps
@@ -184,7 +186,7 @@ def test_found_from_any_directory(tmp_path, monkeypatch):
         ("README.md:digits", "no such Python file"),
         ("x" * 300, "no such"),
         ("a\0b.py:digits", "no such"),
-        ("configs/hmar.py:nope", "'nope' must be one of digits, cifar10, d16_256"),
+        ("configs/hmar.py:nope", "'nope' must be one of digits, photos, cifar10, d16_256"),
         ("configs/tokenizer.py:nope", "'nope' must be one of digits, photos, cifar10, vae_256"),
         ("configs/hmar.py", "config name ''"),
         ("configs/hmar.py:digits,seed", "'seed' after the config name"),

@@ -291,9 +291,34 @@ def test_padding_does_not_change_metrics():
     one, other = (
         evaluate(params, {}, {"image": x, "valid": valid}, 20) for x in (BATCH["image"], images)
     )
-    assert one.keys() == {"loss", "l1", "l2", "psnr"}
+    assert one.keys() == {"loss", "l1", "l2", "psnr", "quantizer_loss"}
     for name, mean in one.items():
         assert mean.count == 3 and np.isclose(mean.total, other[name].total, rtol=1e-5), name
+
+
+def test_validation_and_training_have_the_same_loss(frozen):
+    """Of the same images and parameters: the same terms, the perceptual distance among them."""
+    task = with_recipe(TASK, perceptual_weight=0.5, reset_every=0)
+    state = jax.jit(task.init_state)(KEY, frozen).replace(step=jnp.int32(20))
+    _, training = jax.jit(task.train_step)(state, frozen, BATCH, KEY)
+    valid = np.ones(len(BATCH["image"]), bool)
+    batch = {"image": BATCH["image"], "valid": valid}
+    validation = jax.jit(task.eval_metrics)(state.params, frozen, batch, 20)
+    for name in ("loss", "l1", "l2", "quantizer_loss", "perceptual"):
+        mean = validation[name].total / validation[name].count
+        np.testing.assert_allclose(mean, training[name], rtol=1e-5, err_msg=name)
+
+
+def test_no_validation_loss_before_anything_is_quantized():
+    """The loss is less then, and such a checkpoint, no tokenizer yet, would be kept as the best."""
+    params = jax.jit(TASK.init_params)(KEY, {})
+    batch = {"image": BATCH["image"], "valid": np.ones(len(BATCH["image"]), bool)}
+    start = TASK.recipe.vq_start_step
+    counts = [
+        jax.jit(TASK.eval_metrics)(params, {}, batch, step)["loss"].count
+        for step in (start - 1, start)
+    ]
+    assert counts == [0, len(BATCH["image"])]
 
 
 def test_preview_shows_images_and_reconstructions():

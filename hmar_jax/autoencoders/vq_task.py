@@ -54,7 +54,7 @@ class VQRecipe(OptimizerConfig):
 
     learning_rate: float = setting(1e-3, "Peak learning rate.", at_least=0)
     schedule: str = setting("cos", "Learning-rate schedule, see training/optimizer.py.")
-    warmup_steps: int = setting(50, "Steps of linear warm-up.", at_least=0)
+    warmup_steps: int = setting(50, "Steps of linear warm-up.", at_least=0, share_of_run=0.05)
     end_ratio: float = setting(0.01, "Last learning rate, relative to the peak.", at_least=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay at the first step.", at_least=0)
     b2: float = setting(0.99, "Decay of Adam's second moment.", at_least=0, below=1)
@@ -73,7 +73,7 @@ class VQRecipe(OptimizerConfig):
         0.0, "Factor of the adaptive weight of the adversarial loss.", at_least=0
     )
     adversarial_start: int = setting(
-        0, "First step at which the adversarial loss counts.", at_least=0
+        0, "First step at which the adversarial loss counts.", at_least=0, share_of_run=0.5
     )
     discriminator_channels: int = setting(
         64, "Channels of the discriminator's first layer.", at_least=1
@@ -87,21 +87,31 @@ class VQRecipe(OptimizerConfig):
         100,
         "First step that quantizes; the codebook is initialized with data just before it.",
         at_least=1,
+        share_of_run=0.1,
         former_name="unquantized_steps",
     )
     reset_every: int = setting(
         20,
         "Steps between resets of unused codebook entries; 0: never.",
         at_least=0,
+        share_of_run=0.01,
         former_name="revive_every",
     )
     reset_after: int = setting(
         2000,
         "Images after which an entry that no scale used is reset.",
         at_least=0,
+        share_of_run=0.1,
+        counts="images",
         former_name="revive_after",
     )
-    usage_window: int = setting(10000, "Images over which codebook usage is reported.", at_least=1)
+    usage_window: int = setting(
+        10000,
+        "Images over which codebook usage is reported.",
+        at_least=1,
+        share_of_run=0.25,
+        counts="images",
+    )
 
 
 @flax.struct.dataclass
@@ -413,22 +423,31 @@ class VQTask(TaskDefaults):
     def eval_metrics(
         self, params: Params, frozen: Params, batch: Batch, step: jax.Array
     ) -> dict[str, Mean]:
-        """Means over the images that batch["valid"] marks: l1, l2, psnr, and "loss".
+        """Means over the images that batch["valid"] marks, of the terms of the training loss.
 
-        The loss is the weighted sum of l1 and l2 alone.
+        "loss" has the same terms as in training: l2, l1, the perceptual distance where the recipe
+        has it, and the quantizer's. There is none before vq_start_step, when nothing is quantized:
+        the loss is less then, and its checkpoints must not count as the best.
         """
-        del frozen
         images = to_float(batch["image"])
-        reconstructions = self.reconstruct(params, images, step)
+        reconstructions, quantizer_losses = self._reconstruct(params, images, step)
         l1 = jnp.abs(reconstructions - images).mean((1, 2, 3))  # (B,), as the others
         l2 = ((reconstructions - images) ** 2).mean((1, 2, 3))
+        recipe = self.recipe
+        loss = recipe.l2_weight * l2 + recipe.l1_weight * l1
         values = {
-            "loss": self.recipe.l2_weight * l2 + self.recipe.l1_weight * l1,
             "l1": l1,
             "l2": l2,
             "psnr": jax.vmap(psnr)(reconstructions, images),
+            "quantizer_loss": quantizer_losses,
         }
-        return {name: Mean.of(value, batch["valid"]) for name, value in values.items()}
+        if recipe.perceptual_weight:
+            distance = perceptual_distance(frozen["perceptual"], reconstructions, images)
+            loss, values["perceptual"] = loss + recipe.perceptual_weight * distance, distance
+        loss = loss + recipe.quantizer_weight * quantizer_losses
+        quantizes = batch["valid"] * (step >= recipe.vq_start_step)
+        means = {name: Mean.of(value, batch["valid"]) for name, value in values.items()}
+        return means | {"loss": Mean.of(loss, quantizes)}
 
     def reconstruct(self, params: Params, images: jax.Array, step: jax.Array) -> jax.Array:
         """Images through the tokens and back; before vq_start_step, through the features alone.
@@ -439,11 +458,16 @@ class VQTask(TaskDefaults):
         Returns:
           (B, h, w, 3) float32 in [-1, 1].
         """
+        return self._reconstruct(params, images, step)[0].clip(-1, 1)
+
+    def _reconstruct(self, params: Params, images: jax.Array, step: jax.Array):
+        """Reconstructions (B, h, w, 3) as they are, and the quantizer's loss of each image (B,)."""
         apply = lambda x, method: apply_tokenizer(self.tokenizer, params, x, method=method)
         f = apply(images, "compute_features")
-        f_hat = apply(f, "quantize").f_hats[-1]
-        f_hat = jnp.where(step >= self.recipe.vq_start_step, f_hat, f)
-        return apply(f_hat, "decode_features").clip(-1, 1)
+        f_hats = apply(f, "quantize").f_hats
+        per_image = jax.vmap(lambda f_hats, f: quantizer_loss(f_hats, f, self.recipe.beta), (1, 0))
+        f_hat = jnp.where(step >= self.recipe.vq_start_step, f_hats[-1], f)
+        return apply(f_hat, "decode_features"), per_image(f_hats, f)
 
     def preview(
         self, params: Params, frozen: Params, images: Any, rng: jax.Array, step: jax.Array

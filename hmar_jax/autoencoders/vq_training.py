@@ -17,7 +17,6 @@ from hmar_jax.errors import InputError
 from hmar_jax.parallel.sharding import MeshConfig
 from hmar_jax.settings import Settings, setting
 from hmar_jax.training.config import DataConfig, TrainConfig
-from hmar_jax.training.metrics import LOGGER
 from hmar_jax.training.task import Params
 from hmar_jax.training.trainable import DataInfo, Parent, TaskKind, TaskSetup
 
@@ -60,16 +59,27 @@ def make_task(config: Any, parent: Parent | None, data: DataInfo) -> TaskSetup:
         raise InputError(f"config.steps must be at least 1; got {config.steps}")
     model = settings.from_group(TokenizerConfig, config.model)
     recipe = settings.from_group(VQRecipe, config.recipe)
-    if recipe.vq_start_step >= config.steps:
-        LOGGER.warning(
-            "recipe.vq_start_step=%d should be less than steps=%d: this tokenizer will not learn "
-            "to quantize",
-            recipe.vq_start_step,
-            config.steps,
-        )
     task = VQTask(model, config.steps, config.batch_size, recipe)
     origin = f"trained on {data.source}"
-    return TaskSetup(task, AutoencoderSpec(model, data.class_names, origin))
+    spec = AutoencoderSpec(model, data.class_names, origin)
+    return TaskSetup(task, spec, warnings=_warnings(task, data))
+
+
+def _warnings(task: VQTask, data: DataInfo) -> tuple[str, ...]:
+    model, recipe = task.tokenizer, task.recipe
+    found = []
+    if recipe.vq_start_step >= task.steps:
+        found.append(
+            f"recipe.vq_start_step={recipe.vq_start_step} should be less than steps={task.steps}: "
+            "this tokenizer will not learn to quantize"
+        )
+    tokens = data.num_images * model.scale_list.length
+    if model.vocab_size > tokens:
+        found.append(
+            f"model.vocab_size={model.vocab_size} should be at most {tokens}, the tokens of all "
+            f"{data.num_images} images: most codebook entries will not be used"
+        )
+    return tuple(found)
 
 
 def frozen_params(config: Any, parent: Parent | None, parent_params: Params, kind: str) -> Params:

@@ -55,10 +55,9 @@ def _config(args, overrides):
     from hmar_jax.experiment import task_kind
 
     config = config_files.load_config(args.config)
-    former = task_kind(config)[1].schema.former_names()
-    for text in overrides:
-        key, _, value = text.removeprefix("--config.").partition("=")
-        config_files.override(config, key, value, former)
+    texts = (text.removeprefix("--config.").partition("=") for text in overrides)
+    pairs = [(key, value) for key, _, value in texts]
+    config_files.override_all(config, pairs, task_kind(config)[1].schema)
     return config
 
 
@@ -113,7 +112,7 @@ def _train(args, config) -> int:
         processes.raise_on_all_processes(error)  # if one cannot start, others must not wait for it
         assert experiment is not None
         final = loop.run(
-            config,
+            experiment.config,  # what did not fit into the run has been changed
             experiment,
             args.workdir,
             args.interruptions,
@@ -162,6 +161,7 @@ def tokenize(args) -> None:
     from hmar_jax.data.transforms import Transform
     from hmar_jax.io import locks
     from hmar_jax.parallel import processes
+    from hmar_jax.progress import phase
 
     splits = args.splits.split(",")
     if not set(splits) <= set(SPLITS):
@@ -177,12 +177,13 @@ def tokenize(args) -> None:
         autoencoder.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip
     )
     source_config = encoding.settle(args.out, settings.from_arguments(SourceConfig(), args))
-    sources = open_splits(
-        args.data,
-        [split for split in SPLITS if split in splits],
-        need_classes=True,
-        config=source_config,
-    )
+    with phase(f"listing the images of {args.data}"):
+        sources = open_splits(
+            args.data,
+            [split for split in SPLITS if split in splits],
+            need_classes=True,
+            config=source_config,
+        )
     part = args.part or (jax.process_index(), jax.process_count())
     info = encoding.describe(
         args.tokenizer,
@@ -264,6 +265,7 @@ def sample(args) -> None:
     import numpy as np
 
     from hmar_jax.io import images
+    from hmar_jax.progress import phase
 
     pipe = _load_sampler(args)
     spec = pipe.spec
@@ -280,7 +282,8 @@ def sample(args) -> None:
         pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
     ids = np.repeat(classes, args.n)
     key = jax.random.key(args.seed)
-    results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
+    with phase(f"compiling, then sampling {len(variants) * len(ids)} images"):
+        results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
     pixels = np.stack([np.asarray(pixels) for pixels, _ in results])  # (schedules, B, h, w, 3)
     rows = pixels.reshape(len(schedules), len(classes), args.n, *pixels.shape[2:]).swapaxes(0, 1)
     names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
@@ -442,14 +445,17 @@ def evaluate(args) -> None:
     from hmar_jax.evaluation.report import check_reference, classifier_report, format_report
     from hmar_jax.experiment import recorded_source_config
     from hmar_jax.io.identity import class_conflicts
+    from hmar_jax.progress import phase
 
     pipe = _load_sampler(args)
     options = _options(args, "SamplingConfig")
     pipe.sampling_config(families.get_family(pipe.spec.family).SamplingConfig, options)
+    _check_samples_of_each_class(args.n, pipe.spec.num_classes)
     # Of a run, the images that it held out.
     recorded = recorded_source_config(args.model) or SourceConfig()
     config = settings.from_arguments(recorded, args)
-    train, held_out = open_splits(args.reference, config=config).values()
+    with phase(f"listing the images of {args.reference}"):
+        train, held_out = open_splits(args.reference, config=config).values()
     if train.num_classes != pipe.spec.num_classes:
         raise InputError(
             f"reference {args.reference!r} must have the model's {pipe.spec.num_classes} classes; "
@@ -464,32 +470,59 @@ def evaluate(args) -> None:
     if (labels := getattr(held_out, "labels", None)) is not None:
         equal_counts(ids, labels)  # before any image is read
     broken = DecodeErrorLog()
-    real = [read_all(source, broken) for source in (train, held_out)]
+    with phase(f"reading {len(train) + len(held_out)} real images"):
+        real = [read_all(source, broken) for source in (train, held_out)]
     for path, reason in broken.items:
         _log.warning("skipped %s: %s", path, reason)
     if broken.count:
         _log.warning("images that could not be decoded: %d", broken.count)
     check_reference(ids, *real, pipe.image_side)  # before any image is sampled
-    images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
-    report = classifier_report(images, ids, *real, seed=args.seed)
+    with phase(f"compiling, then sampling {args.n} images"):
+        images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
+    with phase("comparing"):
+        report = classifier_report(images, ids, *real, seed=args.seed)
     if args.json:
         files.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
     print(format_report(report))
 
 
+def _check_samples_of_each_class(count: int, num_classes: int) -> None:
+    if count < 2 * num_classes:
+        raise InputError(
+            f"--n must be at least {2 * num_classes}, two samples of each of the model's "
+            f"{num_classes} classes; got {count}"
+        )
+
+
 def info(args) -> None:
-    """Prints what a model is."""
+    """Prints what a model is and, of a run, how far it is."""
     from hmar_jax import loading
     from hmar_jax.autoencoders import models
 
     spec, params = loading.load_spec_and_params(args.model, args.checkpoint)
-    rows = [("model", f"{args.model}: {spec.kind}"), *models.describe(spec.autoencoder, params)]
+    rows = [("model", f"{args.model}: {spec.kind}"), *_describe_run(args.model)]
+    rows += models.describe(spec.autoencoder, params)
     if spec.sampling is not None:
         rows += families.get_family(spec.family).describe(spec, params)
     rows += [("origin", spec.origin), ("licence", spec.licence)]
     for name, text in rows:
         if text:
             print(f"{name:12} {text}")
+
+
+def _describe_run(name: str) -> list[tuple[str, str]]:
+    """Rows on a run's progress; none for a model."""
+    from hmar_jax.io import files, runs
+    from hmar_jax.training import status
+
+    path = files.absolute(name) / "config.json"
+    saved = files.read_json(path, "the config of a run") if path.exists() else None
+    if not runs.is_run(saved):
+        return []
+    config = saved["config"]
+    trainable = families.get_trainable(config.get("family", ""), config.get("task", ""))
+    command = trainable.TASKS[config["task"]].command
+    return status.describe_run(name, config, command)
 
 
 def convert(args) -> None:

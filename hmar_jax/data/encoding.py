@@ -15,7 +15,6 @@ import logging
 import os
 import secrets
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ import grain
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
-from tqdm import tqdm
 
 from hmar_jax.data.decode_errors import (
     MAX_UNREADABLE_FRACTION,
@@ -48,6 +46,7 @@ from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
 from hmar_jax.io.identity import class_differences, same_place
+from hmar_jax.progress import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +55,6 @@ Encode = Callable[[np.ndarray], Mapping[str, Any]]
 
 # One record in a group, for random access. Encoded images hardly compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_LOG_SECONDS = 60
 
 
 def encode_in_memory(
@@ -81,7 +79,7 @@ def encode_in_memory(
       copies: how often to encode each image.
       seed: seed of the random transforms; the result depends on no other random numbers.
       batch_size: most images to encode at once.
-      progress: whether to show a progress bar on a terminal.
+      progress: whether to say how far it is.
       broken: log of unreadable images; the next readable image replaces each.
 
     Returns:
@@ -105,16 +103,11 @@ def encode_in_memory(
     )
     record_spec = record_spec.without_packing()  # few enough to be encoded at each start
     records = []
-    with tqdm(
-        loader,
-        total=num_records // batch_size,
-        desc="encode",
-        unit="batch",
-        disable=None if progress else True,
-        leave=False,
-    ) as batches:
-        for batch in batches:
+    total = num_records // batch_size * batch_size
+    with Progress("encoding", total, "crop", show=progress) as done:
+        for batch in loader:
             records.append(record_spec.pack(encode(batch["image"]), batch["label"]))
+            done.advance(batch_size)
     return RecordsInMemory(np.concatenate(records)[None], record_spec)
 
 
@@ -249,7 +242,7 @@ def write_record_set(
       threads, workers: as in `make_loader`.
       verify: whether to check finished shards by checksum and not only by size. Damaged shards are
         written again.
-      progress: whether to show a progress bar on a terminal.
+      progress: whether to say how far it is.
       check: called before each image; what it raises ends the call. Finished shards stay.
 
     Returns:
@@ -485,15 +478,8 @@ def _write_shards(
     split, num_images = todo[0].split, sum(shard.stop - shard.start for shard in todo)
     records = _encode_shards(encode, source, transform, info, todo, batch_size, threads, workers)
     broken: dict[int, tuple[int, str, str]] = {}
-    start_time, logged_time, num_done = time.monotonic(), time.monotonic(), 0
-    with tqdm(
-        total=num_images,
-        desc=split,
-        unit="image",
-        disable=None if progress else True,
-        dynamic_ncols=True,
-    ) as bar:
-        for number, shard in enumerate(todo, 1):
+    with Progress(f"encoding images to {split}", num_images, "image", show=progress) as done:
+        for shard in todo:
             writer = _ShardWriter(folder, shard)
             try:
                 for index in range(shard.start, shard.stop):
@@ -509,7 +495,7 @@ def _write_shards(
                         writer.skip(broken[index])
                     else:
                         writer.add(record)
-                    bar.update()
+                    done.advance()
                 writer.commit()
             except OSError as error:
                 raise InputError(
@@ -518,19 +504,6 @@ def _write_shards(
                 ) from error
             finally:
                 writer.close()
-            num_done += shard.stop - shard.start
-            now = time.monotonic()
-            if bar.disable and (now - logged_time > _LOG_SECONDS or number == len(todo)):
-                logged_time = now
-                _log.info(
-                    "%s: %d of %d shards, %d of %d images, %.0f images/s",
-                    split,
-                    number,
-                    len(todo),
-                    num_done,
-                    num_images,
-                    num_done / (now - start_time),
-                )
 
 
 def _find_reason(source: Source, index: int) -> tuple[int, str, str]:

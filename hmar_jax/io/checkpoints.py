@@ -364,6 +364,21 @@ def load_params_of_run(
     )
 
 
+def steps_of_run(workdir: os.PathLike | str) -> list[int]:
+    """The steps of a run's checkpoints, ascending, damaged ones included."""
+    return sorted(_steps_from_newest(absolute(workdir) / "checkpoints"))
+
+
+def metadata_of_run(workdir: os.PathLike | str, step: int) -> dict[str, Any]:
+    """What `RunCheckpoints.save` got by name for a step; {} where it cannot be read."""
+    file = absolute(workdir) / "checkpoints" / str(step) / _METADATA / "metadata"
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _read_parts(
     folder: epath.Path, more: tuple[str, ...], averaged: bool, where: str
 ) -> dict[str, Any]:

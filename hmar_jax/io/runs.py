@@ -39,6 +39,15 @@ def is_run(config: Any) -> bool:
     return isinstance(config, dict) and config.get("format") == FORMAT
 
 
+def saved_config(workdir: str, schema: config_files.ConfigSchema) -> dict[str, Any] | None:
+    """The config that a run was started with, in present names; None where there is no run yet."""
+    saved = files.absolute(workdir) / "config.json"
+    if not saved.exists():
+        return None
+    found = files.read_json(saved, "the config of a run")
+    return schema.upgrade(found.get("config", {})) if is_run(found) else None
+
+
 def settle(workdir: str, config: ConfigDict, schema: config_files.ConfigSchema) -> ConfigDict:
     """The config with values for empty keys that a run keeps from its start.
 
@@ -47,12 +56,7 @@ def settle(workdir: str, config: ConfigDict, schema: config_files.ConfigSchema) 
     Raises:
       InputError: the run's config.json cannot be read.
     """
-    saved, run = files.absolute(workdir) / "config.json", None
-    if saved.exists():
-        found = files.read_json(saved, "the config of a run")
-        if is_run(found):
-            run = schema.upgrade(found.get("config", {}))
-    return schema.settle(config, run)
+    return schema.settle(config, saved_config(workdir, schema))
 
 
 def read(workdir: str) -> dict[str, Any] | None:

@@ -1,9 +1,14 @@
 """Settings that every training run has, whatever it trains. Groups of a config are named beside."""
 
 import dataclasses
+from typing import Any
 
 from hmar_jax.data.source_config import SourceConfig
 from hmar_jax.settings import Settings, setting
+
+
+def _interval(default: int, help: str, share_of_run: float) -> Any:
+    return setting(default, help, at_least=1, harmless=True, share_of_run=share_of_run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +20,10 @@ class TrainConfig(Settings):
     seed: int = setting(0, "Seed of all random numbers.", at_least=0, at_most=2**32 - 1)
     steps: int = setting(0, "Training steps.", at_least=0)
     batch_size: int = setting(0, "Images of a step, of all devices together.", at_least=1)
-    log_every: int = setting(100, "Steps between log lines.", at_least=1, harmless=True)
-    eval_every: int = setting(5000, "Steps between evaluations.", at_least=1, harmless=True)
-    sample_every: int = setting(5000, "Steps between previews.", at_least=1, harmless=True)
-    checkpoint_every: int = setting(2500, "Steps between checkpoints.", at_least=1, harmless=True)
+    log_every: int = _interval(100, "Steps between log lines.", 0.1)
+    eval_every: int = _interval(5000, "Steps between evaluations.", 0.25)
+    sample_every: int = _interval(5000, "Steps between previews.", 0.25)
+    checkpoint_every: int = _interval(2500, "Steps between checkpoints.", 0.25)
     keep_checkpoints: int = setting(
         2, "How many new checkpoints to keep.", at_least=1, harmless=True
     )
@@ -37,7 +42,12 @@ class TrainConfig(Settings):
 class GenerativeTrainConfig(TrainConfig):
     """The top level for models that train on top of an autoencoder."""
 
-    epochs: int = setting(0, "Epochs, where steps is 0.", at_least=0)
+    epochs: int = setting(
+        0,
+        "Epochs, where steps is 0; given on the command line alone, it sets steps to 0.",
+        at_least=0,
+        replaces="steps",
+    )
     image_side: int = setting(
         0, "Pixels; checked against the autoencoder's. 0: not checked.", at_least=0
     )

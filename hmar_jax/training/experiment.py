@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.decode_errors import DecodeErrorLog
@@ -35,6 +36,7 @@ class Validation:
 
     loader: grain.IterDataset  # of this host
     batch_size: int  # of all hosts
+    num_images: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,5 +54,8 @@ class Experiment:
     preview_images: np.ndarray | None  # (task.num_preview_images, h, w, 3) uint8, held out
     decode_errors: DecodeErrorLog
     schema: ConfigSchema
+    config: ConfigDict  # as it was given, but for what did not fit into the run
+    overview: str  # data, devices and size, in one line
+    warnings: tuple[str, ...]  # what was changed, and why the recipe may not work
     parent: FrozenModel | None = None
     inputs: Inputs = Inputs()

@@ -16,7 +16,6 @@ from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from hmar_jax.data.agreement import check_same_data
 from hmar_jax.data.decode_errors import DecodeErrorLog
@@ -29,6 +28,7 @@ from hmar_jax.io.locks import DirectoryLock, lock_together
 from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.parallel.chips import peak_flops
+from hmar_jax.progress import Progress, announce
 from hmar_jax.training.after_step import AfterStep, OwedWork
 from hmar_jax.training.compiled_steps import compile_steps
 from hmar_jax.training.experiment import Experiment
@@ -104,6 +104,9 @@ def _run(
     lock: DirectoryLock,
 ) -> Any:
     task, mesh = experiment.task, experiment.mesh
+    LOGGER.info("%s", experiment.overview)
+    for text in experiment.warnings if processes.is_primary() else ():
+        LOGGER.warning("%s", text)
     keys = jax.random.split(jax.random.key(config.seed), 3)
     init_key, run_key, preview_key = (sharding.place_key(key, mesh) for key in keys)
     steps = compile_steps(task, mesh, experiment.frozen, config.ema_decay)
@@ -117,6 +120,7 @@ def _run(
     stop.check()
     frozen = sharding.place(experiment.frozen, jax.tree.map(lambda x: x.sharding, steps.frozen))
     if restored is None:
+        announce("compiling the initialization")
         with stop.immediate():  # nothing is lost, and compilation takes long
             state = steps.init(init_key, frozen)
     else:
@@ -161,12 +165,18 @@ def _run(
         meter = _Meter(config.batch_size, _peak_images_per_second(task, mesh))
         while step < task.steps and not stop.stopped:
             step += 1
+            first, last = step == start + 1, step == task.steps
+            if first:
+                announce("reading the first images")
             with meter.time("data"):
                 batch = sharding.global_batch(mesh, next(batches), config.batch_size)
-            with stop.immediate() if step == start + 1 else contextlib.nullcontext():
+            if first:
+                announce("compiling the training step")
+            with stop.immediate() if first else contextlib.nullcontext():
                 state, metrics = steps.train_step(state, frozen, batch, run_key)
             meter.add(step, metrics)
-            last = step == task.steps
+            if first:
+                _log_first_step(step, task.steps, metrics)
 
             if reporter is not None:
                 reporter.advance()
@@ -183,7 +193,8 @@ def _run(
                         reporter.sync()  # lines before the checkpoint are not written again
                     if has_work:
                         owed.note(step)
-                    checkpoints.save(step, state, loader_state_to_bytes(batches))
+                    position = loader_state_to_bytes(batches)
+                    checkpoints.save(step, state, position, steps_of_run=task.steps)
                 if has_work and not stopped:
                     checkpoints.wait()  # on disk, whatever happens in the evaluation
                     finish_step()
@@ -301,13 +312,8 @@ class _Reporter:
     def __post_init__(self):
         self._failed: set[str] = set()
         self._writer = MetricsWriter(self.directory, self.start)
-        self._bar = tqdm(
-            total=self.steps,
-            initial=self.start,
-            desc=self.name,
-            unit="step",
-            disable=None,
-            dynamic_ncols=True,
+        self._progress = Progress(
+            self.name, self.steps, "step", start=self.start, opening=False, line_seconds=120
         )
 
     def _try(self, what: str, do: Callable[[], object]) -> None:
@@ -320,7 +326,7 @@ class _Reporter:
                 LOGGER.warning("%s failed, training continues: %s", what, error)
 
     def advance(self) -> None:
-        self._try("showing the progress", self._bar.update)
+        self._try("showing the progress", self._progress.advance)
 
     def report(self, step: int, means: dict[str, float]) -> None:
         if not means:
@@ -332,16 +338,24 @@ class _Reporter:
             for name, value in means.items()
             if name.removeprefix("validation/") in short
         ]
+        self._try("showing the progress", lambda: self._progress.show(", ".join(words)))
+        if left := self._progress.time_left():
+            words.append(f"{left} left")
         LOGGER.info("step %d of %d: %s", step, self.steps, ", ".join(words))
-        if not self._bar.disable:
-            self._try("showing the progress", lambda: self._bar.set_postfix_str(", ".join(words)))
 
     def sync(self) -> None:
         self._try("writing metrics", self._writer.sync)
 
     def close(self) -> None:
-        self._try("showing the progress", self._bar.close)
+        self._try("showing the progress", self._progress.close)
         self._try("writing metrics", self._writer.close)
+
+
+def _log_first_step(step: int, steps: int, metrics: dict) -> None:
+    """At once: what is wrong from the start need not run until the first log line."""
+    loss = jax.device_get(metrics).get("loss")
+    if loss is not None:
+        LOGGER.info("step %d of %d: loss %.4g", step, steps, float(loss))
 
 
 def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:

@@ -103,18 +103,25 @@ class _TensorBoard:
         self._file.close()
 
 
+def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without a half-written last one; [] where there is no file."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            found.append(line)
+    return found
+
+
 def _drop_after(path: epath.Path, step: int) -> None:
     """Keeps the whole lines up to a step; a half-written last line is dropped too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(path, "".join(kept))
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 @contextlib.contextmanager

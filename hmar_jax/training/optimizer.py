@@ -24,7 +24,7 @@ class OptimizerConfig(Settings):
 
     learning_rate: float = setting(1e-3, "Peak learning rate.", at_least=0)
     schedule: str = setting("lin0", f"Learning-rate schedule: {', '.join(SCHEDULES)}, 0 < T < 1.")
-    warmup_steps: int = setting(20, "Steps of linear warm-up.", at_least=0)
+    warmup_steps: int = setting(20, "Steps of linear warm-up.", at_least=0, share_of_run=0.05)
     start_ratio: float = setting(0.005, "First learning rate, relative to the peak.", at_least=0)
     end_ratio: float = setting(0.1, "Last learning rate, relative to the peak.", at_least=0)
     weight_decay: float = setting(0.05, "Decoupled weight decay at the first step.", at_least=0)

@@ -44,6 +44,7 @@ class TaskSetup(NamedTuple):
     task: Task
     spec: Any  # of the model that comes out
     parent_spec: Any = None  # of the frozen copy in the run directory
+    warnings: tuple[str, ...] = ()  # why the recipe may not work on these data
 
 
 class Trainable(Protocol):

@@ -1,0 +1,53 @@
+"""How far a run is: its checkpoints and losses, read from its directory alone."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hmar_jax.io import checkpoints, files
+from hmar_jax.training.metrics import read_metrics
+
+
+def describe_run(
+    workdir: os.PathLike | str, config: Mapping[str, Any], command: str
+) -> list[tuple[str, str]]:
+    """Rows (name, text) of `hmar info`: step, losses, and how to resume.
+
+    Args:
+      workdir: the run directory; the run may be training.
+      config: its config.
+      command: the one that trains it, "train" or "train-tokenizer".
+    """
+    directory = files.absolute(workdir)
+    saved = checkpoints.steps_of_run(directory)
+    lines = read_metrics(directory / "metrics.jsonl")
+    step = max(saved, default=0)
+    total = checkpoints.metadata_of_run(directory, step).get("steps_of_run") if saved else None
+    total = total or config.get("steps") or None  # of runs of earlier versions
+    if total is not None and step >= total:
+        state = f"finished, step {step:,} of {total:,}"
+    else:
+        of_total = f" of {total:,}" if total else ""
+        state = (
+            f"not finished, step {step:,}{of_total}; to resume, rerun its command: hmar {command} "
+            f"--config=... --workdir={workdir}"
+        )
+    rows = [("run", state), ("checkpoints", ", ".join(f"{s:,}" for s in sorted(saved)))]
+    found = _losses(lines)
+    return rows + ([("loss", found)] if found else [])
+
+
+def _losses(lines: list[dict[str, Any]]) -> str:
+    training = [line for line in lines if "loss" in line]
+    validation = [line for line in lines if "validation/loss" in line]
+    parts = []
+    if training:
+        parts.append(f"training {training[-1]['loss']:.4g} (step {training[-1]['step']:,})")
+    if validation:
+        last = validation[-1]
+        best = min(validation, key=lambda line: line["validation/loss"])
+        parts.append(
+            f"validation {last['validation/loss']:.4g} (step {last['step']:,}), "
+            f"best {best['validation/loss']:.4g} (step {best['step']:,})"
+        )
+    return "; ".join(parts)
