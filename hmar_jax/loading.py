@@ -34,6 +34,7 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
     Raises:
       InputError: there is no such model or checkpoint, or its files cannot be read.
     """
+    name = files.expand(name)
     directory = pathlib.Path(name) if files.is_local(name) else epath.Path(name)
 
     def exists(folder):

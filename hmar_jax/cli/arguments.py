@@ -2,6 +2,9 @@
 
 import argparse
 
+from hmar_jax.errors import InputError
+from hmar_jax.io import files
+
 
 def whole(text: str) -> int:
     """An integer of at least 0."""
@@ -61,8 +64,11 @@ def checkpoint(text: str) -> int | str:
     return int(text)
 
 
-def output(text: str) -> str:
-    """The name of a file or directory to write."""
+def path(text: str) -> str:
+    """The name of a file or directory, with `~` expanded."""
     if not text:  # would be the current directory
         raise argparse.ArgumentTypeError("must not be empty")
-    return text
+    try:
+        return files.expand(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -119,10 +119,10 @@ def _add_tokenize(command) -> None:
         "Safe to interrupt: rerun the same command to resume. On a finished set, more --crops are "
         "added.",
     )
-    sub.add_argument("--tokenizer", required=True, help=_MODEL_HELP)
+    sub.add_argument("--tokenizer", type=arguments.path, required=True, help=_MODEL_HELP)
     sub.add_argument("--data", required=True, help="folder:DIR, tfds:NAME or digits")
     sub.add_argument(
-        "--out", type=arguments.output, required=True, help="the directory to make, also gs://"
+        "--out", type=arguments.path, required=True, help="the directory to make, also gs://"
     )
     sub.add_argument(
         "--crops",
@@ -210,10 +210,10 @@ def _add_train(command) -> None:
             what,
             f"{example}\n\nSafe to interrupt: rerun the same command to resume.",
         )
-        sub.add_argument("--config", required=True, help=_CONFIG_HELP)
+        sub.add_argument("--config", type=arguments.path, required=True, help=_CONFIG_HELP)
         sub.add_argument(
             "--workdir",
-            type=arguments.output,
+            type=arguments.path,
             required=True,
             help="the run's directory; an existing run resumes where it ended",
         )
@@ -249,7 +249,7 @@ def _add_plan(command) -> None:
         "hmar plan --config=configs/hmar.py:d30_256 --topology=v5p:4x4x4 --config.mesh.fsdp=4\n\n"
         "exit status: 0 it fits, 1 it does not, 2 the input is wrong",
     )
-    sub.add_argument("--config", required=True, help=_CONFIG_HELP)
+    sub.add_argument("--config", type=arguments.path, required=True, help=_CONFIG_HELP)
     sub.add_argument(
         "--topology",
         required=True,
@@ -258,7 +258,7 @@ def _add_plan(command) -> None:
     sub.add_argument(
         "--json",
         nargs="?",
-        type=arguments.output,
+        type=arguments.path,
         const="-",
         default=None,
         help="print the plan as JSON; --json=FILE writes it to a file, beside the text",
@@ -284,13 +284,13 @@ def _add_sample(command) -> None:
     sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
     sub.add_argument(
         "--out",
-        type=arguments.output,
+        type=arguments.path,
         required=True,
         help="a .png file: a grid with a labelled row for each class",
     )
     sub.add_argument(
         "--npz",
-        type=arguments.output,
+        type=arguments.path,
         default=None,
         help="also write images (uint8), labels and tokens to this .npz file (of one schedule)",
     )
@@ -307,7 +307,10 @@ def _add_edit(command) -> None:
     )
     _add_model(sub)
     sub.add_argument(
-        "--image", required=True, help="an image file; of another size than the model's: resized"
+        "--image",
+        type=arguments.path,
+        required=True,
+        help="an image file; of another size than the model's: resized",
     )
     region = sub.add_mutually_exclusive_group(required=True)
     region.add_argument(
@@ -333,11 +336,11 @@ def _add_edit(command) -> None:
     )
     sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
     sub.add_argument(
-        "--out", type=arguments.output, required=True, help="a .png file: the edited image"
+        "--out", type=arguments.path, required=True, help="a .png file: the edited image"
     )
     sub.add_argument(
         "--show",
-        type=arguments.output,
+        type=arguments.path,
         default=None,
         help="a .png file: before, mask and after, side by side",
     )
@@ -370,7 +373,7 @@ def _add_evaluate(command) -> None:
     )
     sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
     sub.add_argument(
-        "--json", type=arguments.output, default=None, help="also write the metrics to this file"
+        "--json", type=arguments.path, default=None, help="also write the metrics to this file"
     )
     _add_options(sub, "SamplingConfig")
 
@@ -392,7 +395,7 @@ def _add_convert(command) -> None:
         default=families.DEFAULT_FAMILY,
         help=f"whose weights they are: {', '.join(families.FAMILIES)}",
     )
-    sub.add_argument("--out", type=arguments.output, required=True, help="the directory to make")
+    sub.add_argument("--out", type=arguments.path, required=True, help="the directory to make")
     _add_options(sub, "ConvertConfig")
 
 
@@ -408,11 +411,11 @@ def _add_export(command) -> None:
         "--half", action="store_true", help="store parameters as float16: half the size"
     )
     sub.add_argument("--licence", default=None, help="what its README says of the licence")
-    sub.add_argument("--out", type=arguments.output, required=True, help="the directory to make")
+    sub.add_argument("--out", type=arguments.path, required=True, help="the directory to make")
 
 
 def _add_model(sub) -> None:
-    sub.add_argument("--model", required=True, help=_MODEL_HELP)
+    sub.add_argument("--model", type=arguments.path, required=True, help=_MODEL_HELP)
     sub.add_argument(
         "--checkpoint",
         type=arguments.checkpoint,

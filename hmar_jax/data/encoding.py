@@ -151,7 +151,7 @@ def describe(
     """
     kind, _, place = spec.partition(":")
     if kind == "folder":  # the same from any current directory
-        spec = f"folder:{absolute(epath.Path(place).expanduser())}"
+        spec = f"folder:{absolute(place)}"
     splits = {
         split: SplitInfo(len(source), crops if split == "train" else 1)
         for split, source in sources.items()

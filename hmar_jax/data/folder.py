@@ -13,7 +13,7 @@ from etils import epath
 
 from hmar_jax.data.decoding import ImageDecodeError, decode_image
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import is_local
+from hmar_jax.io.files import expand, is_local, read_text
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -71,7 +71,7 @@ def open_folder(path: str, split: str, need_classes: bool) -> FolderSource:
       InputError: there is no such folder, it has no images, or its layout is not one of the known.
     """
     spec = f"folder:{path}"
-    root = epath.Path(path).expanduser()
+    root = epath.Path(expand(path))
     try:
         is_folder = root.is_dir()
     except ImportError as error:
@@ -224,7 +224,7 @@ def _read_class_names(root: epath.Path) -> dict[str, str]:
             continue
         lines = [
             line.split(maxsplit=1)
-            for line in path.read_text(encoding="utf-8").splitlines()
+            for line in read_text(path, "a list of class names").split("\n")
             if line.strip()
         ]
         wrong = next((number for number, line in enumerate(lines, 1) if len(line) != 2), None)

@@ -24,6 +24,7 @@ from PIL import Image
 from hmar_jax.data.decoding import ImageDecodeError, decode_image
 from hmar_jax.data.folder import open_folder
 from hmar_jax.errors import InputError
+from hmar_jax.io.files import expand
 
 __all__ = [
     "SPLITS",
@@ -125,7 +126,7 @@ def open_source(
 def records_directory(spec: str) -> str | None:
     """Returns DIR of `records:DIR` or `tokens:DIR`, which mean the same; None for other sources."""
     kind, _, directory = spec.partition(":")
-    return directory if kind in _RECORD_PREFIXES else None
+    return expand(directory) if kind in _RECORD_PREFIXES else None
 
 
 # Digits
@@ -238,7 +239,7 @@ def _open_tfds(rest: str, split: str) -> TfdsSource:
         f"TensorFlow, once): tfds build {name} --file_format=array_record --data_dir={where}"
     )
     try:
-        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
+        builder = tfds.builder(name, data_dir=expand(data_dir) if data_dir else None)
     except Exception as error:  # an unknown name or version, or another file format
         raise not_prepared from error
     splits = builder.info.splits
