@@ -4,6 +4,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 from etils import epath
 
 from hmar_jax import families, settings
@@ -49,6 +50,7 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
             f"model must be a bundled model ({', '.join(bundled_models()) or 'none'}) or a "
             f"directory with a config.json; got {name!r}"
         )
+    jax.devices()  # without one, Orbax fails to read, and sound files would be called damaged
     where = str(directory / "config.json")
     config = files.read_json(directory / "config.json", "the config of a model or a run")
     if runs.is_run(config):

@@ -15,7 +15,7 @@ def test_png_of_arrays_and_pil_images(tmp_path):
     for image in (pixels, pixels / 255, (pixels / 255).astype(np.float32), Image.fromarray(pixels)):
         images.save_image(tmp_path / "a.png", image)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), pixels)
-        assert (tmp_path / "a.png").read_bytes() == images.encode_png(image)
+        assert (tmp_path / "a.png").read_bytes() == images.encode_image(image)
     assert os.listdir(tmp_path) == ["a.png"]
     with pytest.raises(OSError, match="gone"):
         images.save_image(tmp_path / "gone" / "a.png", pixels)
@@ -45,5 +45,5 @@ def test_grid_with_labels_and_titles():
     assert labelled.shape[0] > plain.shape[0] and labelled.shape[1] > plain.shape[1]
     count = lambda grid: (grid == 0).all(-1).sum()
     assert count(labelled) > count(plain) == 4 * 64 * 64
-    file = io.BytesIO(images.encode_png(images.make_grid(black, 2)))
+    file = io.BytesIO(images.encode_image(images.make_grid(black, 2)))
     assert Image.open(file).size == (plain.shape[1], plain.shape[0])

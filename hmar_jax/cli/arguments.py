@@ -5,6 +5,8 @@ import argparse
 from hmar_jax.errors import InputError
 from hmar_jax.io import files
 
+OWN_TRANSPARENCY = "alpha"  # of --mask: the transparent pixels of --image
+
 
 def whole(text: str) -> int:
     """An integer of at least 0."""

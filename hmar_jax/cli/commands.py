@@ -12,9 +12,11 @@ import logging
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from hmar_jax import families, settings
+from hmar_jax.cli import arguments, outputs
 from hmar_jax.errors import InputError
 from hmar_jax.logging import TERMINAL
 
@@ -30,8 +32,8 @@ def plan(args, overrides) -> int:
     from hmar_jax.io import files
     from hmar_jax.planning import plan, report
 
-    if args.json not in (None, "-"):
-        files.check_writable(args.json)
+    if args.json != "-":
+        outputs.check({"json": args.json}, {"config": args.config.partition(":")[0]})
 
     plan.prepare_environment()
     config = _config(args, overrides)
@@ -196,23 +198,24 @@ def _describe_records(info) -> str:
 
 
 def sample(args) -> None:
-    """Samples images of classes into a .png file, and their arrays into an .npz file."""
-    from hmar_jax.io import files
+    """Samples images of classes into an image file, and their arrays into an .npz file."""
+    from hmar_jax.io import files, images
 
-    for path in filter(None, (args.out, args.npz)):
-        files.check_writable(path)
+    outputs.check({"out": args.out, "npz": args.npz}, out=tuple(images.FORMATS), npz=(".npz",))
     import io
 
     import jax
     import numpy as np
 
-    from hmar_jax.io import images
+    from hmar_jax.class_names import label_of, split_classes
 
     pipe = _load_sampler(args)
     spec = pipe.spec
     options = _options(args, "SamplingConfig")
     schedules = options.pop("schedule", None) or [None]
-    given = range(min(10, spec.num_classes)) if args.classes is None else args.classes.split(",")
+    given: Sequence[int | str] = range(min(10, spec.num_classes))
+    if args.classes is not None:
+        given = split_classes(args.classes, spec.class_names)
     classes = [pipe.resolve_class(c) for c in given]
     if args.npz and len(schedules) > 1:
         raise InputError(
@@ -226,13 +229,13 @@ def sample(args) -> None:
     results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
     pixels = np.stack([np.asarray(pixels) for pixels, _ in results])  # (schedules, B, h, w, 3)
     rows = pixels.reshape(len(schedules), len(classes), args.n, *pixels.shape[2:]).swapaxes(0, 1)
-    names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
     titles = [f"schedule {s}" for s in schedules] if len(schedules) > 1 else ()
     grid = images.make_grid(
         rows.reshape(-1, *pixels.shape[2:]),
         columns=len(schedules) * args.n,
-        labels=names,
+        labels=[label_of(c, spec.class_names) for c in classes],
         titles=titles,
+        substitutes=list(map(str, classes)),
     )
     images.save_image(args.out, grid)
     if args.npz:
@@ -280,19 +283,24 @@ def _options(args, kind: str) -> dict[str, Any]:
 
 def edit(args) -> None:
     """Regenerates a region of an image."""
-    from hmar_jax.io import files
+    from hmar_jax.io import images, masks
 
-    for path in filter(None, (args.out, args.show)):
-        files.check_writable(path)
+    endings = tuple(images.FORMATS)
+    outputs.check(
+        {"out": args.out, "show": args.show},
+        {"image": args.image, "mask": args.mask},
+        out=endings,
+        show=endings,
+    )
     import warnings
 
     import jax
     import numpy as np
 
     from hmar_jax import pipeline
-    from hmar_jax.io import images, masks
+    from hmar_jax.data.decoding import decode_image
 
-    image = _read_image("--image", args.image)  # uint8 (h, w, 3)
+    image = _read("--image", args.image, decode_image)  # uint8 (h, w, 3)
     mask = _read_mask(args, image)
     options = _options(args, "EditingConfig")
     for name in ("paste", "feather"):
@@ -316,62 +324,69 @@ def edit(args) -> None:
         sheet = np.stack([before, np.repeat(shown[..., None], 3, -1), edited])
         titles = ["before", "mask", "after"]
         images.save_image(args.show, images.make_grid(sheet, columns=3, titles=titles))
-    print(args.out + (f"; {args.show}" if args.show else ""))
+    written = args.out + (f"; {args.show}" if args.show else "")
+    print(f"{written}: new content in {mask.sum():,} of {mask.size:,} pixels")
 
 
 def _read_mask(args, image):
     """bool (h, w): True where new content goes, from --box or --mask and --mode."""
+    from hmar_jax.data import mask_images
     from hmar_jax.io import masks
 
+    own = args.mask == arguments.OWN_TRANSPARENCY
     if args.box:
         mask = masks.box_mask(args.box, *image.shape[:2])
+    elif own:
+        mask = _read("--image", args.image, mask_images.read_transparency)
     else:
-        pixels = _read_image("--mask", args.mask)
-        if pixels.shape != image.shape:
+        mask = _read("--mask", args.mask, mask_images.read_mask)
+        if mask.shape != image.shape[:2]:
             raise InputError(
                 f"mask {args.mask} must have the image's size, {image.shape[1]} x "
-                f"{image.shape[0]} pixels; got {pixels.shape[1]} x {pixels.shape[0]}"
+                f"{image.shape[0]} pixels; got {mask.shape[1]} x {mask.shape[0]}"
             )
-        mask = pixels.mean(-1) >= 128
     if args.mode == "outpaint":
         mask = ~mask
     if mask.any():
         return mask
+    nothing = f"selects 0 of {mask.size:,} pixels"
     if args.box:
-        raise InputError("--box must leave pixels outside to outpaint; it is the whole image")
+        raise InputError(
+            f"--box must leave pixels outside to outpaint; it is the whole image and {nothing}"
+        )
+    if own:
+        raise InputError(f"--mask=alpha {nothing}: all of image {args.image} is transparent")
     white, black = "new content goes", "the image stays"
     if args.mode == "outpaint":
         white, black = black, white
     raise InputError(
-        f"mask {args.mask} selects nothing; it must be white (at least 128) where {white}, and "
-        f"black where {black}"
+        f"mask {args.mask} {nothing} ({mask_images.describe_values(args.mask)}); it must be white "
+        f"(at least 128) where {white}, and black or transparent where {black}"
     )
 
 
-def _read_image(option: str, path: str):
-    """uint8 (h, w, 3)"""
-    from hmar_jax.data.decoding import ImageDecodeError, decode_image
+def _read(option: str, path: str, decode):
+    """decode(path); InputError if that is no image."""
+    from hmar_jax.data.decoding import ImageDecodeError
 
     if not os.path.isfile(path):
         raise InputError(f"{option} {path}: no such file")
     try:
-        return decode_image(path)
+        return decode(path)
     except ImageDecodeError as e:
         raise InputError(f"{option} {path} cannot be decoded as an image ({e.reason})") from None
 
 
 def evaluate(args) -> None:
     """Evaluates samples against real images."""
-    from hmar_jax.io import files
-
-    if args.json:
-        files.check_writable(args.json)
+    outputs.check({"json": args.json})
     import jax
     import numpy as np
 
     from hmar_jax.data.sources import open_source
     from hmar_jax.evaluation.classifier import read_all
     from hmar_jax.evaluation.report import classifier_report, format_report
+    from hmar_jax.io import files
 
     pipe = _load_sampler(args)
     options = _options(args, "SamplingConfig")

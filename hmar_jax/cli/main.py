@@ -4,13 +4,15 @@ Exit status: 0 done, 2 the user's input is wrong, 1 anything else.
 """
 
 import argparse
+import difflib
 import errno
+import io
 import os
 import sys
 import warnings
 
 from hmar_jax import families, settings
-from hmar_jax.cli import arguments, commands
+from hmar_jax.cli import arguments, commands, environment
 from hmar_jax.errors import InputError
 from hmar_jax.logging import show_log
 
@@ -23,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     show_log()
     parser = make_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
     args, rest = parser.parse_known_args(argv)
     has_config = hasattr(args, "config")
     overrides = [r for r in rest if r.startswith("--config.")] if has_config else []
@@ -32,10 +37,17 @@ def main(argv: list[str] | None = None) -> int:
             if "=" not in text:
                 raise InputError(f"overrides must be --config.KEY=VALUE; got {text!r}")
         if unknown:
-            raise InputError(f"unknown argument {unknown[0]!r} (see hmar {args.command} --help)")
+            raise InputError(_describe_unknown(unknown[0], args))
+        environment.check_current_directory()
         return (args.run(args, overrides) if has_config else args.run(args)) or 0
     except InputError as e:
         print(f"hmar {args.command}: {e}", file=sys.stderr)
+        return 2
+    except (RuntimeError, AssertionError):
+        missing = environment.describe_missing_devices()
+        if missing is None:
+            raise
+        print(f"hmar {args.command}: {missing}", file=sys.stderr)
         return 2
     except FloatingPointError as e:  # a run that diverged
         print(f"hmar {args.command}: {e}", file=sys.stderr)
@@ -54,8 +66,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _describe_unknown(given: str, args: argparse.Namespace) -> str:
+    name = given.partition("=")[0]
+    similar = difflib.get_close_matches(name, args.options, n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    return f"unknown argument {given!r}{hint} (see hmar {args.command} --help)"
+
+
 def run() -> None:
     """The console command."""
+    for stream in (sys.stdout, sys.stderr):  # names of files and classes may be no text at all
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _format_warning
     sys.exit(main())
 
@@ -70,6 +92,14 @@ def _format_warning(message, category, filename, lineno, line=None) -> str:
 _format_other_warning = warnings.formatwarning
 
 
+class _Version(argparse.Action):
+    """Prints versions and devices, and ends. JAX is imported only then."""
+
+    def __call__(self, parser, *_):
+        print(environment.describe_versions())
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -81,6 +111,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="hmar",
         description="Hierarchical masked autoregressive image generation in JAX.",
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="show the versions and the devices, and exit"
     )
     subparsers = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
@@ -95,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, options=sub._option_string_actions)
         return sub
 
     _add_tokenize(command)
@@ -276,7 +309,9 @@ def _add_sample(command) -> None:
     sub.add_argument(
         "--classes",
         default=None,
-        help="ids or names, separated by commas (default: the first ten)",
+        help="names or ids, separated by commas (default: the first ten). A text is looked up as a "
+        "name first; id:2 and name:2 say which. A name with a comma stands between double quotes: "
+        "'\"great white, shark\",3'",
     )
     sub.add_argument(
         "--n", type=arguments.positive, default=8, help="images of each class (default 8)"
@@ -286,7 +321,7 @@ def _add_sample(command) -> None:
         "--out",
         type=arguments.path,
         required=True,
-        help="a .png file: a grid with a labelled row for each class",
+        help="a .png, .jpg or .webp file: a grid with a labelled row for each class",
     )
     sub.add_argument(
         "--npz",
@@ -320,7 +355,11 @@ def _add_edit(command) -> None:
         help="x0,y0,x1,y1 in pixels of the image; x1 and y1 are the first outside",
     )
     region.add_argument(
-        "--mask", default=None, help="an image file of the same size, white where new content goes"
+        "--mask",
+        type=arguments.path,
+        default=None,
+        help="an image file of the same size: white where new content goes, black or transparent "
+        "where the image stays; --mask=alpha: new content goes where --image is transparent",
     )
     sub.add_argument(
         "--mode",
@@ -332,17 +371,17 @@ def _add_edit(command) -> None:
         "--class",
         dest="class_id",
         default=None,
-        help="class of the new content: an id or name (default: no class)",
+        help="class of the new content: a name or id, also name:2 and id:2 (default: no class)",
     )
     sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
     sub.add_argument(
-        "--out", type=arguments.path, required=True, help="a .png file: the edited image"
+        "--out", type=arguments.path, required=True, help="the edited image: .png, .jpg or .webp"
     )
     sub.add_argument(
         "--show",
         type=arguments.path,
         default=None,
-        help="a .png file: before, mask and after, side by side",
+        help="an image file: before, mask and after, side by side",
     )
     sub.add_argument("--coarse", choices=["keep", "free"], default=None, help=argparse.SUPPRESS)
     commands.add_composite_options(sub)

@@ -1,5 +1,6 @@
 """Decodes image files of any kind to RGB bytes, or raises `ImageDecodeError`."""
 
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -41,9 +42,20 @@ def decode_image(file: str | BinaryIO, path: str | None = None) -> np.ndarray:
     Raises:
       ImageDecodeError: the image cannot be decoded completely.
     """
+    return decode(file, lambda image: np.array(_to_rgb(image)), path)
+
+
+def decode(
+    file: str | BinaryIO, convert: Callable[[Image.Image], np.ndarray], path: str | None = None
+) -> np.ndarray:
+    """Decodes an image as `decode_image` does, with another conversion of the upright image.
+
+    Raises:
+      ImageDecodeError: the image cannot be decoded completely, or `convert` fails.
+    """
     try:
         with Image.open(file) as image:
-            return np.array(_to_rgb(_apply_orientation(image)))
+            return convert(_apply_orientation(image))
     except MemoryError:
         raise  # caused by the machine, not by the image
     except Exception as error:

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import io
+import logging
 import os
 import re
+from collections.abc import Collection
 from concurrent import futures
 from typing import BinaryIO
 
@@ -15,6 +17,8 @@ from hmar_jax.data.decoding import ImageDecodeError, decode_image
 from hmar_jax.errors import InputError
 from hmar_jax.io.files import expand, is_local, read_text
 
+_log = logging.getLogger(__name__)
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 _CLASS_NAME_FILES = (
@@ -24,6 +28,7 @@ _CLASS_NAME_FILES = (
 )
 _VALIDATE_FOLDERS = ("validate", "val", "validation")
 _LISTING_THREADS = 32  # for folders in object stores
+_MAX_REPORTED = 5  # names in a warning
 _HELD_OUT_FRACTION = 0.02  # for validation, if a folder has no validation images of its own
 
 
@@ -98,7 +103,7 @@ def open_folder(path: str, split: str, need_classes: bool) -> FolderSource:
             f"{train_root}/CLASS/{classes[''][0]}, or all of them to one folder to train without "
             "classes"
         )
-    listed = _read_class_names(root)
+    listed = _read_class_names(root, classes, warn=split == "train")
     names = tuple(
         "all" if folder == "" else listed.get(folder) or _readable_name(folder, files)
         for folder, files in classes.items()
@@ -216,24 +221,41 @@ def _readable_name(folder: str, files: list[str]) -> str:
     return name if re.search("[^\\W\\d_]", name) else folder
 
 
-def _read_class_names(root: epath.Path) -> dict[str, str]:
-    """Reads class names by folder: `n02099601 golden retriever` becomes "golden_retriever"."""
+def _read_class_names(root: epath.Path, folders: Collection[str], warn: bool) -> dict[str, str]:
+    """Reads class names by folder: `n02099601 golden retriever` becomes "golden_retriever".
+
+    A folder whose name has spaces ends at a tab.
+
+    Args:
+      folders: the class folders.
+      warn: whether to report lines that name none of them.
+    """
     for file in _CLASS_NAME_FILES:
         path = root / file
         if not path.exists():
             continue
-        lines = [
-            line.split(maxsplit=1)
-            for line in read_text(path, "a list of class names").split("\n")
-            if line.strip()
-        ]
-        wrong = next((number for number, line in enumerate(lines, 1) if len(line) != 2), None)
-        if wrong:
-            raise InputError(
-                f"{path}, line {wrong}: must be a class folder and its name, such as "
-                f"n02099601 golden_retriever; got {' '.join(lines[wrong - 1])!r}"
+        names = {}
+        for number, line in enumerate(read_text(path, "a list of class names").split("\n"), 1):
+            if not line.strip():
+                continue
+            folder, *rest = line.strip().split("\t" if "\t" in line.strip() else None, 1)
+            if not rest:
+                raise InputError(
+                    f"{path}, line {number}: must be a class folder and its name, such as "
+                    f"n02099601 golden_retriever; got {line.strip()!r}"
+                )
+            names[folder.strip()] = "_".join(rest[0].split(",")[0].split())
+        unknown = [folder for folder in names if folder not in folders]
+        if unknown and warn:
+            _log.warning(
+                "%s: %d of %d lines name no class folder: %s%s",
+                path,
+                len(unknown),
+                len(names),
+                ", ".join(map(repr, unknown[:_MAX_REPORTED])),
+                ", ..." if len(unknown) > _MAX_REPORTED else "",
             )
-        return {folder: "_".join(names.split(",")[0].split()) for folder, names in lines}
+        return names
     return {}
 
 

@@ -249,7 +249,12 @@ def _report_decode_errors(errors: DecodeErrorLog, num_reported: int) -> int:
 
 def _save_preview(rows: np.ndarray, labels: list[str], directory: epath.Path, step: int) -> None:
     """rows: (rows, columns, h, w, 3) in [0, 1]."""
-    grid = images.make_grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1], labels=labels)
+    grid = images.make_grid(
+        rows.reshape(-1, *rows.shape[2:]),
+        columns=rows.shape[1],
+        labels=labels,
+        substitutes=list(map(str, range(len(labels)))),
+    )
     images.save_image(directory / "samples" / f"step_{step:06d}.png", grid)
 
 
