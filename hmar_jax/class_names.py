@@ -124,7 +124,7 @@ def split_classes(text: str, class_names: Sequence[str] = ()) -> list[str]:
     items = [item.strip() for item in items]
     if not all(items) or not items:
         raise InputError(
-            f"classes must be ids or names, separated by commas, without empty ones; got {text!r}"
+            f"classes must be names or ids, separated by commas, without empty ones; got {text!r}"
         )
     whole = text.strip()
     if len(items) > 1 and find_names(whole, class_names):

@@ -298,6 +298,47 @@ def test_what_cannot_be_loaded(tmp_path):
         hmar_jax.load(str(copy))
 
 
+# Seeds and keys
+
+
+def test_a_seed_in_place_of_a_key(pipe, sample_images):
+    expected = pipe.sample(jax.random.key(3), [0, 1])
+    for rng in (
+        3,
+        np.int64(3),
+        np.uint32(3),
+        np.array(3),
+        jax.numpy.int32(3),
+        jax.random.PRNGKey(3),
+    ):
+        assert np.array_equal(pipe.sample(rng, [0, 1]), expected), rng
+    assert np.array_equal(pipe.sample(np.asarray(jax.random.PRNGKey(3)), [0, 1]), expected)
+    mask = np.zeros(sample_images.shape[1:3], bool)
+    mask[:4] = True
+    edited = [pipe.edit(rng, sample_images[0], mask, 1) for rng in (5, jax.random.key(5))]
+    assert np.array_equal(*edited)
+
+
+@pytest.mark.parametrize(
+    "rng, got",
+    [
+        (-1, "-1"),
+        (2**32, "4294967296"),
+        (0.5, "0.5"),
+        (True, "True"),
+        (None, "None"),
+        ("3", "'3'"),
+        (np.zeros(2), r"float64 of shape \(2,\)"),
+        (np.zeros(3, np.uint32), r"uint32 of shape \(3,\)"),
+        (jax.random.split(jax.random.key(0), 2), r"key<fry> of shape \(2,\)"),
+    ],
+)
+def test_no_seed_and_no_key(pipe, rng, got):
+    message = rf"rng must be a random key, such as jax.random.key\(0\), or a seed, .*; got {got}"
+    with pytest.raises(InputError, match=message):
+        pipe.sample(rng, 0)
+
+
 # Classes by name
 
 
@@ -328,10 +369,10 @@ def test_classes_by_name():
     ):
         assert resolve(given) == expected, given
     with pytest.raises(
-        InputError, match="class 'crane': 2 classes have this name; give an id: 1, 3"
+        InputError, match="class 'crane': 2 classes have this name; give an id: id:1, id:3"
     ):
         resolve("crane")
-    with pytest.raises(InputError, match="'Crane': 3 classes have this name; give an id: 1, 3, 9"):
+    with pytest.raises(InputError, match="'Crane': 3 classes .*: id:1, id:3, id:9"):
         resolve("Crane")
     message = r"id in \[0, 9\], or a name such as golden_retriever, .*; got 'retriever'"
     with pytest.raises(InputError, match=message):
@@ -349,7 +390,11 @@ def test_a_pipeline_documents_the_options_of_its_family(pipe):
     assert {"guidance", "temperature", "top_k", "schedule", "choice_temperature"} <= set(parameters)
     assert "temperature: Temperature of next-scale passes" in pipe.sample.__doc__
     assert {"dilation", "feather", "paste"} <= set(inspect.signature(pipe.edit).parameters)
-    assert "HMAR, next-scale prediction, 8 x 8 pixels" in repr(pipe)
+    count = sum(x.size for x in jax.tree.leaves(pipe.params))
+    assert repr(pipe) == (
+        "<Pipeline: HMAR, next-scale prediction, 8 x 8 pixels, 3 classes, "
+        f"{count:,} parameters, 1 x cpu>"
+    )
     assert "guidance: Classifier-free guidance of next-scale passes; 0: none. (of at least 0; " in (
         pipe.sample.__doc__
     )
