@@ -105,15 +105,19 @@ def test_labels_say_the_id_where_the_name_would_mislead():
     assert label_of(1, ("crane", "crane")) == "crane (id 1)"
 
 
+def renamed(model, *names):
+    """A copy of the tiny run with other class names."""
+    shutil.copytree(tiny.masked_run(), model)
+    config = json.loads((model / "config.json").read_text())
+    config["model"]["class_names"] = names
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
 @pytest.fixture
 def numbered(tmp_path, monkeypatch):
     """A model whose classes 0, 1, 2 are called 1, 10 and 2."""
-    source = tiny.masked_run()
-    model = tmp_path / "model"
-    shutil.copytree(source, model)
-    config = json.loads((model / "config.json").read_text())
-    config["model"]["class_names"] = ["1", "10", "2"]
-    (model / "config.json").write_text(json.dumps(config))
+    model = renamed(tmp_path / "model", "1", "10", "2")
     monkeypatch.chdir(tmp_path)
     Image.fromarray(tiny.image(0, np.random.default_rng(0), tiny.SIDE)).save("a.png")
     with tiny.cached():
@@ -144,3 +148,12 @@ def test_sample_edit_and_the_api_agree(numbered, capsys):
         assert cli.main([*edit, "--out=e.png", f"--class={given}"]) == 0
         results[given] = np.asarray(Image.open("e.png")).tobytes()
     assert results["name:1"] == results["id:0"] != results["id:1"] == results["10"]
+
+
+def test_evaluation_compares_class_names(tmp_path, capsys):
+    model = renamed(tmp_path / "model", "circle", "stripes", "cross")
+    command = ["evaluate", f"--model={model}", f"--reference=folder:{tiny.images()}", "--n=3"]
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert "must have the model's order of classes; class 1 is 'stripes' of the model and " in err
+    assert err.endswith("and 'cross' there\n") and err.count("\n") == 1

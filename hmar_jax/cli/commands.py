@@ -397,12 +397,27 @@ def evaluate(args) -> None:
             f"reference {args.reference!r} must have the model's {pipe.spec.num_classes} classes; "
             f"it has {real[0].num_classes}"
         )
+    _compare_class_names(pipe.spec.class_names, real[0].class_names, args.reference)
     ids = np.arange(args.n) % pipe.spec.num_classes
     images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
     report = classifier_report(images, ids, *[read_all(r) for r in real], seed=args.seed)
     if args.json:
         files.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
     print(format_report(report))
+
+
+def _compare_class_names(ours: Sequence[str], theirs: Sequence[str], reference: str) -> None:
+    """Raises InputError if a reference has the model's classes in another order.
+
+    Other names are reported: one data set may be called by its folders or by readable names.
+    """
+    different = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
+    if different is None:
+        return
+    names = f"class {different} is {ours[different]!r} of the model and {theirs[different]!r} there"
+    if sorted(ours) == sorted(theirs):
+        raise InputError(f"reference {reference!r} must have the model's order of classes; {names}")
+    print(f"hmar evaluate: reference {reference!r} has other class names: {names}", file=sys.stderr)
 
 
 def info(args) -> None:
