@@ -11,13 +11,11 @@ import os
 import sys
 import warnings
 
-from hmar_jax import families, settings
-from hmar_jax.cli import arguments, commands, environment
+from hmar_jax import families
+from hmar_jax.cli import arguments, commands, environment, sampling_arguments
 from hmar_jax.errors import InputError
 from hmar_jax.logging import show_log
 
-_MODEL_HELP = "a bundled model (digits), a run directory or a model directory"
-_SEED_HELP = "of the random numbers (default 0)"
 _CONFIG_HELP = "FILE:NAME[,key=value...]; single values also by --config.KEY=VALUE"
 
 
@@ -134,10 +132,12 @@ def make_parser() -> argparse.ArgumentParser:
     _add_tokenize(command)
     _add_train(command)
     _add_plan(command)
-    _add_sample(command)
-    _add_edit(command)
-    _add_evaluate(command)
-    _add_model(command("info", commands.info, "describe a model", "hmar info --model=digits"))
+    sampling_arguments.add_sample(command)
+    sampling_arguments.add_edit(command)
+    sampling_arguments.add_evaluate(command)
+    arguments.add_model(
+        command("info", commands.info, "describe a model", "hmar info --model=digits")
+    )
     _add_convert(command)
     _add_export(command)
     return parser
@@ -152,7 +152,7 @@ def _add_tokenize(command) -> None:
         "Safe to interrupt: rerun the same command to resume. On a finished set, more --crops are "
         "added.",
     )
-    sub.add_argument("--tokenizer", type=arguments.path, required=True, help=_MODEL_HELP)
+    sub.add_argument("--tokenizer", type=arguments.path, required=True, help=arguments.MODEL_HELP)
     sub.add_argument("--data", required=True, help="folder:DIR, tfds:NAME or digits")
     sub.add_argument(
         "--out", type=arguments.path, required=True, help="the directory to make, also gs://"
@@ -298,125 +298,6 @@ def _add_plan(command) -> None:
     )
 
 
-def _add_sample(command) -> None:
-    sub = command(
-        "sample",
-        commands.sample,
-        "sample images of classes",
-        "hmar sample --model=digits --classes=0,3,7 --n=8 --out=grid.png",
-    )
-    _add_model(sub)
-    sub.add_argument(
-        "--classes",
-        default=None,
-        help="names or ids, separated by commas (default: the first ten). A text is looked up as a "
-        "name first; id:2 and name:2 say which. A name with a comma stands between double quotes: "
-        "'\"great white, shark\",3'",
-    )
-    sub.add_argument(
-        "--n", type=arguments.positive, default=8, help="images of each class (default 8)"
-    )
-    sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
-    sub.add_argument(
-        "--out",
-        type=arguments.path,
-        required=True,
-        help="a .png, .jpg or .webp file: a grid with a labelled row for each class",
-    )
-    sub.add_argument(
-        "--npz",
-        type=arguments.path,
-        default=None,
-        help="also write images (uint8), labels and tokens to this .npz file (of one schedule)",
-    )
-    _add_options(sub, "SamplingConfig", several=("schedule",))
-
-
-def _add_edit(command) -> None:
-    sub = command(
-        "edit",
-        commands.edit,
-        "regenerate a region of an image, without extra training",
-        "hmar edit --model=digits --image=seven.png --box=0,11,32,21 --class=7 --out=edited.png "
-        "--show=before_and_after.png",
-    )
-    _add_model(sub)
-    sub.add_argument(
-        "--image",
-        type=arguments.path,
-        required=True,
-        help="an image file; of another size than the model's: resized",
-    )
-    region = sub.add_mutually_exclusive_group(required=True)
-    region.add_argument(
-        "--box",
-        type=arguments.box,
-        default=None,
-        help="x0,y0,x1,y1 in pixels of the image; x1 and y1 are the first outside",
-    )
-    region.add_argument(
-        "--mask",
-        type=arguments.path,
-        default=None,
-        help="an image file of the same size: white where new content goes, black or transparent "
-        "where the image stays; --mask=alpha: new content goes where --image is transparent",
-    )
-    sub.add_argument(
-        "--mode",
-        choices=["inpaint", "outpaint"],
-        default="inpaint",
-        help="inpaint: regenerate box or mask (default); outpaint: keep it, regenerate the rest",
-    )
-    sub.add_argument(
-        "--class",
-        dest="class_id",
-        default=None,
-        help="class of the new content: a name or id, also name:2 and id:2 (default: no class)",
-    )
-    sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
-    sub.add_argument(
-        "--out", type=arguments.path, required=True, help="the edited image: .png, .jpg or .webp"
-    )
-    sub.add_argument(
-        "--show",
-        type=arguments.path,
-        default=None,
-        help="an image file: before, mask and after, side by side",
-    )
-    sub.add_argument("--coarse", choices=["keep", "free"], default=None, help=argparse.SUPPRESS)
-    commands.add_composite_options(sub)
-    _add_options(sub, "EditingConfig")
-
-
-def _add_evaluate(command) -> None:
-    sub = command(
-        "evaluate",
-        commands.evaluate,
-        "evaluate samples against real images",
-        "hmar evaluate --model=digits --reference=digits --features=classifier",
-    )
-    _add_model(sub)
-    sub.add_argument(
-        "--reference",
-        default="digits",
-        help="the data set of real images: digits, folder:DIR, tfds:NAME (default digits)",
-    )
-    sub.add_argument(
-        "--features",
-        default="classifier",
-        choices=["classifier"],
-        help="classifier: class accuracy by an independent classifier, and nearest neighbours",
-    )
-    sub.add_argument(
-        "--n", type=arguments.positive, default=500, help="samples in all (default 500)"
-    )
-    sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
-    sub.add_argument(
-        "--json", type=arguments.path, default=None, help="also write the metrics to this file"
-    )
-    _add_options(sub, "SamplingConfig")
-
-
 def _add_convert(command) -> None:
     sub = command(
         "convert",
@@ -435,7 +316,7 @@ def _add_convert(command) -> None:
         help=f"whose weights they are: {', '.join(families.FAMILIES)}",
     )
     sub.add_argument("--out", type=arguments.path, required=True, help="the directory to make")
-    _add_options(sub, "ConvertConfig")
+    arguments.add_options(sub, "ConvertConfig")
 
 
 def _add_export(command) -> None:
@@ -445,26 +326,9 @@ def _add_export(command) -> None:
         "export a run to a model directory, without optimizer and checkpoints",
         "hmar export --model=runs/digits --out=models/digits",
     )
-    _add_model(sub)
+    arguments.add_model(sub)
     sub.add_argument(
         "--half", action="store_true", help="store parameters as float16: half the size"
     )
     sub.add_argument("--licence", default=None, help="what its README says of the licence")
     sub.add_argument("--out", type=arguments.path, required=True, help="the directory to make")
-
-
-def _add_model(sub) -> None:
-    sub.add_argument("--model", type=arguments.path, required=True, help=_MODEL_HELP)
-    sub.add_argument(
-        "--checkpoint",
-        type=arguments.checkpoint,
-        default="latest",
-        help="of a run: latest (default), best (of least validation loss) or a step",
-    )
-
-
-def _add_options(sub, kind: str, several: tuple[str, ...] = ()) -> None:
-    """The options that each family declares; those of the same name are shared."""
-    for name, cls in families.option_classes(kind).items():
-        group = sub.add_argument_group(f"options of {name} models")
-        settings.add_arguments(group, cls, several=several)
