@@ -45,12 +45,10 @@ def _identity(path: str) -> str:
 
 
 def _is_device(path: str) -> bool:
-    """Whether it is a device or a pipe, such as /dev/null."""
-    return files.is_local(path) and os.path.exists(path) and not _is_plain(path)
-
-
-def _is_plain(path: str) -> bool:
-    return os.path.isfile(path) or os.path.isdir(path)
+    """Whether it is a device or a pipe, such as /dev/null, or /dev/stdout wherever that leads."""
+    if not files.is_local(path) or not os.path.exists(path):
+        return False
+    return path.startswith("/dev/") or not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def _join(words: tuple[str, ...]) -> str:

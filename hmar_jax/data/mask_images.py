@@ -70,7 +70,9 @@ def _gray(image: Image.Image) -> np.ndarray:
     elif image.mode == "1":
         values, white = np.array(image).astype(np.float64), 1
     else:
-        plain = image.convert("RGBA").convert("RGB")  # RGBA drops a palette's transparent colour
+        # Straight to RGB, a palette's transparent entry could change its colour.
+        plain = image.convert("RGBA") if image.has_transparency_data else image
+        plain = plain.convert("RGB")
         values, white = np.array(plain).astype(np.float64).mean(-1), 255
     if values.max() == 1 and image.format != "JPEG":  # there it is noise
         white = 1
@@ -79,6 +81,6 @@ def _gray(image: Image.Image) -> np.ndarray:
 
 def _alpha(image: Image.Image) -> np.ndarray:
     """(h, w) opacity, uint8."""
-    if image.has_transparency_data:
+    if image.has_transparency_data and not image.mode.startswith("I"):
         return np.array(image.convert("RGBA").getchannel("A"))
     return np.full((image.height, image.width), 255, np.uint8)
