@@ -123,9 +123,7 @@ def split_classes(text: str, class_names: Sequence[str] = ()) -> list[str]:
         raise InputError(f"classes {text!r}: the double quotes do not match ({error})") from None
     items = [item.strip() for item in items]
     if not all(items) or not items:
-        raise InputError(
-            f"classes must be names or ids, separated by commas, without empty ones; got {text!r}"
-        )
+        raise InputError(f"each class must be a name or an id, separated by commas; got {text!r}")
     whole = text.strip()
     if len(items) > 1 and find_names(whole, class_names):
         unknown = [item for item in items if not find_names(item, class_names)]

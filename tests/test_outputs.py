@@ -47,6 +47,7 @@ ENDINGS = "must end in .png, .jpg, .jpeg or .webp; got "
         ([*SAMPLE, "--out=a"], "--out " + ENDINGS + "a"),
         ([*SAMPLE, "--out=a.png.bak"], "--out " + ENDINGS + "a.png.bak"),
         ([*SAMPLE, "--out=a.png", "--npz=a.png"], "--npz must end in .npz; got a.png"),
+        ([*SAMPLE, "--out=a.png", "--npz=."], "it names a folder"),
         ([*SAMPLE, "--out=a.png", "--npz=a"], "--npz must end in .npz; got a"),
         ([*SAMPLE, "--out=folder.png"], "folder.png: it names a folder"),
         ([*SAMPLE, "--out=no/a.png"], "folder"),
@@ -64,8 +65,8 @@ ENDINGS = "must end in .png, .jpg, .jpeg or .webp; got "
         ([*PLAN, "--json=c.py"], "--json c.py would overwrite --config c.py"),
         ([*PLAN, "--json=no/x.json"], "does not exist"),
         (["evaluate", "--model=digits", "--json=sub"], "it names a folder"),
-        ([*SAMPLE, "--out=a.png", "--classes="], "classes must be names or ids"),
-        ([*SAMPLE, "--out=a.png", "--classes=1,,2"], "classes must be names or ids"),
+        ([*SAMPLE, "--out=a.png", "--classes="], "each class must be a name or an id"),
+        ([*SAMPLE, "--out=a.png", "--classes=1,,2"], "each class must be a name or an id"),
         (
             [*SAMPLE, "--out=a.png", "--clases=1"],
             "unknown argument '--clases=1'; did you mean",
@@ -148,9 +149,11 @@ def test_version(capsys):
 
 
 def test_without_a_command(capsys):
-    assert cli.main([]) == 2
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("usage: hmar ") and "tokenize" in err
+    assert (stop.value.code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("hmar: a COMMAND is required: tokenize, train-tokenizer, train, ")
 
 
 def test_names_that_are_no_text_can_be_printed(tmp_path):

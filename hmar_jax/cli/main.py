@@ -23,10 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     show_log()
     parser = make_parser()
-    if not (sys.argv[1:] if argv is None else argv):
-        parser.print_help(sys.stderr)
-        return 2
     args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.error(f"a COMMAND is required: {', '.join(args.commands)}")
     has_config = hasattr(args, "config")
     overrides = [r for r in rest if r.startswith("--config.")] if has_config else []
     unknown = [r for r in rest if r not in overrides]
@@ -113,9 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="show the versions and the devices, and exit"
     )
-    subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
-    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     def command(name, run, help, example):
         sub = subparsers.add_parser(
@@ -140,6 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_convert(command)
     _add_export(command)
+    parser.set_defaults(commands=tuple(subparsers.choices))
     return parser
 
 

@@ -19,10 +19,10 @@ def check(outputs: Paths, inputs: Paths | None = None, **endings: tuple[str, ...
     """
     given = {name: path for name, path in outputs.items() if path is not None}
     for name, path in given.items():
+        files.check_writable(path)
         allowed = endings.get(name)
         if allowed and not path.lower().endswith(allowed) and not _is_device(path):
             raise InputError(f"--{name} must end in {_join(allowed)}; got {path}")
-        files.check_writable(path)
     seen: dict[str, str] = {}
     for name, path in given.items():
         if _is_device(path):
