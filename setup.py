@@ -32,7 +32,7 @@ setup(
         "hmar_jax.packaged_configs",
     ],
     package_dir={"hmar_jax.packaged_configs": "configs"},
-    package_data={"hmar_jax": ["bundled/**/*", "io/*.json", "data/*.json"]},
+    package_data={"hmar_jax": ["bundled/**/*", "io/*.json", "io/fonts/*", "data/*.json"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.4,<0.13",

@@ -22,8 +22,8 @@ def sample(rng, class_id=None, model: str = "digits", **options):
     """Samples images in one call: Pipeline.sample of `model`, which is loaded once and kept.
 
     Args:
-      rng: a key, jax.random.key(seed).
-      class_id: an id for one image (h, w, 3), a list for several (B, h, w, 3).
+      rng: a key, jax.random.key(seed), or the seed itself.
+      class_id: an id or name for one image (h, w, 3), a list for several (B, h, w, 3).
       model: a bundled name, a run directory or a model directory.
       **options: of Pipeline.sample.
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -196,17 +197,43 @@ def load_config(argument: str) -> ConfigDict:
     that is not found from the current directory is the one that comes with the package.
 
     Raises:
-      InputError: no such file, no such name in it, or an unknown key after the name.
+      InputError: no such file, no such name in it, an unknown key after the name; or the file is no
+        Python, fails, or returns something else.
     """
     path, _, spec = argument.partition(":")
     file = _find(path)
     loader = importlib.util.spec_from_file_location(f"hmar_config_{file.stem}", file)
     assert loader is not None and loader.loader is not None
     module = importlib.util.module_from_spec(loader)
-    loader.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise InputError(f"config {path!r} must define get_config(spec)")
-    return module.get_config(spec).lock()
+    try:
+        loader.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise InputError(f"config {path!r} must define get_config(spec)")
+        config = get_config(spec)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"config {path!r} {_describe_failure(error, file)}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"config {path!r}: get_config must return an ml_collections.ConfigDict; "
+            f"got {type(config).__name__}"
+        )
+    return config.lock()
+
+
+def _describe_failure(error: BaseException, file: pathlib.Path) -> str:
+    """What went wrong in a config file, and in which of its lines."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        if "null bytes" in reason or "codec" in reason or "utf-8" in reason.lower():
+            return f"must be UTF-8 text; save it as UTF-8 ({reason})"
+        return f"is not valid Python: {error.msg} (line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(file)]
+    where = f" in line {lines[-1]}" if lines else ""
+    return f"fails{where}: {type(error).__name__}{f': {reason}' if reason else ''}"
 
 
 def _find(path: str) -> pathlib.Path:

@@ -36,6 +36,7 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
     Raises:
       InputError: there is no such model or checkpoint, or its files cannot be read.
     """
+    name = files.expand(name)
     directory = pathlib.Path(name) if files.is_local(name) else epath.Path(name)
 
     def exists(folder):
@@ -50,6 +51,7 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
             f"model must be a bundled model ({', '.join(bundled_models()) or 'none'}) or a "
             f"directory with a config.json; got {name!r}"
         )
+    jax.devices()  # without one, Orbax fails to read, and sound files would be called damaged
     where = str(directory / "config.json")
     config = files.read_json(directory / "config.json", "the config of a model or a run")
     if runs.is_run(config):

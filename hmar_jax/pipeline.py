@@ -6,7 +6,7 @@ The same for every model family: what a family can do, and with which options, i
 import dataclasses
 import functools
 import inspect
-import re
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hmar_jax import autoencoders, families, loading, settings
 from hmar_jax.autoencoders.base import AUTOENCODER
+from hmar_jax.class_names import resolve_class
 from hmar_jax.data.record_spec import RecordSpec
 from hmar_jax.errors import InputError
 from hmar_jax.families.base import image_keys
@@ -74,7 +75,13 @@ class Pipeline:
         return self.spec.sampling is not None
 
     def __repr__(self) -> str:
-        return f"<Pipeline of {self.spec.kind}, {self.image_side} x {self.image_side} pixels>"
+        spec, size = self.spec, f"{self.image_side} x {self.image_side} pixels"
+        parts = [spec.kind, size]
+        if self.can_sample:
+            parts.append(f"{spec.num_classes} classes")
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        devices = f"{len(self._devices)} x {self._devices[0].platform}"
+        return f"<Pipeline: {', '.join([*parts, f'{count:,} parameters', devices])}>"
 
     # Sampling
 
@@ -82,9 +89,11 @@ class Pipeline:
         """Samples images of classes.
 
         Args:
-          rng: a key, jax.random.key(seed). Image i depends on rng, i and its class alone.
-          class_id: an id or class name for one image, a list for several; None: one image without a
-            class.
+          rng: a key, jax.random.key(seed), or the seed itself. Image i depends on rng, i and its
+            class alone.
+          class_id: an id (integer) or a class name (text) for one image, a list for several; None:
+            one image without a class. A text is looked up as a name first and as an id second, see
+            class_names.resolve_class; "id:2" and "name:2" say which.
           return_tokens: also return the latents: tokens, or what the family has in their place.
           **options: of the family's SamplingConfig; None: the model's own value. See
             help(pipe.sample) of a loaded model.
@@ -122,7 +131,7 @@ class Pipeline:
         """Regenerates a region of images, without extra training.
 
         Args:
-          rng: a key; result i depends on rng, i, its image, mask and class alone.
+          rng: a key or a seed; result i depends on rng, i, its image, mask and class alone.
           image: (h, w, 3) or (B, h, w, 3), float in [0, 1] or uint8. Another size than the model's
             is resized, with a warning.
           mask: (h, w) or (B, h, w) of the image's size, True (or at least 128, in uint8) where new
@@ -151,6 +160,7 @@ class Pipeline:
         ids, one_class = self._classes(class_id)
         images, one_image = self._images(image)
         mask, one_mask = _as_mask(mask, np.shape(image))
+        _warn_of_useless_masks(mask)
         mask = masks.resize_mask(mask, self.image_side)
         count = max(len(images), len(ids), len(mask))
         for name, rows in (("images", images), ("classes", ids), ("masks", mask)):
@@ -196,13 +206,12 @@ class Pipeline:
         return families.get_family(self.spec.family)
 
     def resolve_class(self, given: Any) -> int:
-        """The id of a class given by id, id as text, or name; see `resolve_class`."""
+        """The id of a class given by name or id; see class_names.resolve_class."""
         return resolve_class(given, self.spec.num_classes, self.spec.class_names)
 
     def _classes(self, class_id) -> tuple[np.ndarray, bool]:
         """Ids (B,) int32, and whether one was given rather than a list."""
-        plain = isinstance(class_id, (int, str, np.integer)) or np.ndim(class_id) == 0
-        single = class_id is None or plain
+        single = isinstance(class_id, str) or np.ndim(class_id) == 0
         null = self.spec.null_class
         given = [class_id] if single else list(class_id)
         if not given:
@@ -272,38 +281,6 @@ class Pipeline:
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *turns)
 
 
-def resolve_class(given: Any, num_classes: int, class_names: tuple[str, ...] = ()) -> int:
-    """An id, an id as text, or a class name -> the id.
-
-    In names, case does not matter, and spaces and hyphens are underscores.
-
-    Raises:
-      InputError: there is no such class, or there are several (ImageNet has two called "crane").
-    """
-    text = str(given).strip()
-    if not text.lstrip("-").isdigit():
-        plain = lambda name: re.sub(r"[\s-]", "_", name.strip().casefold())
-        named = [i for i, name in enumerate(class_names) if name == text]
-        named = named or [i for i, name in enumerate(class_names) if plain(name) == plain(text)]
-        if len(named) > 1:
-            raise InputError(
-                f"class {text!r}: {len(named)} classes have this name; give an id: "
-                f"{', '.join(map(str, named))}"
-            )
-        if named:
-            return named[0]
-    try:
-        number = int(text)
-    except ValueError:
-        names = f", or a name such as {', '.join(class_names[:3])}" if class_names else ""
-        raise InputError(
-            f"class must be an id in [0, {num_classes - 1}]{names}; got {text!r}"
-        ) from None
-    if not 0 <= number < num_classes:
-        raise InputError(f"class must be an id in [0, {num_classes - 1}]; got {number}")
-    return number
-
-
 def _unwrap(latents: Mapping[str, Any]) -> Any:
     """The array of latents that have one field; otherwise all of them by name."""
     return next(iter(latents.values())) if len(latents) == 1 else latents
@@ -342,9 +319,29 @@ def _check_latents(given: Any, record: RecordSpec) -> tuple[dict[str, np.ndarray
 
 
 def _as_key(rng: Any) -> jax.Array:
-    if not isinstance(rng, jax.Array):
-        raise InputError(f"rng must be a random key, such as jax.random.key(0); got {rng!r}")
-    return rng
+    """A random key: as it is, also one of the older kind (uint32 of shape (2,)), or from a seed.
+
+    Raises:
+      InputError: it is neither, or several keys.
+    """
+    if isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        if rng.shape == ():
+            return rng
+    elif isinstance(rng, jax.Array | np.ndarray) and rng.dtype == np.uint32 and rng.ndim == 1:
+        if rng.shape == jax.random.key_data(jax.random.key(0)).shape:
+            return jax.random.wrap_key_data(jnp.asarray(rng))
+    elif not isinstance(rng, bool | np.bool_):
+        try:
+            seed = operator.index(rng)
+        except TypeError:  # a float, a text, an array
+            seed = -1
+        if 0 <= seed < 2**32:
+            return jax.random.key(seed)
+    got = f"{rng.dtype} of shape {rng.shape}" if hasattr(rng, "shape") and rng.shape else repr(rng)
+    raise InputError(
+        f"rng must be a random key, such as jax.random.key(0), or a seed, an integer in "
+        f"[0, {2**32 - 1}]; got {got}"
+    )
 
 
 def _as_float(image) -> np.ndarray:
@@ -375,13 +372,30 @@ def _as_mask(mask, image_shape) -> tuple[np.ndarray, bool]:
             f"got {mask.shape}"
         )
     if rows.dtype == np.uint8:
-        rows = rows >= 128
+        white = 1 if rows.max() == 1 else 128  # a mask of 0 and 1 is one of numbers, not of grays
+        selected = rows >= white
+        if rows.any() and not selected.any():
+            raise InputError(
+                f"mask selects 0 of {rows.size:,} pixels: its values lie in [{rows.min()}, "
+                f"{rows.max()}]; give bool, or uint8 with at least 128 where new content goes"
+            )
+        rows = selected
     elif rows.dtype != bool:
         raise InputError(
             "mask must be bool, or uint8 with at least 128 where new content goes; "
             f"got {mask.dtype}"
         )
     return rows, single
+
+
+def _warn_of_useless_masks(mask: np.ndarray) -> None:
+    """Says where masks (B, h, w) bool leave nothing to regenerate, or nothing to keep."""
+    for selected, effect in ((mask, "nothing is kept"), (~mask, "nothing is regenerated")):
+        if selected.all((1, 2)).any():
+            count = mask[0].size if effect == "nothing is kept" else 0
+            warnings.warn(
+                f"a mask selects {count:,} of {mask[0].size:,} pixels: {effect}", stacklevel=3
+            )
 
 
 def load(

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # draws them.
 FLOORS = (
     ("pallas_kernels", "hmar_jax.errors", "hmar_jax.interruption", "hmar_jax.logging"),
-    ("hmar_jax.settings",),
+    ("hmar_jax.settings", "hmar_jax.class_names"),
     ("hmar_jax.config_files", "hmar_jax.parallel", "hmar_jax.progress"),
     ("hmar_jax.io",),
     ("hmar_jax.data",),

@@ -818,10 +818,13 @@ def test_read_json(tmp_path):
     path = tmp_path / "config.json"
     with input_error("the configuration is missing", path):
         files.read_json(path, "the configuration")
-    for damaged in b"", b'{"a": 1', b"\xff\xfe":
+    for damaged in b"", b'{"a": 1':
         path.write_bytes(damaged)
         with input_error("the configuration is damaged", path):
             files.read_json(path, "the configuration")
+    path.write_text("{}", encoding="utf-16")
+    with input_error("the configuration must be UTF-8 text", path):
+        files.read_json(path, "the configuration")
     with input_error("cannot be read", tmp_path):
         files.read_json(tmp_path, "the configuration")
     files.write_atomically(path, '{"a": [1]}')

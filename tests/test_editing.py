@@ -294,7 +294,7 @@ def pixels(name):
 
 def test_edit_by_box_and_by_mask(here, sample_images, capsys):
     assert edit("--box=2,2,5,5", "--class=cross", "--show=show.png") == 0
-    assert capsys.readouterr().out == "out.png; show.png\n"
+    assert capsys.readouterr().out == "out.png; show.png: new content in 9 of 64 pixels\n"
     by_box, outside = pixels("out.png"), np.ones((8, 8), bool)
     outside[2:5, 2:5] = False
     assert np.array_equal(by_box[outside], sample_images[0][outside])
@@ -341,7 +341,11 @@ def test_deprecated_options(here):
         ([], "image.png", ["--box", "--mask"]),
         (["--box=0,0,2,2", "--mask=mask.png"], "image.png", ["--mask", "not allowed with"]),
         (["--box=0,0,8,8", "--mode=outpaint"], "image.png", ["--box must", "the whole image"]),
-        (["--mask=black.png"], "image.png", ["mask black.png selects nothing", "must be white"]),
+        (
+            ["--mask=black.png"],
+            "image.png",
+            ["black.png selects 0 of 64 pixels", "must be white"],
+        ),
         (
             ["--mask=mask.png"],
             "large.png",

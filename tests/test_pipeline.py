@@ -135,13 +135,13 @@ def test_other_numbers_compile_nothing(pipe):
         (dict(class_id=[0, 7]), "got 7"),
         (dict(class_id=[]), "empty"),
         (dict(class_id="dog"), "circle, cross.*'dog'"),
-        (dict(class_id=1.5), "'1.5'"),
-        (dict(class_id=True), "'True'"),
+        (dict(class_id=1.5), "got 1.5"),
+        (dict(class_id=True), "got True"),
         (dict(class_id=1, guidance=-1), "guidance must be a number of at least 0; got -1"),
         (dict(class_id=1, top_p=1.1), r"top_p must be a number in \[0, 1\]; got 1.1"),
         (dict(class_id=1, top_k=17), r"top_k must be in \[0, 16\]; got 17"),
         (dict(class_id=1, strength=1), "unknown option 'strength'; known: "),
-        (dict(class_id=1, rng=0), "rng must be a random key"),
+        (dict(class_id=1, rng=0.0), "rng must be a random key"),
     ],
 )
 def test_wrong_options(pipe, options, words):
@@ -298,6 +298,47 @@ def test_what_cannot_be_loaded(tmp_path):
         hmar_jax.load(str(copy))
 
 
+# Seeds and keys
+
+
+def test_a_seed_in_place_of_a_key(pipe, sample_images):
+    expected = pipe.sample(jax.random.key(3), [0, 1])
+    for rng in (
+        3,
+        np.int64(3),
+        np.uint32(3),
+        np.array(3),
+        jax.numpy.int32(3),
+        jax.random.PRNGKey(3),
+    ):
+        assert np.array_equal(pipe.sample(rng, [0, 1]), expected), rng
+    assert np.array_equal(pipe.sample(np.asarray(jax.random.PRNGKey(3)), [0, 1]), expected)
+    mask = np.zeros(sample_images.shape[1:3], bool)
+    mask[:4] = True
+    edited = [pipe.edit(rng, sample_images[0], mask, 1) for rng in (5, jax.random.key(5))]
+    assert np.array_equal(*edited)
+
+
+@pytest.mark.parametrize(
+    "rng, got",
+    [
+        (-1, "-1"),
+        (2**32, "4294967296"),
+        (0.5, "0.5"),
+        (True, "True"),
+        (None, "None"),
+        ("3", "'3'"),
+        (np.zeros(2), r"float64 of shape \(2,\)"),
+        (np.zeros(3, np.uint32), r"uint32 of shape \(3,\)"),
+        (jax.random.split(jax.random.key(0), 2), r"key<fry> of shape \(2,\)"),
+    ],
+)
+def test_no_seed_and_no_key(pipe, rng, got):
+    message = rf"rng must be a random key, such as jax.random.key\(0\), or a seed, .*; got {got}"
+    with pytest.raises(InputError, match=message):
+        pipe.sample(rng, 0)
+
+
 # Classes by name
 
 
@@ -322,16 +363,17 @@ def test_classes_by_name():
         ("great_dane", 2),
         ("tiger_cat", 5),
         ("CRANE", 9),
-        ("5", 5),
+        ("id:5", 5),
+        ("name:5", 4),
         (3, 3),
         ("0", 0),
     ):
         assert resolve(given) == expected, given
     with pytest.raises(
-        InputError, match="class 'crane': 2 classes have this name; give an id: 1, 3"
+        InputError, match="class 'crane': 2 classes have this name; give an id: id:1, id:3"
     ):
         resolve("crane")
-    with pytest.raises(InputError, match="'Crane': 3 classes have this name; give an id: 1, 3, 9"):
+    with pytest.raises(InputError, match="'Crane': 3 classes .*: id:1, id:3, id:9"):
         resolve("Crane")
     message = r"id in \[0, 9\], or a name such as golden_retriever, .*; got 'retriever'"
     with pytest.raises(InputError, match=message):
@@ -349,7 +391,11 @@ def test_a_pipeline_documents_the_options_of_its_family(pipe):
     assert {"guidance", "temperature", "top_k", "schedule", "choice_temperature"} <= set(parameters)
     assert "temperature: Temperature of next-scale passes" in pipe.sample.__doc__
     assert {"dilation", "feather", "paste"} <= set(inspect.signature(pipe.edit).parameters)
-    assert "HMAR, next-scale prediction, 8 x 8 pixels" in repr(pipe)
+    count = sum(x.size for x in jax.tree.leaves(pipe.params))
+    assert repr(pipe) == (
+        "<Pipeline: HMAR, next-scale prediction, 8 x 8 pixels, 3 classes, "
+        f"{count:,} parameters, 1 x cpu>"
+    )
     assert "guidance: Classifier-free guidance of next-scale passes; 0: none. (of at least 0; " in (
         pipe.sample.__doc__
     )

@@ -53,6 +53,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hmar_jax.errors import InputError
+from hmar_jax.io import files
 
 _EPS = 1e-10  # of the unit length; under the root, so that all-zero features have a finite gradient
 
@@ -205,6 +206,7 @@ def _unit(features: jax.Array) -> jax.Array:
 
 def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name."""
+    path = files.expand(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

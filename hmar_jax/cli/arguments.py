@@ -1,6 +1,16 @@
-"""Types of arguments of the command line: text to values, or one line about what is wrong."""
+"""Arguments of the command line: types (text to values, or one line), and those that are shared."""
 
 import argparse
+import dataclasses
+from typing import Any
+
+from hmar_jax import families, settings
+from hmar_jax.errors import InputError
+from hmar_jax.io import files
+
+MODEL_HELP = "a bundled model (digits), a run directory or a model directory"
+SEED_HELP = "of the random numbers (default 0)"
+OWN_TRANSPARENCY = "alpha"  # of --mask: the transparent pixels of --image
 
 
 def whole(text: str) -> int:
@@ -61,8 +71,64 @@ def checkpoint(text: str) -> int | str:
     return int(text)
 
 
-def output(text: str) -> str:
-    """The name of a file or directory to write."""
+def path(text: str) -> str:
+    """The name of a file or directory, with `~` expanded."""
     if not text:  # would be the current directory
         raise argparse.ArgumentTypeError("must not be empty")
-    return text
+    try:
+        return files.expand(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# Arguments of several commands
+
+
+def add_model(sub) -> None:
+    """--model and --checkpoint."""
+    sub.add_argument("--model", type=path, required=True, help=MODEL_HELP)
+    sub.add_argument(
+        "--checkpoint",
+        type=checkpoint,
+        default="latest",
+        help="of a run: latest (default), best (of least validation loss) or a step",
+    )
+
+
+def add_options(sub, kind: str, several: tuple[str, ...] = ()) -> None:
+    """The options that each family declares; those of the same name are shared."""
+    for name, cls in families.option_classes(kind).items():
+        group = sub.add_argument_group(f"options of {name} models")
+        settings.add_arguments(group, cls, several=several)
+
+
+def add_composite_options(parser) -> None:
+    """Options of editing that every family has."""
+    from hmar_jax.io.masks import CompositeConfig
+
+    settings.add_arguments(parser, CompositeConfig)
+
+
+def add_source_options(parser) -> None:
+    """Options of what is read of a data set."""
+    from hmar_jax.data.source_config import SourceConfig
+
+    settings.add_arguments(parser, SourceConfig)
+
+
+def add_decode_options(parser) -> None:
+    """Options of which images are decoded."""
+    from hmar_jax.data.source_config import DecodeConfig
+
+    settings.add_arguments(parser, DecodeConfig)
+
+
+def given_options(args, kind: str) -> dict[str, Any]:
+    """The options of the families' classes that were given."""
+    names = {
+        field.name
+        for cls in families.option_classes(kind).values()
+        for field in dataclasses.fields(cls)
+    }
+    given = {name: getattr(args, name, None) for name in sorted(names)}
+    return {name: value for name, value in given.items() if value is not None}

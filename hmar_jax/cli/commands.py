@@ -10,12 +10,11 @@ import ctypes
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 import sys
-from typing import Any
 
 from hmar_jax import families, settings
+from hmar_jax.cli import arguments, outputs
 from hmar_jax.errors import InputError
 from hmar_jax.logging import TERMINAL
 
@@ -33,8 +32,8 @@ def plan(args, overrides) -> int:
     from hmar_jax.io import files
     from hmar_jax.planning import plan, report
 
-    if args.json not in (None, "-"):
-        files.check_writable(args.json)
+    if args.json != "-":
+        outputs.check({"json": args.json}, {"config": args.config.partition(":")[0]})
 
     plan.prepare_environment()
     config = _config(args, overrides)
@@ -233,13 +232,6 @@ def tokenize(args) -> None:
     print(f"{args.out}: {_describe_records(info)}")
 
 
-def add_source_options(parser) -> None:
-    """Options of what is read of a data set."""
-    from hmar_jax.data.source_config import SourceConfig
-
-    settings.add_arguments(parser, SourceConfig)
-
-
 def _describe_records(info) -> str:
     splits = []
     for name, split in info.splits.items():
@@ -251,247 +243,6 @@ def _describe_records(info) -> str:
         f"{', '.join(splits)}; {len(info.class_names)} classes, {size / 1e6:.1f} MB, "
         f"tokenizer {info.fingerprint}"
     )
-
-
-def sample(args) -> None:
-    """Samples images of classes into a .png file, and their arrays into an .npz file."""
-    from hmar_jax.io import files
-
-    for path in filter(None, (args.out, args.npz)):
-        files.check_writable(path)
-    import io
-
-    import jax
-    import numpy as np
-
-    from hmar_jax.io import images
-    from hmar_jax.progress import phase
-
-    pipe = _load_sampler(args)
-    spec = pipe.spec
-    options = _options(args, "SamplingConfig")
-    schedules = options.pop("schedule", None) or [None]
-    given = range(min(10, spec.num_classes)) if args.classes is None else args.classes.split(",")
-    classes = [pipe.resolve_class(c) for c in given]
-    if args.npz and len(schedules) > 1:
-        raise InputError(
-            f"--npz takes the samples of one schedule; got --schedule {len(schedules)} times"
-        )
-    variants = [options | ({"schedule": s} if s is not None else {}) for s in schedules]
-    for variant in variants:  # all are checked before the first is sampled
-        pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
-    ids = np.repeat(classes, args.n)
-    key = jax.random.key(args.seed)
-    with phase(f"compiling, then sampling {len(variants) * len(ids)} images"):
-        results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
-    pixels = np.stack([np.asarray(pixels) for pixels, _ in results])  # (schedules, B, h, w, 3)
-    rows = pixels.reshape(len(schedules), len(classes), args.n, *pixels.shape[2:]).swapaxes(0, 1)
-    names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
-    titles = [f"schedule {s}" for s in schedules] if len(schedules) > 1 else ()
-    grid = images.make_grid(
-        rows.reshape(-1, *pixels.shape[2:]),
-        columns=len(schedules) * args.n,
-        labels=names,
-        titles=titles,
-    )
-    images.save_image(args.out, grid)
-    if args.npz:
-        arrays = io.BytesIO()
-        np.savez(
-            arrays,
-            images=(pixels[0] * 255).round().astype(np.uint8),
-            labels=ids,
-            tokens=np.asarray(results[0][1]),
-        )
-        files.write_atomically(args.npz, arrays.getvalue())
-    written = f"{args.out}; {args.npz}" if args.npz else args.out
-    print(f"{written}: {len(schedules) * len(ids)} images of {len(classes)} classes")
-
-
-def _load_sampler(args):
-    """The pipeline of --model on all devices; InputError if it cannot sample."""
-    import jax
-
-    from hmar_jax import pipeline
-
-    pipe = pipeline.load(args.model, devices=jax.devices(), checkpoint=args.checkpoint)
-    args.interruptions.check()  # an import may have swallowed it
-    if not pipe.can_sample:
-        raise InputError(f"model {args.model!r} is an autoencoder alone: it cannot sample")
-    return pipe
-
-
-def add_decode_options(parser) -> None:
-    """Options of which images are decoded."""
-    from hmar_jax.data.source_config import DecodeConfig
-
-    settings.add_arguments(parser, DecodeConfig)
-
-
-def add_composite_options(parser) -> None:
-    """Options of editing that every family has."""
-    from hmar_jax.io.masks import CompositeConfig
-
-    settings.add_arguments(parser, CompositeConfig)
-
-
-def _options(args, kind: str) -> dict[str, Any]:
-    """The options of the families' classes that were given."""
-    names = {
-        field.name
-        for cls in families.option_classes(kind).values()
-        for field in dataclasses.fields(cls)
-    }
-    given = {name: getattr(args, name, None) for name in sorted(names)}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def edit(args) -> None:
-    """Regenerates a region of an image."""
-    from hmar_jax.io import files
-
-    for path in filter(None, (args.out, args.show)):
-        files.check_writable(path)
-    import warnings
-
-    import jax
-    import numpy as np
-
-    from hmar_jax import pipeline
-    from hmar_jax.io import images, masks
-
-    image = _read_image("--image", args.image, args)  # uint8 (h, w, 3)
-    mask = _read_mask(args, image)
-    options = _options(args, "EditingConfig")
-    for name in ("paste", "feather"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    if args.coarse:
-        settings.warn_renamed("--coarse", "--keep_coarse or --no_keep_coarse")
-        options["keep_coarse"] = args.coarse == "keep"
-    pipe = pipeline.load(args.model, checkpoint=args.checkpoint)
-    with warnings.catch_warnings(record=True) as notices:
-        warnings.simplefilter("always", UserWarning)
-        key = jax.random.key(args.seed)
-        edited = np.asarray(pipe.edit(key, image, mask, args.class_id, **options))
-    for notice in notices:
-        print(f"hmar edit: {notice.message}", file=sys.stderr)
-    images.save_image(args.out, edited)
-    if args.show:
-        side = edited.shape[0]
-        before = images.resize_image(image / np.float32(255), side)
-        shown = masks.resize_mask(mask[None], side)[0]
-        sheet = np.stack([before, np.repeat(shown[..., None], 3, -1), edited])
-        titles = ["before", "mask", "after"]
-        images.save_image(args.show, images.make_grid(sheet, columns=3, titles=titles))
-    print(args.out + (f"; {args.show}" if args.show else ""))
-
-
-def _read_mask(args, image):
-    """bool (h, w): True where new content goes, from --box or --mask and --mode."""
-    from hmar_jax.io import masks
-
-    if args.box:
-        mask = masks.box_mask(args.box, *image.shape[:2])
-    else:
-        pixels = _read_image("--mask", args.mask, args)
-        if pixels.shape != image.shape:
-            raise InputError(
-                f"mask {args.mask} must have the image's size, {image.shape[1]} x "
-                f"{image.shape[0]} pixels; got {pixels.shape[1]} x {pixels.shape[0]}"
-            )
-        mask = pixels.mean(-1) >= 128
-    if args.mode == "outpaint":
-        mask = ~mask
-    if mask.any():
-        return mask
-    if args.box:
-        raise InputError("--box must leave pixels outside to outpaint; it is the whole image")
-    white, black = "new content goes", "the image stays"
-    if args.mode == "outpaint":
-        white, black = black, white
-    raise InputError(
-        f"mask {args.mask} selects nothing; it must be white (at least 128) where {white}, and "
-        f"black where {black}"
-    )
-
-
-def _read_image(option: str, path: str, args):
-    """uint8 (h, w, 3)"""
-    from hmar_jax.data.decoding import DecodeConfig, ImageDecodeError, decode_image
-
-    if not os.path.isfile(path):
-        raise InputError(f"{option} {path}: no such file")
-    try:
-        max_pixels = settings.from_arguments(DecodeConfig(), args).max_pixels
-        return decode_image(path, max_pixels=max_pixels)
-    except ImageDecodeError as e:
-        raise InputError(f"{option} {path} cannot be decoded as an image ({e.reason})") from None
-
-
-def evaluate(args) -> None:
-    """Evaluates samples against real images."""
-    from hmar_jax.io import files
-
-    if args.json:
-        files.check_writable(args.json)
-    import jax
-    import numpy as np
-
-    from hmar_jax.data.decode_errors import DecodeErrorLog
-    from hmar_jax.data.sources import SourceConfig, open_splits
-    from hmar_jax.evaluation.classifier import read_all
-    from hmar_jax.evaluation.neighbours import equal_counts
-    from hmar_jax.evaluation.report import check_reference, classifier_report, format_report
-    from hmar_jax.experiment import recorded_source_config
-    from hmar_jax.io.identity import class_conflicts
-    from hmar_jax.progress import phase
-
-    pipe = _load_sampler(args)
-    options = _options(args, "SamplingConfig")
-    pipe.sampling_config(families.get_family(pipe.spec.family).SamplingConfig, options)
-    _check_samples_of_each_class(args.n, pipe.spec.num_classes)
-    # Of a run, the images that it held out.
-    recorded = recorded_source_config(args.model) or SourceConfig()
-    config = settings.from_arguments(recorded, args)
-    with phase(f"listing the images of {args.reference}"):
-        train, held_out = open_splits(args.reference, config=config).values()
-    if train.num_classes != pipe.spec.num_classes:
-        raise InputError(
-            f"reference {args.reference!r} must have the model's {pipe.spec.num_classes} classes; "
-            f"it has {train.num_classes}"
-        )
-    if conflicts := class_conflicts(pipe.spec.class_names, train.class_names):
-        raise InputError(
-            f"reference {args.reference!r} must have the model's classes in the same order; "
-            f"compared with it: {', '.join(conflicts)}"
-        )
-    ids = np.arange(args.n) % pipe.spec.num_classes
-    if (labels := getattr(held_out, "labels", None)) is not None:
-        equal_counts(ids, labels)  # before any image is read
-    broken = DecodeErrorLog()
-    with phase(f"reading {len(train) + len(held_out)} real images"):
-        real = [read_all(source, broken) for source in (train, held_out)]
-    for path, reason in broken.items:
-        _log.warning("skipped %s: %s", path, reason)
-    if broken.count:
-        _log.warning("images that could not be decoded: %d", broken.count)
-    check_reference(ids, *real, pipe.image_side)  # before any image is sampled
-    with phase(f"compiling, then sampling {args.n} images"):
-        images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
-    with phase("comparing"):
-        report = classifier_report(images, ids, *real, seed=args.seed)
-    if args.json:
-        files.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
-    print(format_report(report))
-
-
-def _check_samples_of_each_class(count: int, num_classes: int) -> None:
-    if count < 2 * num_classes:
-        raise InputError(
-            f"--n must be at least {2 * num_classes}, two samples of each of the model's "
-            f"{num_classes} classes; got {count}"
-        )
 
 
 def info(args) -> None:
@@ -531,7 +282,7 @@ def convert(args) -> None:
     from hmar_jax.io import models
 
     models.check_new_model(args.out)
-    options = _options(args, "ConvertConfig")
+    options = arguments.given_options(args, "ConvertConfig")
     try:
         spec, params = loading.convert_torch_files(args.torch, args.family, **options)
     except ImportError as e:

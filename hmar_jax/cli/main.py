@@ -6,19 +6,19 @@ SIGHUP and SIGTERM.
 
 import argparse
 import contextlib
+import difflib
 import errno
+import io
 import os
 import sys
 import warnings
 
-from hmar_jax import families, settings
-from hmar_jax.cli import arguments, commands
+from hmar_jax import families
+from hmar_jax.cli import arguments, commands, environment, sampling_arguments
 from hmar_jax.errors import InputError
 from hmar_jax.interruption import Interrupted, Interruptions, end_now
 from hmar_jax.logging import show_log
 
-_MODEL_HELP = "a bundled model (digits), a run directory or a model directory"
-_SEED_HELP = "of the random numbers (default 0)"
 _CONFIG_HELP = "FILE:NAME[,key=value...]; single values also by --config.KEY=VALUE"
 
 
@@ -39,6 +39,8 @@ def _main(argv: list[str] | None) -> int:
     show_log()
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.error(f"a COMMAND is required: {', '.join(args.commands)}")
     has_config = hasattr(args, "config")
     overrides = [r for r in rest if r.startswith("--config.")] if has_config else []
     unknown = [r for r in rest if r not in overrides]
@@ -65,10 +67,17 @@ def _run_command(args, overrides: list[str], unknown: list[str], has_config: boo
             if "=" not in text:
                 raise InputError(f"overrides must be --config.KEY=VALUE; got {text!r}")
         if unknown:
-            raise InputError(f"unknown argument {unknown[0]!r} (see hmar {args.command} --help)")
+            raise InputError(_describe_unknown(unknown[0], args))
+        environment.check_current_directory()
         return (args.run(args, overrides) if has_config else args.run(args)) or 0
     except InputError as e:
         print(f"hmar {args.command}: {e}", file=sys.stderr)
+        return 2
+    except (RuntimeError, AssertionError):
+        missing = environment.describe_missing_devices()
+        if missing is None:
+            raise
+        print(f"hmar {args.command}: {missing}", file=sys.stderr)
         return 2
     except FloatingPointError as e:  # a run that diverged
         print(f"hmar {args.command}: {e}", file=sys.stderr)
@@ -84,8 +93,18 @@ def _run_command(args, overrides: list[str], unknown: list[str], has_config: boo
         return 2
 
 
+def _describe_unknown(given: str, args: argparse.Namespace) -> str:
+    name = given.partition("=")[0]
+    similar = difflib.get_close_matches(name, args.options, n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    return f"unknown argument {given!r}{hint} (see hmar {args.command} --help)"
+
+
 def run() -> None:
     """The console command."""
+    for stream in (sys.stdout, sys.stderr):  # names of files and classes may be no text at all
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _format_warning
     try:
         status = _main(None)
@@ -104,6 +123,14 @@ def _format_warning(message, category, filename, lineno, line=None) -> str:
 _format_other_warning = warnings.formatwarning
 
 
+class _Version(argparse.Action):
+    """Prints versions and devices, and ends. JAX is imported only then."""
+
+    def __call__(self, parser, *_):
+        print(environment.describe_versions())
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -116,9 +143,10 @@ def make_parser() -> argparse.ArgumentParser:
         description="Hierarchical masked autoregressive image generation in JAX.",
         allow_abbrev=False,
     )
-    subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="show the versions and the devices, and exit"
     )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     def command(name, run, help, example):
         sub = subparsers.add_parser(
@@ -129,18 +157,21 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, options=sub._option_string_actions)
         return sub
 
     _add_tokenize(command)
     _add_train(command)
     _add_plan(command)
-    _add_sample(command)
-    _add_edit(command)
-    _add_evaluate(command)
-    _add_model(command("info", commands.info, "describe a model", "hmar info --model=digits"))
+    sampling_arguments.add_sample(command)
+    sampling_arguments.add_edit(command)
+    sampling_arguments.add_evaluate(command)
+    arguments.add_model(
+        command("info", commands.info, "describe a model", "hmar info --model=digits")
+    )
     _add_convert(command)
     _add_export(command)
+    parser.set_defaults(commands=tuple(subparsers.choices))
     return parser
 
 
@@ -153,10 +184,10 @@ def _add_tokenize(command) -> None:
         "Safe to interrupt: rerun the same command to resume. On a finished set, more --crops are "
         "added.",
     )
-    sub.add_argument("--tokenizer", required=True, help=_MODEL_HELP)
+    sub.add_argument("--tokenizer", type=arguments.path, required=True, help=arguments.MODEL_HELP)
     sub.add_argument("--data", required=True, help="folder:DIR, tfds:NAME or digits")
     sub.add_argument(
-        "--out", type=arguments.output, required=True, help="the directory to make, also gs://"
+        "--out", type=arguments.path, required=True, help="the directory to make, also gs://"
     )
     sub.add_argument(
         "--crops",
@@ -223,7 +254,7 @@ def _add_tokenize(command) -> None:
         action="store_true",
         help="check the checksums of existing files; write damaged ones again",
     )
-    commands.add_source_options(sub)
+    arguments.add_source_options(sub)
 
 
 def _add_train(command) -> None:
@@ -245,10 +276,10 @@ def _add_train(command) -> None:
             what,
             f"{example}\n\nSafe to interrupt: rerun the same command to resume.",
         )
-        sub.add_argument("--config", required=True, help=_CONFIG_HELP)
+        sub.add_argument("--config", type=arguments.path, required=True, help=_CONFIG_HELP)
         sub.add_argument(
             "--workdir",
-            type=arguments.output,
+            type=arguments.path,
             required=True,
             help="the run's directory; an existing run resumes where it ended",
         )
@@ -290,7 +321,7 @@ def _add_plan(command) -> None:
         "hmar plan --config=configs/hmar.py:d30_256 --topology=v5p:4x4x4 --config.mesh.fsdp=4\n\n"
         "exit status: 0 it fits, 1 it does not, 2 the input is wrong",
     )
-    sub.add_argument("--config", required=True, help=_CONFIG_HELP)
+    sub.add_argument("--config", type=arguments.path, required=True, help=_CONFIG_HELP)
     sub.add_argument(
         "--topology",
         required=True,
@@ -299,123 +330,11 @@ def _add_plan(command) -> None:
     sub.add_argument(
         "--json",
         nargs="?",
-        type=arguments.output,
+        type=arguments.path,
         const="-",
         default=None,
         help="print the plan as JSON; --json=FILE writes it to a file, beside the text",
     )
-
-
-def _add_sample(command) -> None:
-    sub = command(
-        "sample",
-        commands.sample,
-        "sample images of classes",
-        "hmar sample --model=digits --classes=0,3,7 --n=8 --out=grid.png",
-    )
-    _add_model(sub)
-    sub.add_argument(
-        "--classes",
-        default=None,
-        help="ids or names, separated by commas (default: the first ten)",
-    )
-    sub.add_argument(
-        "--n", type=arguments.positive, default=8, help="images of each class (default 8)"
-    )
-    sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
-    sub.add_argument(
-        "--out",
-        type=arguments.output,
-        required=True,
-        help="a .png file: a grid with a labelled row for each class",
-    )
-    sub.add_argument(
-        "--npz",
-        type=arguments.output,
-        default=None,
-        help="also write images (uint8), labels and tokens to this .npz file (of one schedule)",
-    )
-    _add_options(sub, "SamplingConfig", several=("schedule",))
-
-
-def _add_edit(command) -> None:
-    sub = command(
-        "edit",
-        commands.edit,
-        "regenerate a region of an image, without extra training",
-        "hmar edit --model=digits --image=seven.png --box=0,11,32,21 --class=7 --out=edited.png "
-        "--show=before_and_after.png",
-    )
-    _add_model(sub)
-    sub.add_argument(
-        "--image", required=True, help="an image file; of another size than the model's: resized"
-    )
-    region = sub.add_mutually_exclusive_group(required=True)
-    region.add_argument(
-        "--box",
-        type=arguments.box,
-        default=None,
-        help="x0,y0,x1,y1 in pixels of the image; x1 and y1 are the first outside",
-    )
-    region.add_argument(
-        "--mask", default=None, help="an image file of the same size, white where new content goes"
-    )
-    sub.add_argument(
-        "--mode",
-        choices=["inpaint", "outpaint"],
-        default="inpaint",
-        help="inpaint: regenerate box or mask (default); outpaint: keep it, regenerate the rest",
-    )
-    sub.add_argument(
-        "--class",
-        dest="class_id",
-        default=None,
-        help="class of the new content: an id or name (default: no class)",
-    )
-    sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
-    sub.add_argument(
-        "--out", type=arguments.output, required=True, help="a .png file: the edited image"
-    )
-    sub.add_argument(
-        "--show",
-        type=arguments.output,
-        default=None,
-        help="a .png file: before, mask and after, side by side",
-    )
-    sub.add_argument("--coarse", choices=["keep", "free"], default=None, help=argparse.SUPPRESS)
-    commands.add_composite_options(sub)
-    commands.add_decode_options(sub)
-    _add_options(sub, "EditingConfig")
-
-
-def _add_evaluate(command) -> None:
-    sub = command(
-        "evaluate",
-        commands.evaluate,
-        "evaluate samples against real images",
-        "hmar evaluate --model=digits --reference=digits --features=classifier",
-    )
-    _add_model(sub)
-    sub.add_argument(
-        "--reference",
-        default="digits",
-        help="the data set of real images: digits, folder:DIR, tfds:NAME (default digits)",
-    )
-    sub.add_argument(
-        "--features",
-        default="classifier",
-        choices=["classifier"],
-        help="classifier: class accuracy by an independent classifier, and nearest neighbours",
-    )
-    sub.add_argument(
-        "--n", type=arguments.positive, default=500, help="samples in all (default 500)"
-    )
-    sub.add_argument("--seed", type=arguments.seed, default=0, help=_SEED_HELP)
-    sub.add_argument(
-        "--json", type=arguments.output, default=None, help="also write the metrics to this file"
-    )
-    commands.add_source_options(sub.add_argument_group("options of the reference"))
-    _add_options(sub, "SamplingConfig")
 
 
 def _add_convert(command) -> None:
@@ -435,8 +354,8 @@ def _add_convert(command) -> None:
         default=families.DEFAULT_FAMILY,
         help=f"whose weights they are: {', '.join(families.FAMILIES)}",
     )
-    sub.add_argument("--out", type=arguments.output, required=True, help="the directory to make")
-    _add_options(sub, "ConvertConfig")
+    sub.add_argument("--out", type=arguments.path, required=True, help="the directory to make")
+    arguments.add_options(sub, "ConvertConfig")
 
 
 def _add_export(command) -> None:
@@ -446,26 +365,9 @@ def _add_export(command) -> None:
         "export a run to a model directory, without optimizer and checkpoints",
         "hmar export --model=runs/digits --out=models/digits",
     )
-    _add_model(sub)
+    arguments.add_model(sub)
     sub.add_argument(
         "--half", action="store_true", help="store parameters as float16: half the size"
     )
     sub.add_argument("--licence", default=None, help="what its README says of the licence")
-    sub.add_argument("--out", type=arguments.output, required=True, help="the directory to make")
-
-
-def _add_model(sub) -> None:
-    sub.add_argument("--model", required=True, help=_MODEL_HELP)
-    sub.add_argument(
-        "--checkpoint",
-        type=arguments.checkpoint,
-        default="latest",
-        help="of a run: latest (default), best (of least validation loss) or a step",
-    )
-
-
-def _add_options(sub, kind: str, several: tuple[str, ...] = ()) -> None:
-    """The options that each family declares; those of the same name are shared."""
-    for name, cls in families.option_classes(kind).items():
-        group = sub.add_argument_group(f"options of {name} models")
-        settings.add_arguments(group, cls, several=several)
+    sub.add_argument("--out", type=arguments.path, required=True, help="the directory to make")

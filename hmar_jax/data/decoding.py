@@ -3,6 +3,7 @@
 import contextlib
 import struct
 import warnings
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -81,12 +82,26 @@ def decode_image(
     Raises:
       ImageDecodeError: the image cannot be decoded completely, or has more pixels.
     """
+    return decode(file, lambda image: _to_array(_to_rgb(image)), path, max_pixels)
+
+
+def decode(
+    file: str | BinaryIO,
+    convert: Callable[[Image.Image], np.ndarray],
+    path: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Decodes an image as `decode_image` does, with another conversion of the upright image.
+
+    Raises:
+      ImageDecodeError: the image cannot be decoded completely, has more pixels, or `convert` fails.
+    """
     try:
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(open(file, "rb")) if isinstance(file, str) else file
             image = _open_image(opened, file if isinstance(file, str) else "")
             _check_size(image, max_pixels)
-            return _to_array(_to_rgb(_apply_orientation(image)))
+            return convert(_apply_orientation(image))
     except MemoryError:
         raise  # caused by the machine, not by the image
     except Exception as error:

@@ -156,7 +156,7 @@ def describe(
     config = SourceConfig() if config is None else config
     kind, _, place = spec.partition(":")
     if kind == "folder":  # the same from any current directory
-        spec = f"folder:{absolute(epath.Path(place).expanduser())}"
+        spec = f"folder:{absolute(place)}"
     splits = {
         split: SplitInfo(
             len(source),

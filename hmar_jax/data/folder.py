@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -23,13 +23,14 @@ from hmar_jax.data.listing import (
 )
 from hmar_jax.data.source_config import FOLDER_RULES, SourceConfig
 from hmar_jax.errors import InputError, printable
-from hmar_jax.io.files import is_local
+from hmar_jax.io.files import expand, is_local, read_text
 
 _log = logging.getLogger(__name__)
 
 _VALIDATE_FOLDERS = ("validate", "val", "validation", "valid")
 # Names of splits that are no names of classes, if all folders have one.
 _SPLIT_NAMES = frozenset((*_VALIDATE_FOLDERS, "train", "training", "test", "testing"))
+_MAX_REPORTED = 5  # names in a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def open_folder(
       InputError: there is no such folder, it has no images, or its layout is not one of the known.
     """
     spec = f"folder:{path}"
-    root = epath.Path(path).expanduser()
+    root = epath.Path(expand(path))
     try:
         is_folder = root.is_dir()
     except ImportError as error:
@@ -232,22 +233,39 @@ def _readable_name(folder: str, files: list[str]) -> str:
     return name if re.search("[^\\W\\d_]", name) else folder
 
 
-def _read_class_names(root: epath.Path) -> dict[str, str]:
-    """Reads class names by folder: `n02099601 golden retriever` becomes "golden_retriever"."""
+def _read_class_names(root: epath.Path, folders: Collection[str], warn: bool) -> dict[str, str]:
+    """Reads class names by folder: `n02099601 golden retriever` becomes "golden_retriever".
+
+    A folder whose name has spaces ends at a tab.
+
+    Args:
+      folders: the class folders.
+      warn: whether to report lines that name none of them.
+    """
     for file in CLASS_NAME_FILES:
         path = root / file
         if not path.exists():
             continue
-        lines = [
-            line.split(maxsplit=1)
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
-        wrong = next((number for number, line in enumerate(lines, 1) if len(line) != 2), None)
-        if wrong:
-            raise InputError(
-                f"{path}, line {wrong}: must be a class folder and its name, such as "
-                f"n02099601 golden_retriever; got {' '.join(lines[wrong - 1])!r}"
+        names = {}
+        for number, line in enumerate(read_text(path, "a list of class names").split("\n"), 1):
+            if not line.strip():
+                continue
+            folder, *rest = line.strip().split("\t" if "\t" in line.strip() else None, 1)
+            if not rest:
+                raise InputError(
+                    f"{path}, line {number}: must be a class folder and its name, such as "
+                    f"n02099601 golden_retriever; got {line.strip()!r}"
+                )
+            names[folder.strip()] = "_".join(rest[0].split(",")[0].split())
+        unknown = [folder for folder in names if folder not in folders]
+        if unknown and warn:
+            _log.warning(
+                "%s: %d of %d lines name no class folder: %s%s",
+                path,
+                len(unknown),
+                len(names),
+                ", ".join(map(repr, unknown[:_MAX_REPORTED])),
+                ", ..." if len(unknown) > _MAX_REPORTED else "",
             )
-        return {folder: "_".join(names.split(",")[0].split()) for folder, names in lines}
+        return names
     return {}

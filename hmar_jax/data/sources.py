@@ -27,6 +27,7 @@ from hmar_jax.data.fingerprint import fingerprint_values
 from hmar_jax.data.folder import open_folder
 from hmar_jax.data.source_config import SourceConfig
 from hmar_jax.errors import InputError
+from hmar_jax.io.files import expand
 
 __all__ = [
     "SPLITS",
@@ -157,7 +158,7 @@ def open_splits(
 def records_directory(spec: str) -> str | None:
     """Returns DIR of `records:DIR` or `tokens:DIR`, which mean the same; None for other sources."""
     kind, _, directory = spec.partition(":")
-    return directory if kind in _RECORD_PREFIXES else None
+    return expand(directory) if kind in _RECORD_PREFIXES else None
 
 
 # Digits
@@ -281,7 +282,7 @@ def _open_tfds(rest: str, split: str, max_pixels: int) -> TfdsSource:
         f"TensorFlow, once): tfds build {name} --file_format=array_record --data_dir={where}"
     )
     try:
-        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
+        builder = tfds.builder(name, data_dir=expand(data_dir) if data_dir else None)
     except Exception as error:  # an unknown name or version, or another file format
         raise not_prepared from error
     splits = builder.info.splits

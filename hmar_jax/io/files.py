@@ -4,11 +4,13 @@ A local file is written to a temporary file in the same folder and renamed. Othe
 written directly: an object store shows an object only when it is complete.
 """
 
+import codecs
 import io
 import json
 import math
 import os
 import secrets
+import shlex
 import stat
 import time
 from typing import Any
@@ -23,9 +25,32 @@ def is_local(path: os.PathLike | str) -> bool:
     return "://" not in os.fspath(path)
 
 
+def expand(path: os.PathLike | str) -> str:
+    """The path with `~` and `~USER` at its beginning replaced by the home directory.
+
+    Shells leave `--workdir=~/runs` and `folder:~/images` as they are. Every path that a user gives
+    passes here once, where it enters: on the command line, in a config, or as an argument of the
+    Python API. Other paths, and those in object stores (gs://), come back as they are.
+
+    Raises:
+      InputError: there is no such user, and no file of that name.
+    """
+    text = os.fspath(path)
+    if not text.startswith("~") or not is_local(text):
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not os.path.lexists(text):
+        user = text.split("/")[0]
+        raise InputError(
+            f"path {text!r} names the home directory of a user that does not exist; "
+            f"for a file or folder that is called {user!r}, write ./{text}"
+        )
+    return expanded
+
+
 def absolute(path: os.PathLike | str) -> epath.Path:
-    """The path, made absolute if it is local. Orbax accepts no relative paths."""
-    return epath.Path(os.path.abspath(path) if is_local(path) else path)
+    """The path, expanded and made absolute if it is local. Orbax accepts no relative paths."""
+    return epath.Path(os.path.abspath(expand(path)) if is_local(path) else path)
 
 
 def write_atomically(path: os.PathLike | str, data: bytes | str) -> None:
@@ -139,6 +164,55 @@ def check_writable(path: os.PathLike | str) -> None:
         raise InputError(f"cannot write {name}: {error.strerror}") from error
 
 
+def read_text(path: os.PathLike | str, what: str) -> str:
+    r"""Reads a text file that a user may have written: UTF-8, with or without a byte-order mark.
+
+    Args:
+      path: local, or gs://.
+      what: names the file in errors, as in "the class names".
+
+    Returns:
+      The text without a byte-order mark; lines end in \n, also those of files from Windows.
+
+    Raises:
+      InputError: the file is missing, cannot be read, or has another encoding.
+    """
+    try:
+        data = epath.Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{what} is missing: {path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"{what} cannot be read: {path}: {error.strerror or error}") from error
+    text = _decode(data, path, what)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decode(data: bytes, path: os.PathLike | str, what: str) -> str:
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if wide:
+            found, name = "UTF-16", "UTF-16"
+        else:
+            line = data.count(b"\n", 0, error.start) + 1
+            found = f"another encoding (line {line} has the byte 0x{data[error.start]:02x})"
+            name = "LATIN1"
+        raise InputError(_encoding_error(what, path, found, name)) from error
+    if "\0" in text:  # ASCII letters in UTF-16 without a mark; also other binary files
+        found = "UTF-16, or no text (it has null characters)"
+        raise InputError(_encoding_error(what, path, found, "UTF-16"))
+    return text
+
+
+def _encoding_error(what: str, path: os.PathLike | str, found: str, name: str) -> str:
+    file = shlex.quote(os.fspath(path))
+    return (
+        f"{what} must be UTF-8 text; {path} is {found}; save it as UTF-8, for example by "
+        f"iconv -f {name} -t UTF-8 {file} > NEW"
+    )
+
+
 def read_json(path: os.PathLike | str, what: str) -> Any:
     """Reads a JSON file.
 
@@ -149,17 +223,10 @@ def read_json(path: os.PathLike | str, what: str) -> Any:
     Raises:
       InputError: the file is missing, cannot be read or is not JSON.
     """
-    try:
-        text = epath.Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"{what} is missing: {path} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{what} is damaged: {path} is not text") from error
-    except OSError as error:
-        raise InputError(f"{what} cannot be read: {path}: {error.strerror or error}") from error
+    text = read_text(path, what)
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{what} is damaged: {path} is not JSON ({error})") from error
 
 

@@ -1,15 +1,27 @@
-"""Images: PNG files, and grids of images with labels."""
+"""Images: files, and grids of images with labels."""
 
 import io
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from hmar_jax.errors import InputError
+from hmar_jax.io import labels as label_text
 from hmar_jax.io.files import write_atomically
 
+# Endings of file names, and PIL's names of the formats.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True},
+}
+_MAX_SIDES = {"JPEG": 65535, "WEBP": 16383}  # pixels, of the formats
+
 _GAP = 2  # pixels between images
+_MAX_LABEL_SIZES = 16  # of the font's size: the width beyond which labels are cut
 _MIN_SIDE = 48  # smaller images are enlarged by an integer factor in grids
 
 
@@ -21,42 +33,60 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return (images.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def encode_png(image: Image.Image | np.ndarray) -> bytes:
-    """An image as the bytes of a PNG file.
+def encode_image(image: Image.Image | np.ndarray, kind: str = "PNG") -> bytes:
+    """An image as the bytes of a file.
 
     Args:
       image: a PIL image, or (h, w, 3): uint8, or floating-point in [0, 1].
+      kind: "PNG" and "WEBP" are lossless, "JPEG" is of high quality.
+
+    Raises:
+      InputError: the image is larger than files of this kind can be.
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(to_uint8(image))
+    limit = _MAX_SIDES.get(kind)
+    if limit and max(image.size) > limit:
+        raise InputError(
+            f"sides of {kind} images must be at most {limit:,} pixels; got {image.width:,} x "
+            f"{image.height:,}; write a .png file"
+        )
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format=kind, **_SAVE_OPTIONS.get(kind, {}))
     return buffer.getvalue()
 
 
 def save_image(path: os.PathLike | str, image: Image.Image | np.ndarray) -> None:
-    """Writes a PNG file, which a reader sees complete or not at all.
+    """Writes an image file, which a reader sees complete or not at all.
 
     Args:
-      path: local, or gs://.
-      image: as `encode_png` takes it.
+      path: local, or gs://. Its ending decides the format, see FORMATS; PNG without one of these.
+      image: as `encode_image` takes it.
 
     Raises:
+      InputError: the image is too large for the format.
       OSError: it cannot be written.
     """
-    write_atomically(path, encode_png(image))
+    ending = os.path.splitext(os.fspath(path))[1].lower()
+    write_atomically(path, encode_image(image, FORMATS.get(ending, "PNG")))
 
 
 def make_grid(
-    images: np.ndarray, columns: int, labels: Sequence[str] = (), titles: Sequence[str] = ()
+    images: np.ndarray,
+    columns: int,
+    labels: Sequence[str] = (),
+    titles: Sequence[str] = (),
+    substitutes: Sequence[str] = (),
 ) -> Image.Image:
     """Arranges images in a grid, row by row.
 
     Args:
       images: (B, h, w, 3), uint8 or floating-point in [0, 1].
       columns: images per row.
-      labels: one per row, at its left.
+      labels: one per row, at its left. Long ones are cut in the middle.
       titles: written over groups of columns of equal size, which stand a little apart.
+      substitutes: one per row, written in place of a label of a script that the font lacks, such as
+        the class id.
 
     Returns:
       A PIL image.
@@ -66,7 +96,14 @@ def make_grid(
     _, height, width, _ = pixels.shape
     rows, group_size = -(-len(pixels) // columns), columns // max(len(titles), 1)
     font_size = max(10, min(height // 3, 16))
-    font = ImageFont.load_default(size=font_size)
+    font = label_text.load_font(font_size)
+    widest = max(_MAX_LABEL_SIZES * font_size, 2 * width)
+    others = substitutes or [None] * len(labels)
+    labels = [
+        label_text.fit(label_text.printable(text, font, other), font, widest)
+        for text, other in zip(labels, others, strict=True)
+    ]
+    titles = [label_text.printable(text, font) for text in titles]
     left = round(max(map(font.getlength, labels))) + 4 * _GAP if labels else _GAP
     top = round(font_size * 1.4) + _GAP if titles else _GAP
     # Groups of columns stand apart, and are at least as wide as their titles.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hmar_jax.errors import InputError
+from hmar_jax.io import files
 
 StateDict = Mapping[str, np.ndarray]
 
@@ -39,6 +40,7 @@ def load_state_dicts(path: str | os.PathLike, markers: Mapping[str, str]) -> dic
         raise ImportError(
             'reading published weights needs PyTorch: pip install "hmar_jax[torch]"'
         ) from None
+    path = files.expand(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

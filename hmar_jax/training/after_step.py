@@ -148,7 +148,10 @@ class AfterStep:
         if processes.is_primary():
             labels = self.experiment.task.preview_labels()
             grid = images.make_grid(
-                rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1], labels=labels
+                rows.reshape(-1, *rows.shape[2:]),
+                columns=rows.shape[1],
+                labels=labels,
+                substitutes=list(map(str, range(len(labels)))),
             )
             images.save_image(self.directory / "samples" / f"step_{step:06d}.png", grid)
 

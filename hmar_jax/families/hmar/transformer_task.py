@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from hmar_jax.autoencoders.vq import apply_tokenizer, to_float
+from hmar_jax.class_names import label_of
 from hmar_jax.errors import InputError
 from hmar_jax.families.base import image_keys
 from hmar_jax.families.hmar.combined import CombinedModel
@@ -94,8 +95,7 @@ class TransformerTask(TaskDefaults):
 
     def preview_labels(self) -> list[str]:
         count = min(_PREVIEW_CLASSES, self.transformer.num_classes)
-        names = self.spec.class_names or tuple(map(str, range(count)))
-        return list(names[:count])
+        return [label_of(i, self.spec.class_names) for i in range(count)]
 
     def sample_preview(self, params: Params, rng: jax.Array) -> jax.Array:
         """Samples images of the first classes.

@@ -1,0 +1,246 @@
+"""What `hmar sample`, `edit` and `evaluate` do with their arguments (sampling_arguments.py).
+
+Nothing heavy is imported before the arguments have been checked.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from hmar_jax import families, settings
+from hmar_jax.cli import arguments, outputs
+from hmar_jax.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+
+def sample(args) -> None:
+    """Samples images of classes into an image file, and their arrays into an .npz file."""
+    from hmar_jax.io import files, images
+
+    outputs.check({"out": args.out, "npz": args.npz}, out=tuple(images.FORMATS), npz=(".npz",))
+    import io
+
+    import jax
+    import numpy as np
+
+    from hmar_jax.class_names import label_of, split_classes
+    from hmar_jax.progress import phase
+
+    pipe = _load_sampler(args)
+    spec = pipe.spec
+    options = arguments.given_options(args, "SamplingConfig")
+    schedules = options.pop("schedule", None) or [None]
+    given: Sequence[int | str] = range(min(10, spec.num_classes))
+    if args.classes is not None:
+        given = split_classes(args.classes, spec.class_names)
+    classes = [pipe.resolve_class(c) for c in given]
+    if args.npz and len(schedules) > 1:
+        raise InputError(
+            f"--npz takes the samples of one schedule; got --schedule {len(schedules)} times"
+        )
+    variants = [options | ({"schedule": s} if s is not None else {}) for s in schedules]
+    for variant in variants:  # all are checked before the first is sampled
+        pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
+    ids = np.repeat(classes, args.n)
+    key = jax.random.key(args.seed)
+    with phase(f"compiling, then sampling {len(variants) * len(ids)} images"):
+        results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
+    pixels = np.stack([np.asarray(pixels) for pixels, _ in results])  # (schedules, B, h, w, 3)
+    rows = pixels.reshape(len(schedules), len(classes), args.n, *pixels.shape[2:]).swapaxes(0, 1)
+    titles = [f"schedule {s}" for s in schedules] if len(schedules) > 1 else ()
+    grid = images.make_grid(
+        rows.reshape(-1, *pixels.shape[2:]),
+        columns=len(schedules) * args.n,
+        labels=[label_of(c, spec.class_names) for c in classes],
+        titles=titles,
+        substitutes=list(map(str, classes)),
+    )
+    images.save_image(args.out, grid)
+    if args.npz:
+        arrays = io.BytesIO()
+        np.savez(
+            arrays,
+            images=(pixels[0] * 255).round().astype(np.uint8),
+            labels=ids,
+            tokens=np.asarray(results[0][1]),
+        )
+        files.write_atomically(args.npz, arrays.getvalue())
+    written = f"{args.out}; {args.npz}" if args.npz else args.out
+    print(f"{written}: {len(schedules) * len(ids)} images of {len(classes)} classes")
+
+
+def _load_sampler(args):
+    """The pipeline of --model on all devices; InputError if it cannot sample."""
+    import jax
+
+    from hmar_jax import pipeline
+
+    pipe = pipeline.load(args.model, devices=jax.devices(), checkpoint=args.checkpoint)
+    args.interruptions.check()  # an import may have swallowed it
+    if not pipe.can_sample:
+        raise InputError(f"model {args.model!r} is an autoencoder alone: it cannot sample")
+    return pipe
+
+
+def edit(args) -> None:
+    """Regenerates a region of an image."""
+    from hmar_jax.io import images, masks
+
+    endings = tuple(images.FORMATS)
+    outputs.check(
+        {"out": args.out, "show": args.show},
+        {"image": args.image, "mask": args.mask},
+        out=endings,
+        show=endings,
+    )
+    import warnings
+
+    import jax
+    import numpy as np
+
+    from hmar_jax import pipeline
+    from hmar_jax.data.decoding import DecodeConfig, decode_image
+
+    decoding = settings.from_arguments(DecodeConfig(), args)
+    image = _read("--image", args.image, decode_image, decoding)  # uint8 (h, w, 3)
+    mask = _read_mask(args, image, decoding)
+    options = arguments.given_options(args, "EditingConfig")
+    for name in ("paste", "feather"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    if args.coarse:
+        settings.warn_renamed("--coarse", "--keep_coarse or --no_keep_coarse")
+        options["keep_coarse"] = args.coarse == "keep"
+    pipe = pipeline.load(args.model, checkpoint=args.checkpoint)
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always", UserWarning)
+        key = jax.random.key(args.seed)
+        edited = np.asarray(pipe.edit(key, image, mask, args.class_id, **options))
+    for notice in notices:
+        print(f"hmar edit: {notice.message}", file=sys.stderr)
+    images.save_image(args.out, edited)
+    if args.show:
+        side = edited.shape[0]
+        before = images.resize_image(image / np.float32(255), side)
+        shown = masks.resize_mask(mask[None], side)[0]
+        sheet = np.stack([before, np.repeat(shown[..., None], 3, -1), edited])
+        titles = ["before", "mask", "after"]
+        images.save_image(args.show, images.make_grid(sheet, columns=3, titles=titles))
+    written = args.out + (f"; {args.show}" if args.show else "")
+    print(f"{written}: new content in {mask.sum():,} of {mask.size:,} pixels")
+
+
+def _read_mask(args, image, decoding):
+    """bool (h, w): True where new content goes, from --box or --mask and --mode."""
+    from hmar_jax.data import mask_images
+    from hmar_jax.io import masks
+
+    own = args.mask == arguments.OWN_TRANSPARENCY
+    if args.box:
+        mask = masks.box_mask(args.box, *image.shape[:2])
+    elif own:
+        mask = _read("--image", args.image, mask_images.read_transparency, decoding)
+    else:
+        mask = _read("--mask", args.mask, mask_images.read_mask, decoding)
+        if mask.shape != image.shape[:2]:
+            raise InputError(
+                f"mask {args.mask} must have the image's size, {image.shape[1]} x "
+                f"{image.shape[0]} pixels; got {mask.shape[1]} x {mask.shape[0]}"
+            )
+    if args.mode == "outpaint":
+        mask = ~mask
+    if mask.any():
+        return mask
+    nothing = f"selects 0 of {mask.size:,} pixels"
+    if args.box:
+        raise InputError(
+            f"--box must leave pixels outside to outpaint; it is the whole image and {nothing}"
+        )
+    if own:
+        raise InputError(f"--mask=alpha {nothing}: all of image {args.image} is transparent")
+    values = mask_images.describe_values(args.mask, decoding.max_pixels)
+    white, black = "new content goes", "the image stays"
+    if args.mode == "outpaint":
+        white, black = black, white
+    raise InputError(
+        f"mask {args.mask} {nothing} ({values}); it must be white "
+        f"(at least 128) where {white}, and black or transparent where {black}"
+    )
+
+
+def _read(option: str, path: str, decode, decoding):
+    """What `decode` makes of an image file; InputError if that is no image."""
+    from hmar_jax.data.decoding import ImageDecodeError
+
+    if not os.path.isfile(path):
+        raise InputError(f"{option} {path}: no such file")
+    try:
+        return decode(path, max_pixels=decoding.max_pixels)
+    except ImageDecodeError as e:
+        raise InputError(f"{option} {path} cannot be decoded as an image ({e.reason})") from None
+
+
+def evaluate(args) -> None:
+    """Evaluates samples against real images."""
+    outputs.check({"json": args.json})
+    import jax
+    import numpy as np
+
+    from hmar_jax.data.decode_errors import DecodeErrorLog
+    from hmar_jax.data.sources import SourceConfig, open_splits
+    from hmar_jax.evaluation.classifier import read_all
+    from hmar_jax.evaluation.neighbours import equal_counts
+    from hmar_jax.evaluation.report import check_reference, classifier_report, format_report
+    from hmar_jax.experiment import recorded_source_config
+    from hmar_jax.io import files
+    from hmar_jax.io.identity import class_conflicts
+    from hmar_jax.progress import phase
+
+    pipe = _load_sampler(args)
+    options = arguments.given_options(args, "SamplingConfig")
+    pipe.sampling_config(families.get_family(pipe.spec.family).SamplingConfig, options)
+    _check_samples_of_each_class(args.n, pipe.spec.num_classes)
+    # Of a run, the images that it held out.
+    recorded = recorded_source_config(args.model) or SourceConfig()
+    config = settings.from_arguments(recorded, args)
+    with phase(f"listing the images of {args.reference}"):
+        train, held_out = open_splits(args.reference, config=config).values()
+    if train.num_classes != pipe.spec.num_classes:
+        raise InputError(
+            f"reference {args.reference!r} must have the model's {pipe.spec.num_classes} classes; "
+            f"it has {train.num_classes}"
+        )
+    if conflicts := class_conflicts(pipe.spec.class_names, train.class_names):
+        raise InputError(
+            f"reference {args.reference!r} must have the model's classes in the same order; "
+            f"compared with it: {', '.join(conflicts)}"
+        )
+    ids = np.arange(args.n) % pipe.spec.num_classes
+    if (labels := getattr(held_out, "labels", None)) is not None:
+        equal_counts(ids, labels)  # before any image is read
+    broken = DecodeErrorLog()
+    with phase(f"reading {len(train) + len(held_out)} real images"):
+        real = [read_all(source, broken) for source in (train, held_out)]
+    for path, reason in broken.items:
+        _log.warning("skipped %s: %s", path, reason)
+    if broken.count:
+        _log.warning("images that could not be decoded: %d", broken.count)
+    check_reference(ids, *real, pipe.image_side)  # before any image is sampled
+    with phase(f"compiling, then sampling {args.n} images"):
+        images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
+    with phase("comparing"):
+        report = classifier_report(images, ids, *real, seed=args.seed)
+    if args.json:
+        files.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
+    print(format_report(report))
+
+
+def _check_samples_of_each_class(count: int, num_classes: int) -> None:
+    if count < 2 * num_classes:
+        raise InputError(
+            f"--n must be at least {2 * num_classes}, two samples of each of the model's "
+            f"{num_classes} classes; got {count}"
+        )
