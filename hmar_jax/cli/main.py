@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"unknown argument {unknown[0]!r} (see hmar {args.command} --help)")
         return (args.run(args, overrides) if has_config else args.run(args)) or 0
     except InputError as e:
-        print(f"hmar {args.command}: {e}", file=sys.stderr)
+        print(f"hmar {args.command}: {e.for_command_line()}", file=sys.stderr)
         return 2
     except FloatingPointError as e:  # a run that diverged
         print(f"hmar {args.command}: {e}", file=sys.stderr)
