@@ -385,14 +385,15 @@ def _add_convert(command) -> None:
     sub.add_argument(
         "--torch",
         default=None,
-        help="the .pth file of the model; without it the tokenizer alone is converted",
+        help="the .pth or .safetensors file of the model; without it the tokenizer alone is "
+        "converted",
     )
     sub.add_argument(
         "--family",
         default=families.DEFAULT_FAMILY,
         help=f"whose weights they are: {', '.join(families.FAMILIES)}",
     )
-    sub.add_argument("--out", type=arguments.output, required=True, help="the directory to make")
+    _add_new_model(sub)
     _add_options(sub, "ConvertConfig")
 
 
@@ -408,7 +409,16 @@ def _add_export(command) -> None:
         "--half", action="store_true", help="store parameters as float16: half the size"
     )
     sub.add_argument("--licence", default=None, help="what its README says of the licence")
+    _add_new_model(sub)
+
+
+def _add_new_model(sub) -> None:
     sub.add_argument("--out", type=arguments.output, required=True, help="the directory to make")
+    sub.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the model that --out contains, when the new one is complete",
+    )
 
 
 def _add_model(sub) -> None:
