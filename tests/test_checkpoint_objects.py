@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import types
 import uuid
+import zipfile
 
 import numpy as np
 import pytest
@@ -149,6 +150,15 @@ def test_other_classes_are_named(save, vae):
     assert "defaultdict" in message_of(save({"model": weights, "counts": counts}), vae)
 
 
+def test_names_from_a_file_cannot_write_to_the_terminal(save, vae, tmp_path):
+    found = message_of(save({"\x1b[31mred\n" * 99: torch.ones(2)}), vae)
+    assert "it has ?[31mred??[31mred" in found
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02ca\x1b[31mb\n\x1b[2Jclear\n.")
+        archive.writestr("x/version", b"3\n")
+    assert message_of(str(tmp_path / "x.pth"), vae).startswith("contains a?[31mb.?[2Jclear beside")
+
+
 def test_arrays_of_python_objects_are_refused(save, vae):
     objects = np.array([{"a": 1}, None], object)
     found = message_of(save({"model": tensors(transformer_state()), "x": objects}), vae)
@@ -209,3 +219,10 @@ def test_tensors_of_other_kinds(save, vae):
     np.testing.assert_array_equal(
         class_emb(read(save(half), vae)), half["class_emb.weight"].float().numpy()
     )
+
+
+def test_versions_of_torch_that_could_run_code_are_refused(save, vae, monkeypatch):
+    path = save(tensors(transformer_state()))
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.5.1"))
+    with pytest.raises(ImportError, match="needs PyTorch 2.6 or newer, got 2.5.1: pip install"):
+        read(path, vae)

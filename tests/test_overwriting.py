@@ -75,7 +75,7 @@ def test_other_directories_are_not_overwritten(tmp_path, model, capsys):
         assert digest(folder) == before
 
 
-def test_a_failure_leaves_the_old_model(model, monkeypatch):
+def test_a_failure_leaves_the_old_model(model, monkeypatch, capsys):
     before = digest(model)
 
     def fail(*_):
@@ -84,4 +84,5 @@ def test_a_failure_leaves_the_old_model(model, monkeypatch):
     monkeypatch.setattr(models, "write_atomically", fail)
     command = ["export", "--model=digits", f"--out={model}", "--licence=second", "--overwrite"]
     assert main(command) == 2
+    assert "No space left on device" in capsys.readouterr().err
     assert digest(model) == before and os.listdir(model.parent) == ["model"]

@@ -10,6 +10,7 @@ import numpy as np
 
 from hmar_jax.errors import InputError
 from hmar_jax.io import pickled_objects
+from hmar_jax.io.weight_formats import printable
 
 # Before it, a file could make torch.load run code even with weights_only=True (CVE-2025-32434).
 _SAFE_SINCE = "2.6"
@@ -58,19 +59,18 @@ def _reason(torch: Any, path: str | os.PathLike, error: Exception) -> str:
         except Exception:  # a file of the format before PyTorch 1.6: the first class it is
             pass
         more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        shown = ", ".join(printable(name) for name in names[:_MAX_NAMED])
         return (
-            f"contains {', '.join(names[:_MAX_NAMED])}{more} beside weights, and reading such "
+            f"contains {shown}{more} beside weights, and reading such "
             "objects could run code; where the file was written, save the weights alone: "
             'torch.save(model.state_dict(), "weights.pth")'
         )
     if "TorchScript" in text:
         return "is a TorchScript program, not weights; save model.state_dict() instead"
     if isinstance(error, pickle.UnpicklingError | EOFError) or "magic number" in text:
-        return (
-            "is damaged, or a pickle that torch.save did not write; download it again, or save "
-            "the weights with torch.save"
-        )
-    return f"not a file of PyTorch weights ({_clip(text)})"
+        text = "a pickle that torch.save did not write"
+    shown = printable(_clip(text), 200)
+    return f"is damaged, or not a file of PyTorch weights ({shown}); download it again"
 
 
 def _clip(text: str, limit: int = 120) -> str:

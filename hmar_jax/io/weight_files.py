@@ -191,14 +191,14 @@ def _prefix(parts: tuple[str, ...], marker: tuple[str, ...]) -> tuple[str, ...] 
 
 
 def _describe_place(parts: tuple[str, ...]) -> str:
-    return ".".join(part for part in parts if part not in _WRAPPERS)
+    return ".".join(weight_formats.printable(part) for part in parts if part not in _WRAPPERS)
 
 
 def _outline(content: Any) -> str:
     """The first names of a file's content, for an error."""
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
-    names = [str(name)[:60] for name in content]
+    names = [weight_formats.printable(name) for name in content]
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return shown or "nothing"
 

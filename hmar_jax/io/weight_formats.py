@@ -13,6 +13,7 @@ import zipfile
 from typing import Any
 
 from hmar_jax.errors import InputError
+from hmar_jax.io.files import is_local
 
 TORCH, SAFETENSORS, INDEX = "torch", "safetensors", "index"
 
@@ -51,6 +52,8 @@ def recognize(path: str | os.PathLike) -> str:
     Raises:
       InputError: there is no such file, or it is something else.
     """
+    if not is_local(path):
+        raise InputError(f"{path}: weights must be a local file; download it first")
     if os.path.isdir(path):
         raise InputError(f"{path}: must be a .pth file; got a directory{_content(path)}")
     try:
@@ -78,6 +81,11 @@ def recognize(path: str | os.PathLike) -> str:
         return TORCH
     kind = "is text" if _is_text(start) else "begins as none of the known formats"
     raise InputError(f"{path}: not a file of PyTorch weights (it {kind}); {_READABLE}")
+
+
+def printable(text: Any, limit: int = 80) -> str:
+    """A name from a file, for messages: without control characters, and not longer than a line."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:limit])
 
 
 def _content(directory: str | os.PathLike) -> str:
@@ -123,8 +131,8 @@ def _refuse_other_formats(path: str | os.PathLike, start: bytes) -> None:
     for mark, what in _FOREIGN.items():
         if start.startswith(mark):
             raise InputError(f"{path}: is {what}; {_READABLE}")
-    if start.startswith((b"PK", b"\x80")):  # of PyTorch by its content, whatever its name
-        return
+    if start.startswith((b"PK", b"\x80")) or start[8:9] == b"{":
+        return  # of PyTorch or safetensors by its content, whatever its name
     for pattern, what in _FOREIGN_NAMES.items():
         if re.fullmatch(pattern, os.path.basename(path), re.I):
             raise InputError(f"{path}: is {what}; {_READABLE}")
