@@ -23,6 +23,8 @@ StateDict = Mapping[str, np.ndarray]
 
 # Parts of names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing add.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Moments of an optimizer may have the names of the weights.
+_OPTIMIZER = re.compile(r"(^|[._])(opt|optim\w*|exp_avg\w*|momentum\w*)([._]|$)", re.IGNORECASE)
 _AVERAGED = re.compile(r"(^|[._])(ema|averaged?)([._]|$)", re.IGNORECASE)
 
 
@@ -136,7 +138,7 @@ def load_state_dicts(
 
 
 def _mappings(content: Any) -> Iterator[tuple[Mapping, tuple[str, ...]]]:
-    """All mappings in nested mappings, each with its place, outer ones first."""
+    """All mappings in nested mappings, each with its place, outer ones first; no optimizer's."""
     waiting: list[tuple[Any, tuple[str, ...]]] = [(content, ())]
     seen: set[int] = set()  # a pickle may nest a mapping in itself
     while waiting:
@@ -145,7 +147,11 @@ def _mappings(content: Any) -> Iterator[tuple[Mapping, tuple[str, ...]]]:
             continue
         seen.add(id(node))
         yield node, place
-        waiting += [(value, (*place, str(key))) for key, value in node.items()]
+        waiting += [
+            (value, (*place, str(key)))
+            for key, value in node.items()
+            if not _OPTIMIZER.search(str(key))
+        ]
 
 
 def _models_of(

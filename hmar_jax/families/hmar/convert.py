@@ -209,7 +209,7 @@ def transformer_from_state(
         qk_norm=qk_norm,
         shared_adaln="shared_ada_lin.1.weight" in state,
     )
-    bias = state["word_embed.bias"] if "word_embed.bias" in state else r("word_embed_bias")
+    bias = r("word_embed.bias" if "word_embed.bias" in state else "word_embed_bias")
     params = {
         "embed": {
             "class_emb": r("class_emb.weight"),
