@@ -183,7 +183,7 @@ def test_nested_models_of_a_trainer(save, vae):
     for name in ("model", "trainer.model"):
         pipe = read(path, vae, weights=name)
         np.testing.assert_array_equal(class_emb(pipe), raw["class_emb.weight"])
-        assert "model.pth (trainer.model, sha256" in pipe.spec.origin
+        assert "model.pth: trainer.model, sha256" in pipe.spec.origin
     with pytest.raises(InputError, match="must be one of trainer.model, trainer.ema; got 'traine"):
         read(path, vae, weights="trainer")
 
@@ -201,8 +201,8 @@ def test_a_checkpoint_of_lightning(save):
     path = save(content, "last.ckpt")
     pipe = read(path, path)
     np.testing.assert_array_equal(class_emb(pipe), state["class_emb.weight"])
-    assert "last.ckpt (state_dict.vae, sha256" in pipe.spec.origin
-    assert "last.ckpt (state_dict.net, sha256" in pipe.spec.origin
+    assert "last.ckpt: state_dict.vae, sha256" in pipe.spec.origin
+    assert "last.ckpt: state_dict.net, sha256" in pipe.spec.origin
 
 
 def test_tensors_of_other_kinds(save, vae):

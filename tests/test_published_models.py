@@ -90,13 +90,13 @@ def test_files_are_known_by_their_checksum(tmp_path, monkeypatch):
     digests = [published.sha256(path) for path in (vae, model)]
     spec = convert()
     assert spec.origin == (
-        f"converted from a.safetensors (sha256 {digests[0][:12]}) and b.safetensors "
-        f"(sha256 {digests[1][:12]})"
+        f"converted from a.safetensors and b.safetensors (a.safetensors: sha256 "
+        f"{digests[0][:12]}; b.safetensors: sha256 {digests[1][:12]})"
     )
     assert "non-commercial" in spec.licence
     known = {d: published.PublishedFile(f"file {i}", "MIT") for i, d in enumerate(digests)}
     monkeypatch.setattr(published, "_FILES", known)
     spec = convert()
     assert spec.licence == "MIT"
-    assert f"b.safetensors (file 1, sha256 {digests[1][:12]})" in spec.origin
+    assert f"b.safetensors: file 1, sha256 {digests[1][:12]}" in spec.origin
     assert np.all([len(d) == 64 and int(d, 16) for d in published._FILES])

@@ -158,7 +158,7 @@ def test_prefixes_in_any_order_and_depth(tmp_path, vae, prefix, place):
     path = write(tmp_path / "m.safetensors", {prefix + name: x for name, x in state.items()})
     pipe = read(path, vae)
     np.testing.assert_array_equal(class_emb(pipe), state["class_emb.weight"])
-    assert f"m.safetensors ({place}{', ' * bool(place)}sha256 " in pipe.spec.origin
+    assert f"m.safetensors: {place}{', ' * bool(place)}sha256 " in pipe.spec.origin
 
 
 def test_wrappers_inside_names(tmp_path, vae):
@@ -190,11 +190,11 @@ def test_which_of_several_models_is_taken(tmp_path):
     with pytest.warns(UserWarning, match="took the weights ema; it also has model, which the "):
         pipe = read(path, path)
     np.testing.assert_array_equal(class_emb(pipe), averaged["class_emb.weight"])
-    assert "several.safetensors (ema, sha256" in pipe.spec.origin
+    assert "several.safetensors: ema, sha256" in pipe.spec.origin
     for name, state in (("model", raw), ("ema", averaged)):
         pipe = read(path, path, weights=name)
         np.testing.assert_array_equal(class_emb(pipe), state["class_emb.weight"])
-        assert f"several.safetensors ({name}, sha256" in pipe.spec.origin
+        assert f"several.safetensors: {name}, sha256" in pipe.spec.origin
     assert message_of(path, path, weights="emma") == (
         "FILE: weights must be one of ema, model; got 'emma'"
     )
@@ -210,7 +210,7 @@ def test_the_command_line_says_and_chooses_the_weights(tmp_path, capsys):
     assert main([*command, f"--out={tmp_path / 'a'}"]) == 0
     printed = capsys.readouterr()
     assert "took the weights ema; it also has model" in printed.err
-    assert "several.safetensors (ema, sha256" in printed.out
+    assert "several.safetensors: ema, sha256" in printed.out
     assert main([*command, "--weights=model", f"--out={tmp_path / 'b'}"]) == 0
     assert "took" not in capsys.readouterr().err
     found = class_emb(hmar_jax.load(str(tmp_path / "b")))

@@ -59,10 +59,14 @@ class _File:
         return known and known.licence
 
     @property
-    def origin(self) -> str:
+    def name(self) -> str:
+        return pathlib.Path(self.path).name
+
+    @property
+    def notes(self) -> str:
         known = published.find_file(self.digest)
         notes = [self.place, known and known.title, f"sha256 {self.digest[:12]}"]
-        return f"{pathlib.Path(self.path).name} ({', '.join(note for note in notes if note)})"
+        return f"{self.name}: {', '.join(note for note in notes if note)}"
 
 
 def convert_files(
@@ -117,8 +121,9 @@ def convert_files(
 def _source(*files: _File) -> dict[str, str]:
     """Origin and licence of what was converted from some files."""
     licences = {file.licence or _LICENCE for file in files}
+    names, notes = (" and ".join(f.name for f in files), "; ".join(f.notes for f in files))
     return {
-        "origin": "converted from " + " and ".join(file.origin for file in files),
+        "origin": f"converted from {names} ({notes})",
         "licence": licences.pop() if len(licences) == 1 else _LICENCE,
     }
 
