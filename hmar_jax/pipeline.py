@@ -421,11 +421,11 @@ def from_torch(
     """Published PyTorch weights as a Pipeline.
 
     Args:
-      model: a .pth file with a state dict, or a trainer's checkpoint that nests one; None: the
-        autoencoder alone.
+      model: a .pth or .safetensors file with a state dict, or a trainer's checkpoint that nests
+        some; None: the autoencoder alone.
       family: whose weights they are; empty: the first one's.
       dtype: as Pipeline's.
-      **options: of the family's ConvertConfig, such as tokenizer="vae.pth", scales=(1, 2, 3).
+      **options: of the family's ConvertConfig, such as tokenizer="vae.pth", weights="ema".
 
     Raises:
       InputError: a file cannot be read or holds no such model, or an option is missing or wrong.

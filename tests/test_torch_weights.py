@@ -6,7 +6,8 @@ import pytest
 from hmar_jax.autoencoders import convert
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES, ScaleList
 from hmar_jax.errors import InputError
-from hmar_jax.io.torch_weights import StateDictReader, load_state_dicts
+from hmar_jax.io.state_dicts import StateDictReader
+from hmar_jax.io.weight_files import load_state_dicts
 
 MARKERS = {"tokenizer": "quantize.weight", "transformer": "pos"}
 
@@ -37,8 +38,9 @@ def test_state_dicts_nested_in_a_trainers_checkpoint(torch, save):
     tokenizer = {"quantize.weight": torch.zeros(1), "pos": torch.zeros(2)}  # the first marker wins
     wrapped = {"module._orig_mod.pos": torch.ones(3)}
     again = {"pos": torch.ones(4)}
-    path = save({"epoch": 3, "trainer": {"vae": tokenizer, "var": wrapped, "ema": again}})
-    found = load_state_dicts(path, MARKERS)
+    path = save({"epoch": 3, "trainer": {"vae": tokenizer, "var": wrapped, "old": again}})
+    with pytest.warns(UserWarning, match="took the weights trainer.var; it also has trainer.old"):
+        found = load_state_dicts(path, MARKERS)
     assert found.keys() == {"tokenizer", "transformer"}
     assert found["tokenizer"].keys() == {"quantize.weight", "pos"}
     assert found["transformer"]["pos"].shape == (3,)  # the first one
@@ -58,7 +60,7 @@ def test_files_without_known_models(torch, save, tmp_path):
 
 def test_reader():
     rng = np.random.default_rng(0)
-    state = {f"a.{i}.weight": rng.normal(size=(4, 3, 1, 1)) for i in (0, 11)} | {"a.0.bias": 0}
+    state = {f"a.{i}.weight": rng.normal(size=(4, 3, 1, 1)) for i in (0, 11)} | {"a.0.bias": 0.0}
     r = StateDictReader(state)
     assert r.count(r"a\.(\d+)\.") == 12 and r.count(r"b\.(\d+)\.") == 0
     assert r.conv("a.0")["kernel"].shape == (1, 1, 3, 4)

@@ -14,7 +14,7 @@ from hmar_jax.autoencoders.losses import quantizer_loss
 from hmar_jax.autoencoders.scales import ScaleList
 from hmar_jax.autoencoders.vq import TokenizerConfig, VQAutoencoder, apply_tokenizer
 from hmar_jax.errors import InputError
-from hmar_jax.io.torch_weights import load_state_dicts
+from hmar_jax.io.weight_files import load_state_dicts
 from tests.conftest import relative
 
 SIDES = (1, 2, 3, 4, 6)

@@ -12,10 +12,12 @@ import numpy as np
 
 from hmar_jax.autoencoders.scales import ScaleList, find_published_list
 from hmar_jax.autoencoders.vq import Params, TokenizerConfig
-from hmar_jax.errors import InputError
-from hmar_jax.io.torch_weights import StateDict, StateDictReader
+from hmar_jax.errors import InputError, keyword
+from hmar_jax.io.state_dicts import StateDictReader
+from hmar_jax.io.weight_files import StateDict
 
-MARKER = "quantize.embedding.weight"  # of load_state_dicts: only a tokenizer has this name
+MARKER = "quantize.embedding.weight"  # of find_models: only a tokenizer has this name
+_EXAMPLE = (1, 2, 3, 4, 6)  # a scale list
 
 
 def resolve_scales(
@@ -46,7 +48,9 @@ def resolve_scales(
     published = find_published_list(num_scales, length) if length else None
     if published is None:
         raise InputError(
-            f"{known}, which is no published list: give scales, such as scales=(1, 2, 3, 4, 6)"
+            f"{known}, which is no published list: give scales, such as "
+            f"{keyword('scales', _EXAMPLE)}",
+            scales=_EXAMPLE,
         )
     return published
 
@@ -62,7 +66,8 @@ def tokenizer_scales(state: StateDict, given: ScaleList | Sequence[int] | None =
         known = f" of its K={usage.shape[0]} scales" if usage is not None else ""
         raise InputError(
             f"a tokenizer's weights do not record its scale list: give the sides{known}, such as "
-            "scales=(1, 2, 3, 4, 6)"
+            f"{keyword('scales', _EXAMPLE)}",
+            scales=_EXAMPLE,
         )
     scales = given if isinstance(given, ScaleList) else ScaleList(tuple(given))
     return resolve_scales(scales.num_scales if usage is None else usage.shape[0], None, scales)

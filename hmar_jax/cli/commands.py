@@ -278,17 +278,28 @@ def _describe_run(name: str) -> list[tuple[str, str]]:
 
 def convert(args) -> None:
     """Published PyTorch weights become a model directory."""
+    import warnings
+
     from hmar_jax import loading
     from hmar_jax.io import models
 
-    models.check_new_model(args.out)
+    models.check_new_model(args.out, args.overwrite)
     options = arguments.given_options(args, "ConvertConfig")
-    try:
-        spec, params = loading.convert_torch_files(args.torch, args.family, **options)
-    except ImportError as e:
-        raise InputError(str(e)) from None
-    models.save_model(args.out, spec.to_json(), params, _readme(args.out, spec))
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            spec, params = loading.convert_torch_files(args.torch, args.family, **options)
+        except ImportError as e:
+            raise InputError(str(e)) from None
+    for notice in notices:
+        print(f"hmar convert: {notice.message}", file=sys.stderr)
+    models.save_model(
+        args.out, spec.to_json(), params, _readme(args.out, spec), overwrite=args.overwrite
+    )
     print(f"{args.out}: {spec.kind}, {spec.origin}. {spec.licence}.")
+    if spec.sampling is not None:  # what `hmar sample` does without options
+        rows = families.get_family(spec.family).describe(spec, params)
+        print("\n".join(f"{name:12} {text}" for name, text in rows))
 
 
 def export(args) -> None:
@@ -299,14 +310,16 @@ def export(args) -> None:
     from hmar_jax import loading
     from hmar_jax.io import models
 
-    models.check_new_model(args.out)
+    models.check_new_model(args.out, args.overwrite)
     spec, params = loading.load_spec_and_params(args.model, args.checkpoint)
     if args.licence is not None:
         spec = dataclasses.replace(spec, licence=args.licence)
     if args.half:
         halve = lambda x: x.astype(np.float16) if x.dtype == np.float32 else x
         params = jax.tree.map(lambda x: halve(np.asarray(x)), params)
-    models.save_model(args.out, spec.to_json(), params, _readme(args.out, spec))
+    models.save_model(
+        args.out, spec.to_json(), params, _readme(args.out, spec), overwrite=args.overwrite
+    )
     print(f"{args.out}: {spec.kind}")
 
 

@@ -71,7 +71,7 @@ def _run_command(args, overrides: list[str], unknown: list[str], has_config: boo
         environment.check_current_directory()
         return (args.run(args, overrides) if has_config else args.run(args)) or 0
     except InputError as e:
-        print(f"hmar {args.command}: {e}", file=sys.stderr)
+        print(f"hmar {args.command}: {e.for_command_line()}", file=sys.stderr)
         return 2
     except (RuntimeError, AssertionError):
         missing = environment.describe_missing_devices()
@@ -347,14 +347,15 @@ def _add_convert(command) -> None:
     sub.add_argument(
         "--torch",
         default=None,
-        help="the .pth file of the model; without it the tokenizer alone is converted",
+        help="the .pth or .safetensors file of the model; without it the tokenizer alone is "
+        "converted",
     )
     sub.add_argument(
         "--family",
         default=families.DEFAULT_FAMILY,
         help=f"whose weights they are: {', '.join(families.FAMILIES)}",
     )
-    sub.add_argument("--out", type=arguments.path, required=True, help="the directory to make")
+    _add_new_model(sub)
     arguments.add_options(sub, "ConvertConfig")
 
 
@@ -370,4 +371,13 @@ def _add_export(command) -> None:
         "--half", action="store_true", help="store parameters as float16: half the size"
     )
     sub.add_argument("--licence", default=None, help="what its README says of the licence")
+    _add_new_model(sub)
+
+
+def _add_new_model(sub) -> None:
     sub.add_argument("--out", type=arguments.path, required=True, help="the directory to make")
+    sub.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the model that --out contains, when the new one is complete",
+    )

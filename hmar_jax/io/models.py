@@ -11,11 +11,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, keyword
 from hmar_jax.io import arrays
 from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
 
-_OVERWRITE_HINT = "choose another directory, or allow overwriting"
+_FILES = {"config.json", "params", "README.md"}  # of a model directory
 
 
 def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> None:
@@ -23,20 +23,42 @@ def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> No
 
     Creates the parent folders.
     """
-    if not is_local(directory):
-        if (absolute(directory) / "config.json").exists() and not overwrite:
-            raise InputError(f"{directory} contains a model or a run: {_OVERWRITE_HINT}")
-        return
-    target = os.path.realpath(directory)
-    if os.path.lexists(target) and not os.path.isdir(target):
+    target = absolute(directory) if not is_local(directory) else epath.Path(_real(directory))
+    if is_local(directory) and os.path.lexists(target) and not os.path.isdir(target):
         raise InputError(f"cannot write a model to {directory}: it is a file")
-    if os.path.isdir(target) and os.listdir(target) and not overwrite:
-        raise InputError(f"{directory} is not empty: {_OVERWRITE_HINT}")
+    _check_replaceable(directory, target, overwrite)
+    if not is_local(directory):
+        return
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.rmdir(_create_temporary_directory(target))
+        os.rmdir(_create_temporary_directory(os.fspath(target)))
     except OSError as error:
         raise InputError(f"cannot write a model to {directory}: {error.strerror}") from error
+
+
+def _real(directory: os.PathLike | str) -> str:
+    """The path without symbolic links: a link to a model stays a link when the model changes."""
+    return os.path.realpath(directory)
+
+
+def _check_replaceable(directory: os.PathLike | str, target: epath.Path, overwrite: bool) -> None:
+    """Refuses a directory with contents, except that a model may replace a model if asked to."""
+    contents = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if not contents:
+        return
+    is_run = "checkpoints" in contents
+    is_model = "config.json" in contents and contents <= _FILES
+    if not overwrite:
+        what = "contains a run" if is_run else "is not empty"
+        cure = f", or replace the model in it with {keyword('overwrite', True)}" if is_model else ""
+        raise InputError(f"{directory} {what}: choose another directory{cure}", overwrite=True)
+    # An object store shows what a killed process left half-written: that may be replaced.
+    if is_run or (is_local(directory) and not is_model):
+        other = "a run" if is_run else sorted(contents - _FILES or contents)[0]
+        raise InputError(
+            f"{directory} contains {other}: only a directory with nothing but a model may be "
+            "overwritten; choose another one"
+        )
 
 
 def save_model(
@@ -58,10 +80,11 @@ def save_model(
       params: nested dicts of arrays that this process holds whole, of any floating-point type;
         float16 halves the files and is read as float32.
       readme: the content of README.md.
-      overwrite: replace what the directory contains.
+      overwrite: replace the model that the directory contains.
 
     Raises:
-      InputError: the directory is not empty, cannot be written, or has not enough space.
+      InputError: the directory has contents that it must not replace, cannot be written, or has not
+        enough space.
     """
     check_new_model(directory, overwrite)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -71,7 +94,7 @@ def save_model(
     if not is_local(directory):
         _write_model(absolute(directory), text, params, readme)
         return
-    target = os.path.realpath(directory)
+    target = _real(directory)
     temporary = _create_temporary_directory(target)
     try:
         _write_model(absolute(temporary), text, params, readme)

@@ -1,125 +1,109 @@
-"""Reading PyTorch weights: state dicts in a .pth file, and their tensors as JAX modules keep them.
-
-The only place that imports torch.
-"""
+"""Reading files that torch.save wrote. The only place that imports torch."""
 
 import os
+import pickle
 import re
-from collections.abc import Mapping
+import warnings
 from typing import Any
 
 import numpy as np
 
 from hmar_jax.errors import InputError
-from hmar_jax.io import files
+from hmar_jax.io import pickled_objects
+from hmar_jax.io.weight_formats import printable
 
-StateDict = Mapping[str, np.ndarray]
+# Before it, a file could make torch.load run code even with weights_only=True (CVE-2025-32434).
+_SAFE_SINCE = "2.6"
+_MAX_NAMED = 3  # classes that a message lists
 
-# Prefixes that DistributedDataParallel and torch.compile leave in names.
-_WRAPPERS = ("module.", "_orig_mod.")
 
+def load_torch_file(path: str | os.PathLike) -> Any:
+    """The content of a file of torch.save: tensors on the CPU, in containers and plain objects.
 
-def load_state_dicts(path: str | os.PathLike, markers: Mapping[str, str]) -> dict[str, StateDict]:
-    """Reads a .pth file and finds the models in it.
-
-    Args:
-      path: a file written by torch.save: a state dict, or a trainer's checkpoint that nests some.
-      markers: for each kind of model, a parameter name that only its state dicts contain.
-
-    Returns:
-      For each kind that is found, its first state dict: numpy arrays, floats as float32, by name
-      without the prefixes of wrappers.
+    No code of the file runs: classes other than those of `pickled_objects` are refused.
 
     Raises:
-      InputError: the file cannot be read, or contains none of the models.
-      ImportError: torch is not installed.
+      InputError: the file has other classes, or is damaged.
+      ImportError: torch is not installed, or older than 2.6.
     """
     try:
         import torch
     except ImportError:
         raise ImportError(
-            'reading published weights needs PyTorch: pip install "hmar_jax[torch]"'
+            f'reading {path} needs PyTorch: pip install "hmar_jax[torch]" (.safetensors files '
+            "need none)"
         ) from None
-    path = files.expand(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: must be a .pth file; got a directory") from None
-    except Exception as error:  # torch raises many kinds for damaged or foreign files
-        reason = str(error).splitlines()[0][:120]
-        raise InputError(f"{path}: not a file of PyTorch weights ({reason})") from None
-    found: dict[str, dict[str, Any]] = {}
-    _find(loaded, markers, found)
-    if not found:
-        looked_for = ", ".join(f"{name!r} of a {kind}" for kind, name in markers.items())
-        raise InputError(f"{path}: contains no model of a known kind (looked for {looked_for})")
-    to_numpy = lambda tensor: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return {
-        kind: {name: to_numpy(t) for name, t in state.items() if hasattr(t, "numpy")}
-        for kind, state in found.items()
-    }
+    if torch.__version__ < _SAFE_SINCE:
+        raise ImportError(
+            f"reading {path} needs PyTorch {_SAFE_SINCE} or newer, got {torch.__version__}: "
+            'pip install "hmar_jax[torch]"'
+        )
+    allowed = torch.serialization.safe_globals(pickled_objects.allowed_globals())
+    with allowed, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about pickles that are then refused
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except Exception as error:  # torch raises many kinds for damaged or foreign files
+            raise InputError(f"{path}: {_reason(torch, path, error)}") from None
 
 
-def _find(node: Any, markers: Mapping[str, str], found: dict[str, dict[str, Any]]) -> None:
-    """Collects the first state dict of each kind in nested mappings."""
-    if not isinstance(node, Mapping):
-        return
-    names = {_unwrap(name): value for name, value in node.items() if isinstance(name, str)}
-    kind = next((kind for kind, marker in markers.items() if marker in names), None)
-    if kind is not None:
-        found.setdefault(kind, names)
-        return
-    for value in node.values():
-        _find(value, markers, found)
+def _reason(torch: Any, path: str | os.PathLike, error: Exception) -> str:
+    """What is wrong with a file that torch.load refused, in one line."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    names = re.findall(r"GLOBAL (\S+)", text) or re.findall(r"got <class '([^']+)'>", text)
+    if names:
+        try:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or names
+        except Exception:  # a file of the format before PyTorch 1.6: the first class it is
+            pass
+        more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        shown = ", ".join(printable(name) for name in names[:_MAX_NAMED])
+        return (
+            f"contains {shown}{more} beside weights, and reading such "
+            "objects could run code; where the file was written, save the weights alone: "
+            'torch.save(model.state_dict(), "weights.pth")'
+        )
+    if "TorchScript" in text:
+        return "is a TorchScript program, not weights; save model.state_dict() instead"
+    if isinstance(error, pickle.UnpicklingError | EOFError) or "magic number" in text:
+        text = "a pickle that torch.save did not write"
+    shown = printable(_clip(text), 200)
+    return f"is damaged, or not a file of PyTorch weights ({shown}); download it again"
 
 
-def _unwrap(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
+def _clip(text: str, limit: int = 120) -> str:
+    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
 
 
-class StateDictReader:
-    """Takes tensors out of a state dict by name, in the layouts of Flax.
+def to_numpy(name: str, tensor: Any) -> np.ndarray:
+    """A tensor as an array, floats as float32.
 
-    Linear weights are transposed, and convolution kernels go from OIHW to HWIO.
+    Raises:
+      InputError: it is quantized, sparse or has no values.
     """
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    layout = str(tensor.layout).removeprefix("torch.")
+    if tensor.is_quantized or tensor.is_meta or layout != "strided":
+        kind = "empty (meta)" if tensor.is_meta else dtype if tensor.is_quantized else layout
+        raise InputError(
+            f"the weight {name!r} must be a dense floating-point tensor; it is {kind}: convert the "
+            "model to float32 or bfloat16 first"
+        )
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    check_dtype(name, dtype)
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
-    def __init__(self, state: StateDict):
-        self.state = state
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.state
+def check_dtype(name: str, dtype: str) -> None:
+    """Refuses types whose values mean nothing without scales that are stored elsewhere.
 
-    def __call__(self, name: str) -> np.ndarray:
-        """The tensor of this name as it is.
-
-        Raises:
-          InputError: there is none.
-        """
-        if name not in self.state:
-            raise InputError(
-                f"the weights have no {name!r}: they are incomplete or of another model"
-            )
-        return self.state[name]
-
-    def linear(self, name: str) -> dict[str, np.ndarray]:
-        return {"kernel": self(f"{name}.weight").T, "bias": self(f"{name}.bias")}
-
-    def conv(self, name: str) -> dict[str, np.ndarray]:
-        kernel = self(f"{name}.weight").transpose(2, 3, 1, 0)
-        return {"kernel": kernel, "bias": self(f"{name}.bias")}
-
-    def conv1x1(self, name: str) -> dict[str, np.ndarray]:
-        """A 1x1 convolution as a dense layer."""
-        return {"kernel": self(f"{name}.weight")[:, :, 0, 0].T, "bias": self(f"{name}.bias")}
-
-    def norm(self, name: str) -> dict[str, np.ndarray]:
-        return {"scale": self(f"{name}.weight"), "bias": self(f"{name}.bias")}
-
-    def count(self, pattern: str) -> int:
-        """1 + the largest number that the pattern's group matches in a name; 0 without a match."""
-        matches = (re.match(pattern, name) for name in self.state)
-        return 1 + max((int(m[1]) for m in matches if m), default=-1)
+    Args:
+      dtype: as torch or safetensors names it.
+    """
+    if re.match(r"float[48]|f[48]_", dtype.lower()):
+        raise InputError(
+            f"the weight {name!r} is {dtype}: weights of 4 or 8 bits are not supported; convert "
+            "the model to float32, float16 or bfloat16 first"
+        )

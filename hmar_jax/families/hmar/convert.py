@@ -7,6 +7,7 @@ Letters: K scales, L tokens of all scales, N blocks, M blocks of stage 2.
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -20,11 +21,15 @@ from hmar_jax.autoencoders.convert import (
     tokenizer_scales,
 )
 from hmar_jax.autoencoders.scales import ScaleList
-from hmar_jax.errors import InputError
-from hmar_jax.families.hmar.options import ConvertConfig
+from hmar_jax.data import imagenet
+from hmar_jax.errors import InputError, keyword
+from hmar_jax.families.hmar import published
+from hmar_jax.families.hmar.options import ConvertConfig, SamplingConfig
 from hmar_jax.families.hmar.spec import HmarSpec
 from hmar_jax.families.hmar.transformer import TransformerConfig
-from hmar_jax.io.torch_weights import StateDict, StateDictReader, load_state_dicts
+from hmar_jax.io.files import expand
+from hmar_jax.io.state_dicts import StateDictReader
+from hmar_jax.io.weight_files import StateDict, choose_model, find_models
 from hmar_jax.training.task import Params
 
 # Names of parameters that only one kind of state dict has.
@@ -36,19 +41,49 @@ _LICENCE = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A state dict that was read, and what is said of its file."""
+
+    path: str
+    place: str  # where the file nests it
+    state: StateDict
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return published.sha256(self.path)
+
+    @property
+    def licence(self) -> str | None:
+        """That of the published file; None for others."""
+        known = published.find_file(self.digest)
+        return known and known.licence
+
+    @property
+    def name(self) -> str:
+        return pathlib.Path(self.path).name
+
+    @property
+    def notes(self) -> str:
+        known = published.find_file(self.digest)
+        notes = [self.place, known and known.title, f"sha256 {self.digest[:12]}"]
+        return f"{self.name}: {', '.join(note for note in notes if note)}"
+
+
 def convert_files(
     model: str | None, options: ConvertConfig
 ) -> tuple[HmarSpec | AutoencoderSpec, Params]:
     """Reads published weights.
 
     Args:
-      model: a .pth file with a state dict of stage 1, VAR, stage 2 or the combined HMAR model, or a
+      model: a file with a state dict of stage 1, VAR, stage 2 or the combined HMAR model, or a
         trainer's checkpoint that nests one. None: the tokenizer alone. Stage 2 without stage 1
         predicts whole scales from masks.
       options: the tokenizer's file, and settings that the weights do not record.
 
     Returns:
-      The spec, and the parameters on the host.
+      The spec, and the parameters on the host. A model with the architecture of a published one has
+      its published sampling options, one of 1000 classes has the names of ImageNet's.
 
     Raises:
       InputError: a file cannot be read or holds no such model, the two stages do not fit, or the
@@ -56,72 +91,93 @@ def convert_files(
     """
     if options.tokenizer is None:
         raise InputError(
-            "the tokenizer's file is required: tokenizer=vae.pth, or --tokenizer=vae.pth on the "
-            "command line"
+            f"the tokenizer's file is required: {keyword('tokenizer', 'vae.pth')}",
+            tokenizer="vae.pth",
         )
-    tokenizer_state = read_state(options.tokenizer, "tokenizer", "such as vae.pth")
-    files = (options.tokenizer, model, options.masked)
-    origin = "converted from " + " and ".join(pathlib.Path(p).name for p in files if p)
+    if model is None and options.masked is not None:
+        masked = keyword("masked", options.masked)
+        raise InputError(f"{masked} requires the stage 1 it was trained on", masked=options.masked)
+    # In the file of the model the option must name one; in the others it may.
+    file = _read(options.tokenizer, "tokenizer", "such as vae.pth", options.weights, not model)
     if model is None:
-        if options.masked is not None:
-            raise InputError(f"masked={options.masked} requires the stage 1 it was trained on")
-        scales = tokenizer_scales(tokenizer_state, options.scales)
-        config, params = tokenizer_from_state(tokenizer_state, scales)
-        spec = AutoencoderSpec(config, origin=origin, licence=_LICENCE)
-        return spec, {AUTOENCODER: params}
+        scales = tokenizer_scales(file.state, options.scales)
+        config, params = tokenizer_from_state(file.state, scales)
+        return AutoencoderSpec(config, **_source(file)), {AUTOENCODER: params}
 
-    transformer, depth, next_scale, params = _read_transformer(model, options)
-    config, params[AUTOENCODER] = tokenizer_from_state(tokenizer_state, transformer.scale_list)
+    files, transformer, depth, next_scale, params = _read_transformer(model, options)
+    config, params[AUTOENCODER] = tokenizer_from_state(file.state, transformer.scale_list)
+    is_imagenet = transformer.num_classes == imagenet.NUM_CLASSES
     spec = HmarSpec(
         config,
         transformer,
         masked_depth=depth,
         next_scale=next_scale,
-        origin=origin,
-        licence=_LICENCE,
+        class_names=imagenet.class_names() if is_imagenet else (),
+        sampling=published.published_sampling(config, transformer) or SamplingConfig(),
+        **_source(file, *files),
     )
     return spec, params
 
 
+def _source(*files: _File) -> dict[str, str]:
+    """Origin and licence of what was converted from some files."""
+    licences = {file.licence or _LICENCE for file in files}
+    names, notes = (" and ".join(f.name for f in files), "; ".join(f.notes for f in files))
+    return {
+        "origin": f"converted from {names} ({notes})",
+        "licence": licences.pop() if len(licences) == 1 else _LICENCE,
+    }
+
+
 def _read_transformer(
     model: str, options: ConvertConfig
-) -> tuple[TransformerConfig, int, bool, Params]:
-    """Config of stage 1, M, whether there is a stage 1, and params["transformer"][, "masked"]."""
+) -> tuple[list[_File], TransformerConfig, int, bool, Params]:
+    """Files, config of stage 1, M, whether there is a stage 1, and params["transformer", ...]."""
     scales, heads = options.scales, options.heads
-    state = read_state(model, "transformer", "such as hmar.pth")
+    file = _read(model, "transformer", "such as hmar.pth", options.weights, True)
+    state, files = file.state, [file]
     combined, alone = is_combined(state), is_stage2(state)
     if options.masked is not None:
         if combined or alone:
-            raise InputError(f"{model} must be a stage 1 with masked={options.masked}")
-        state2 = read_state(options.masked, "transformer", "such as masked.pth")
-        if not is_stage2(state2):
+            masked = keyword("masked", options.masked)
+            raise InputError(f"{model} must be a stage 1 with {masked}", masked=options.masked)
+        file2 = _read(options.masked, "transformer", "such as masked.pth", options.weights, False)
+        files.append(file2)
+        if not is_stage2(file2.state):
             raise InputError(f"{options.masked} must be a stage 2 by itself")
-        config, params, depth, masked = join_stages(state, state2, scales, heads)
+        config, params, depth, masked = join_stages(state, file2.state, scales, heads)
     elif combined:
         config, params, depth, masked = combined_from_state(state, scales, heads)
     elif alone:
         config, params, depth, masked = stage2_from_state(state, scales, heads)
     else:
         config, params = transformer_from_state(state, scales, heads)
-        return config, 0, True, {"transformer": params}
-    return config, depth, not alone, {"transformer": params, "masked": masked}
+        return files, config, 0, True, {"transformer": params}
+    return files, config, depth, not alone, {"transformer": params, "masked": masked}
 
 
-def read_state(path: str, kind: str, example: str = "") -> StateDict:
-    """Reads the state dict of the tokenizer or of the transformer from a .pth file.
+def _read(path: str, kind: str, example: str, weights: str | None, required: bool) -> _File:
+    """Reads the state dict of the tokenizer or of the transformer.
 
     Args:
       kind: "tokenizer" or "transformer".
       example: an example of such a file, for the error.
+      weights, required: as choose_model's.
 
     Raises:
       InputError: the file cannot be read, or contains only the other kind.
     """
-    states = load_state_dicts(path, _MARKERS)
-    if kind not in states:
-        other = next(iter(states))
-        raise InputError(f"{path} must hold a {kind}, {example}; it holds a {other}")
-    return states[kind]
+    path = expand(path)
+    found = find_models(path, _MARKERS)
+    if kind not in found:
+        raise InputError(f"{path} must hold a {kind}, {example}; it holds a {next(iter(found))}")
+    model = choose_model(path, found[kind], weights, required)
+    return _File(path, model.place, model.arrays())
+
+
+def read_state(path: str, kind: str) -> StateDict:
+    """The state dict of the "tokenizer" or of the "transformer" in a file."""
+    return _read(path, kind, "", None, False).state
 
 
 def transformer_from_state(
@@ -160,7 +216,7 @@ def transformer_from_state(
         qk_norm=qk_norm,
         shared_adaln="shared_ada_lin.1.weight" in state,
     )
-    bias = state["word_embed.bias"] if "word_embed.bias" in state else r("word_embed_bias")
+    bias = r("word_embed.bias" if "word_embed.bias" in state else "word_embed_bias")
     params = {
         "embed": {
             "class_emb": r("class_emb.weight"),
@@ -186,7 +242,7 @@ def _pattern(r: StateDictReader, scales: ScaleList) -> str:
     """The attention pattern: causal where the stored mask lets scale 1 attend to scale 0."""
     if "attn_bias_for_masking" not in r.state or scales.num_scales == 1:
         return "diagonal"
-    bias = r("attn_bias_for_masking")
+    bias = r.buffer("attn_bias_for_masking")  # 0 and -inf
     return "causal" if bias[0, 0, scales.offsets[1], 0] == 0 else "diagonal"
 
 

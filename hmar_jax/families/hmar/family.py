@@ -1,6 +1,7 @@
 """The HMAR family: the attributes of the protocol `Family` in families/base.py."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -333,7 +334,44 @@ def _count(params: Params, part: str) -> int:
 
 
 def convert(model: str | None, config: ConvertConfig) -> tuple[Any, Params]:
-    """Reads files of published PyTorch weights, see convert.py; returns spec and parameters."""
-    from hmar_jax.families.hmar.convert import convert_files  # torch is imported there
+    """Reads files of published PyTorch weights, see convert.py; returns spec and parameters.
 
-    return convert_files(model, config)
+    Raises:
+      InputError: also where the shapes of the weights are not those of the model that they seem to
+        be.
+    """
+    from hmar_jax.families.hmar.convert import convert_files  # only conversions need its readers
+
+    try:
+        spec, params = convert_files(model, config)
+    except InputError:
+        raise
+    except (ValueError, IndexError) as error:  # of numpy, about a shape
+        raise InputError(
+            f"{model or config.tokenizer}: the shapes of its weights do not fit together ({error})"
+        ) from None
+    make = init_params if isinstance(spec, HmarSpec) else _init_tokenizer
+    expected = jax.eval_shape(functools.partial(make, spec), jax.random.key(0))
+    _check_shapes(expected, params)
+    return spec, params
+
+
+def _init_tokenizer(spec: AutoencoderSpec, rng: jax.Array) -> Params:
+    return {AUTOENCODER: VQAutoencoder(spec.autoencoder).init(rng)}
+
+
+def _check_shapes(expected: Params, params: Params) -> None:
+    """Refuses parameters that are not those of the model."""
+    shapes = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(x) for path, x in leaves}
+        for leaves in map(jax.tree.leaves_with_path, (expected, params))
+    ]
+    wrong = [
+        name for name in sorted(shapes[0] | shapes[1]) if shapes[0].get(name) != shapes[1].get(name)
+    ]
+    if wrong:
+        name = wrong[0]
+        raise InputError(
+            f"the weights do not fit the model that they seem to be: {name} must have shape "
+            f"{shapes[0].get(name)}; got {shapes[1].get(name)}"
+        )

@@ -89,10 +89,16 @@ class ConvertConfig(Settings):
     """Files of published PyTorch weights, and settings that the weights do not record."""
 
     tokenizer: str | None = setting(
-        None, "The tokenizer's .pth file, such as vae.pth.", metavar="FILE"
+        None, "The tokenizer's file, such as vae.pth or vae.safetensors.", metavar="FILE"
     )
     masked: str | None = setting(
-        None, "The .pth file of stage 2, where the model's file holds stage 1.", metavar="FILE"
+        None, "The file of stage 2, where the model's file holds stage 1.", metavar="FILE"
+    )
+    weights: str | None = setting(
+        None,
+        "Which weights of a checkpoint that holds several, such as ema or model; default: the "
+        "averaged ones, otherwise the first.",
+        metavar="NAME",
     )
     scales: tuple[int, ...] | None = setting(
         None, "Sides of the token grids, such as 1,2,3,4,6; default: a published list.", at_least=1

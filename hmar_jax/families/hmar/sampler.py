@@ -132,7 +132,8 @@ class HmarSampler:
         if not self.spec.masked_depth and any(len(row) > 1 for row in schedule):
             raise InputError(
                 f"schedule {given!r} has masked passes, which require stage 2; this model has "
-                "none: use schedule=none"
+                "none: use schedule=none",
+                schedule="none",
             )
         return schedule
 
