@@ -70,7 +70,7 @@ part="" # I/N of --part: this machine's share of the files
 if [[ $command == tokenize ]]; then
   part=$(get_hmar_arg part)
   part=${part:-0/1}
-  if [[ ! $part =~ ^[0-9]+/[1-9][0-9]*$ ]] || ((${part%/*} >= ${part#*/})); then
+  if [[ ! $part =~ ^(0|[1-9][0-9]*)/[1-9][0-9]*$ ]] || ((${part%/*} >= ${part#*/})); then
     die "--part must be I/N with I in [0, N - 1], such as 0/4; got $part"
   fi
 fi
