@@ -236,7 +236,7 @@ test -f status || ! kill -0 $(cat pid) 2>/dev/null || state=running
 echo "$(hostname): $state"; tail -n 1 log.txt 2>/dev/null || true'
     ;;
   stop) ssh_workers all 'cd ~/hmar 2>/dev/null && test -f pid && test ! -f status || exit 0
-touch stopped; kill -TERM -$(cat pid)' ;;
+: >stopped; kill -TERM -$(cat pid)' ;;
   delete) delete_pod ;;
   run)
     [[ $accelerator || $topology ]] || require_options accelerator

@@ -5,9 +5,11 @@ arguments.
 """
 
 import json
+import math
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,11 @@ import time
 
 import pytest
 import yaml
+
+from hmar_jax.cli.main import make_parser
+from hmar_jax.errors import InputError
+from hmar_jax.planning.topology import PLANNED_CHIPS
+from hmar_jax.planning.topology import parse as parse_topology
 
 BASH = shutil.which("bash")
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
@@ -27,6 +34,7 @@ TRAIN_ARGS = (
     '--config.data.source=folder:it\'s "here" $HOME `id` $(id) \\ *',
     "--config.data.transform.flip=true",
 )
+TOKENIZE_ARGS = ("--tokenizer=runs/my tokenizer", "--data=folder:it's", "--out=gs://bucket/tokens")
 POD_ARGS = ("--name=pod", "--zone=us-east5-a", "--accelerator=v5p-16")
 SYSTEM_TOOLS = (
     "awk bash cat dirname env git grep gzip hostname ln mkdir mktemp mv nohup rm seq setsid sh "
@@ -179,11 +187,11 @@ def test_help_lists_every_option(script, sandbox):
             ["--nodes=2", "--gpus_per_node=8", "--setup=nowhere", "--", *TRAIN_ARGS],
             "--setup must be an existing file; got nowhere",
         ),
-        ("tpu_pod.sh", [*POD_ARGS, "--", *TRAIN_ARGS], "requires a command: run"),
+        ("tpu_pod.sh", [*POD_ARGS, "--", *TRAIN_ARGS], "requires an action: run"),
         (
             "tpu_pod.sh",
             ["fly", *POD_ARGS],
-            "command must be one of: run logs status stop delete; got fly",
+            "action must be one of: run logs status stop delete; got fly",
         ),
         (
             "tpu_pod.sh",
@@ -194,7 +202,7 @@ def test_help_lists_every_option(script, sandbox):
         (
             "tpu_pod.sh",
             ["run", *POD_ARGS[:2], "--accelerator=h100-8", "--", *TRAIN_ARGS],
-            "v5litepod-N or v6e-N, or --runtime is required; got h100-8",
+            "--accelerator: unknown TPU slice h100-8; known chips: v4 v5e v5p v6e tpu7x",
         ),
         (
             "tpu_pod.sh",
@@ -208,13 +216,13 @@ def test_help_lists_every_option(script, sandbox):
         ),
         (
             "gke.sh",
-            ["run", *JOBSET_ARGS[:3], "--topology=4", "--", *TRAIN_ARGS],
-            "4x4x4 (v4, v5p); got 4",
+            ["run", *JOBSET_ARGS[:3], "--topology=4x4", "--", *TRAIN_ARGS],
+            "there is no TPU slice v5p:4x4; known: v5p:2x2x1 (v5p-8), v5p:2x2x2 (v5p-16)",
         ),
         (
             "gke.sh",
             ["run", *JOBSET_ARGS[:2], "--accelerator=v5e", "--topology=4x4x4", "--", *TRAIN_ARGS],
-            "--topology must have the form AxB for v5e; got 4x4x4",
+            "there is no TPU slice v5e:4x4x4; known: v5e:1x1 (v5litepod-1), v5e:2x2",
         ),
         (
             "gke.sh",
@@ -223,8 +231,8 @@ def test_help_lists_every_option(script, sandbox):
         ),
         (
             "gke.sh",
-            ["run", *JOBSET_ARGS[:2], "--accelerator=tpu", "--", *TRAIN_ARGS],
-            "--accelerator must be v4, v5e, v5p, v6e or a GPU type of GKE, nvidia-...; got tpu",
+            ["run", *JOBSET_ARGS[:2], "--accelerator=tpu:2x2x4", "--", *TRAIN_ARGS],
+            "unknown TPU slice tpu:2x2x4; known chips: v4 v5e v5p v6e tpu7x",
         ),
         (
             "gke.sh",
@@ -232,6 +240,112 @@ def test_help_lists_every_option(script, sandbox):
             "deleted with it; got runs/d16",
         ),
         ("gke.sh", ["run", *JOBSET_ARGS, "--", *TRAIN_ARGS, "--config.x=\a"], "control characters"),
+        (
+            "gke.sh",
+            ["run", *JOBSET_ARGS, "--env=POD_NUMBER=1", "--", *TRAIN_ARGS],
+            "--env=POD_NUMBER is set by gke.sh",
+        ),
+        (
+            "gke.sh",
+            ["run", *JOBSET_ARGS[:2], "--accelerator=v5p", "--", *TRAIN_ARGS],
+            "--topology is required",
+        ),
+        (
+            "gke.sh",
+            [
+                "run",
+                *JOBSET_ARGS[:2],
+                "--accelerator=v5p-32",
+                "--topology=4x4x4",
+                "--",
+                *TRAIN_ARGS,
+            ],
+            "must name the same slice; got v5p-32 and v5p:4x4x4",
+        ),
+        (
+            "gke.sh",
+            ["run", *JOBSET_ARGS, "--command=tokenize", "--", *TOKENIZE_ARGS[:2], "--out=tokens"],
+            "--out must be gs://BUCKET/DIR or a mounted /DIR",
+        ),
+        (
+            "tpu_pod.sh",
+            ["run", *POD_ARGS, "--command=tokenize", "--", *TOKENIZE_ARGS[:2], "--out=tokens"],
+            "--out must be gs://BUCKET/DIR, because the workers of a pod share no disk",
+        ),
+        (
+            "tpu_pod.sh",
+            ["run", *POD_ARGS, "--command=tokenize", "--", *TOKENIZE_ARGS, "--part=0/2"],
+            "--part must not be given after --: the workers find each other",
+        ),
+        (
+            "tpu_pod.sh",
+            ["run", *POD_ARGS[:2], "--accelerator=tpu7x:2x2x1", "--", *TRAIN_ARGS],
+            "offers no tpu7x as a queued resource: use gke.sh",
+        ),
+        (
+            "slurm.sh",
+            ["--nodes=2", "--gpus_per_node=8", "--", *TRAIN_ARGS, "--process_id=0"],
+            "--process_id must not be given after --",
+        ),
+        (
+            "slurm.sh",
+            ["--nodes=1", "--gpus_per_node=8", "--processes_per_node=1", "--command=tokenize"]
+            + ["--", *TOKENIZE_ARGS],
+            "--processes_per_node must be --gpus_per_node (8) for tokenize",
+        ),
+        (
+            "slurm.sh",
+            ["--nodes=1", "--gpus_per_node=8", "--name=a/b", "--", *TRAIN_ARGS],
+            "--name must not contain /, because it names the log; got a/b",
+        ),
+        (
+            "slurm.sh",
+            ["--nodes=1", "--gpus_per_node=8", "--logs=/dev/null/logs", "--", *TRAIN_ARGS],
+            "--logs must be a directory that can be written; got /dev/null/logs",
+        ),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--command=sample", "--"],
+            "must be one of: train train-tokenizer",
+        ),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--command=tokenize", "--", *TRAIN_ARGS],
+            "hmar tokenize requires --tokenizer and --data and --out",
+        ),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--command=tokenize", "--", *TOKENIZE_ARGS, "--part=2/2"],
+            "--part must be I/N with I in [0, N - 1], such as 0/4; got 2/2",
+        ),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--", *TRAIN_ARGS, "--coordinator=10.0.0.1:8476"],
+            "--coordinator must not be given after --: gpus.sh sets it",
+        ),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--", *TRAIN_ARGS, "--dry-run"],
+            "--dry-run is an option of gpus.sh: give it before --",
+        ),
+        ("gpus.sh", ["--gpus=2", "--gpus=3", "--"], "--gpus is given twice: 2 and 3"),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--", *TRAIN_ARGS, "--workdir=b"],
+            "--workdir must be given once after --; got it 2 times",
+        ),
+        ("gpus.sh", ["--", "--config=x", "--workdir="], "--workdir must not be empty"),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--", "hmar", "train", *TRAIN_ARGS],
+            "must be options of hmar train; got hmar",
+        ),
+        ("gpus.sh", ["--gpus=2", "--", "--", *TRAIN_ARGS], "unexpected second --"),
+        (
+            "gpus.sh",
+            ["--gpus=2", "--log=/dev/null/x", "--", *TRAIN_ARGS],
+            "--log must be a file that can be written; got /dev/null/x",
+        ),
     ],
 )
 def test_invalid_options(script, args, message, sandbox):
@@ -251,6 +365,172 @@ def test_missing_commands(sandbox):
         assert program in sandbox.run(script, *args, *TRAIN_ARGS, status=2).stderr
         if program != "nvidia-smi":
             assert sandbox.run(script, *args[:-1], "--dry-run", "--", *TRAIN_ARGS).stdout
+
+
+def test_missing_setup_is_noticed_in_a_dry_run(sandbox):
+    args = ("--nodes=1", "--gpus_per_node=1", "--dry-run", "--setup=nowhere", "--", *TRAIN_ARGS)
+    assert (
+        "must be an existing file; got nowhere" in sandbox.run("slurm.sh", *args, status=2).stderr
+    )
+
+
+def test_dry_run_without_nvidia_smi_says_what_it_assumes(sandbox):
+    def check(problem: str) -> None:
+        done = sandbox.run("gpus.sh", "--dry-run", "--", *TRAIN_ARGS)
+        assert f"{problem}: the commands are those for one GPU; give" in done.stderr
+        assert "CUDA_VISIBLE_DEVICES=0 " in done.stdout
+
+    check("nvidia-smi is not on PATH")
+    sandbox.add_program("nvidia-smi", "print('No devices were found'); sys.exit(6)")
+    check("nvidia-smi lists no GPU")
+    assert "lists no GPU" in sandbox.run("gpus.sh", "--", *TRAIN_ARGS, status=2).stderr
+
+
+def test_paths_in_the_home_folder(sandbox):
+    """A shell expands ~ only at the beginning of a word."""
+    sandbox.add_program("sbatch")
+    (sandbox.home / "set up.sh").touch()
+    options = ("--nodes=1", "--gpus_per_node=1", "--setup=~/set up.sh", "--logs=~/my logs")
+    sandbox.run("slurm.sh", *options, "--hmar=~/bin/hmar", "--", *TRAIN_ARGS)
+    [args] = sandbox.args("sbatch")
+    assert f"--output={sandbox.home}/my logs/%x-%j.out" in args
+    assert str(sandbox.home / "set up.sh") in args and str(sandbox.home / "bin/hmar") in args
+    assert (sandbox.home / "my logs").is_dir() and not (sandbox.folder / "~").exists()
+    sandbox.add_program("hmar", "print(1)")
+    sandbox.run("gpus.sh", "--gpus=1", "--log=~/new folder/x", "--", *TRAIN_ARGS)
+    assert (sandbox.home / "new folder/x").read_text() == "1\n"
+
+
+SCRIPT_ARGS = {
+    "gpus.sh": ("--gpus=1",),
+    "slurm.sh": ("--nodes=1", "--gpus_per_node=1"),
+    "tpu_pod.sh": ("run", *POD_ARGS),
+    "gke.sh": ("run", *JOBSET_ARGS),
+}
+COMMAND_ARGS = {"train": TRAIN_ARGS, "train-tokenizer": TRAIN_ARGS, "tokenize": TOKENIZE_ARGS}
+
+
+def required_options(command: str) -> set[str]:
+    [subparsers] = [a for a in make_parser()._actions if isinstance(a.choices, dict)]
+    return {a.option_strings[0] for a in subparsers.choices[command]._actions if a.required}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("command", COMMAND_ARGS)
+def test_every_script_runs_every_command(script, command, sandbox):
+    """A dry run needs no tool of the cluster."""
+    options = (*SCRIPT_ARGS[script], f"--command={command}", "--dry-run", "--")
+    printed = sandbox.run(script, *options, *COMMAND_ARGS[command]).stdout
+    if script == "gke.sh":
+        words = pod_command(yaml.safe_load(printed.split("\nkubectl ")[0]), 0)[0]
+    else:
+        words = shlex.split(printed)
+    if script == "tpu_pod.sh":  # the command of a remote shell
+        [remote] = [word for word in words if "nohup" in word]
+        words = shlex.split(remote)
+    start = words.index(command)
+    assert tuple(words[start + 1 :][: len(COMMAND_ARGS[command])]) == COMMAND_ARGS[command]
+    # The scripts ask for what hmar asks for.
+    assert required_options(command) <= {arg.split("=")[0] for arg in COMMAND_ARGS[command]}
+    for option in required_options(command):
+        others = [arg for arg in COMMAND_ARGS[command] if not arg.startswith(f"{option}=")]
+        message = sandbox.run(script, *options, *others, status=2).stderr
+        assert f"hmar {command} requires --" in message and option in message
+
+
+def test_options_of_scripts_and_of_hmar_differ(sandbox):
+    """Otherwise the scripts would refuse an argument after -- that is meant for hmar."""
+    [subparsers] = [a for a in make_parser()._actions if isinstance(a.choices, dict)]
+    for command in COMMAND_ARGS:
+        actions = subparsers.choices[command]._actions
+        known = {name for action in actions for name in action.option_strings} - {"-h", "--help"}
+        for script in SCRIPTS:
+            text = sandbox.run(script, "--help").stdout
+            assert not known & set(re.findall(r"^  (--\w+)", text, re.MULTILINE)), script
+
+
+# Names of TPU slices
+
+
+def slice_names() -> list[str]:
+    names = []
+    for chip in PLANNED_CHIPS.values():
+        for shape in chip.topologies:
+            chips = math.prod(map(int, shape.split("x")))
+            names += [f"{chip.name}:{shape}", f"{chip.gke_label}:{shape}", f"{chip.name}:{chips}"]
+            names += [
+                f"{name}-{chips * chip.cores_per_chip}" for name in (chip.cloud_type, chip.name)
+            ]
+    cubes = [f"{a}x{b}x{c}" for a in (4, 8) for b in (4, 8, 12) for c in (8, 12, 16, 20, 24, 28)]
+    names += [f"{chip}:{cube}" for chip in ("v4", "v5p", "tpu7x", "v5e") for cube in cubes]
+    wrong = "v5p v5p: v5p- v5p-4 v5p-100 v5p:4x4 v5p:4x4x6 v5p:04x4x4 v5p:128x4x4 v5e:3x3 v5e:16x4 "
+    wrong += "v5e-12 v5litepod-2 v6e:2x2x1 v4:2x2 v9:4x4 v5p-128:4x4x4 tpu-v5p-slice : - V5E:8"
+    return names + wrong.split()
+
+
+def planned_slice(name: str) -> str:
+    """CHIP SHAPE, or nothing."""
+    try:
+        found = parse_topology(name)
+    except InputError:
+        return ""
+    return (
+        f"{found.chip.name} {'x'.join(map(str, found.sides))}" if found.chip.kind == "tpu" else ""
+    )
+
+
+def test_scripts_and_plan_know_the_same_slices():
+    names = slice_names()
+    script = """
+    . ./lib.sh; . ./slices.sh
+    while read -r name; do
+      (parse_slice --accelerator "$name" 2>/dev/null
+        echo "$SLICE_CHIP $SLICE_TOPOLOGY $SLICE_CHIPS $SLICE_LABEL $SLICE_TYPE") || echo
+    done"""
+    done = subprocess.run(
+        [BASH, "-c", script],
+        cwd=LAUNCH,
+        input="\n".join(names) + "\n",
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    assert [" ".join(line.split()[:2]) for line in lines] == [planned_slice(n) for n in names]
+    assert sum(map(bool, lines)) > 200 and lines.count("") > 20
+    for line in filter(None, lines):
+        name, shape, chips, label, *cloud_type = line.split()
+        chip = PLANNED_CHIPS[name]
+        assert int(chips) == math.prod(map(int, shape.split("x"))) and label == chip.gke_label
+        cores = int(chips) * chip.cores_per_chip
+        expected = [f"{chip.cloud_type}-{cores}"] if shape in chip.topologies else []
+        assert cloud_type == expected
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5e:8", "v5litepod-8", "tpu-v5-lite-podslice:2x4"])
+def test_pod_and_gke_take_each_name_of_a_slice(name, sandbox):
+    options = ("--dry-run", f"--accelerator={name}")
+    pod = sandbox.run("tpu_pod.sh", "run", *POD_ARGS[:2], *options, "--", *TRAIN_ARGS).stdout
+    assert "--accelerator-type=v5litepod-8 --runtime-version=v2-alpha-tpuv5-lite" in pod
+    gke = sandbox.run("gke.sh", "run", *JOBSET_ARGS[:2], *options, "--", *TRAIN_ARGS).stdout
+    for text in (
+        'gke-tpu-accelerator: "tpu-v5-lite-podslice"',
+        'gke-tpu-topology: "2x4"',
+        "google.com/tpu: 8",
+    ):
+        assert text in gke
+
+
+def test_pod_of_a_slice_without_a_type(sandbox):
+    """Of whole cubes, a type names one topology of several; and a type that is not in the table."""
+    run = lambda *args: (
+        sandbox.run(
+            "tpu_pod.sh", "run", *POD_ARGS[:2], *args, "--dry-run", "--", *TRAIN_ARGS
+        ).stdout
+    )
+    assert "--type=v5p --topology=4x4x12" in run("--accelerator=v5p", "--topology=4x4x12")
+    assert "--accelerator-type=v5p-384 --runtime-version=x" in run(
+        "--accelerator=v5p-384", "--runtime=x"
+    )
 
 
 # GPUs of one machine
@@ -321,23 +601,107 @@ time.sleep(60)""",
     assert len(sandbox.calls("hmar")) <= 2
 
 
-def test_gpus_forwards_sigterm(sandbox):
+# Saves on TERM, which takes a while, and ends with the conventional status.
+SAVES = """
+def save(*_):
+    record(signal=True)
+    time.sleep(0.5)
+    record(saved=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+record(started=True)
+time.sleep(60)"""
+
+
+def start_gpus(sandbox, *options: str, wait: int = 2, **how) -> subprocess.Popen:
+    """Starts gpus.sh with two processes, and waits for them."""
+    process = subprocess.Popen(
+        [BASH, LAUNCH / "gpus.sh", "--gpus=2", "--one_process_a_gpu", *options, "--", *TRAIN_ARGS],
+        cwd=sandbox.folder,
+        env=sandbox.env,
+        **how,
+    )
+    wait_until(lambda: len(sandbox.calls("hmar")) >= wait)
+    return process
+
+
+def recorded(sandbox, what: str) -> int:
+    return sum(what in call for call in sandbox.calls("hmar"))
+
+
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
+def test_gpus_forwards_signals(number, status, sandbox):
+    """Each process gets one signal, and all have saved when the script ends."""
+    sandbox.add_program("hmar", SAVES)
+    process = start_gpus(sandbox, stderr=subprocess.PIPE, text=True)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (status, "")
+    assert recorded(sandbox, "signal") == recorded(sandbox, "saved") == 2
+
+
+def test_gpus_ctrl_c_in_a_terminal(sandbox):
+    """The terminal's signal reaches the script alone, and its log is complete."""
+    sandbox.add_program("hmar", SAVES.replace("record(saved=True)", "record(saved=True); print(1)"))
+    process = start_gpus(sandbox, "--log=log", start_new_session=True, stdout=subprocess.DEVNULL)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 130
+    assert recorded(sandbox, "signal") == recorded(sandbox, "saved") == 2
+    wait_until(lambda: (sandbox.folder / "log").read_text() == "1\n")  # tee ends after the script
+
+
+def test_gpus_second_signal_kills(sandbox):
+    sandbox.add_program("hmar", SAVES.replace("time.sleep(0.5)", "time.sleep(60)"))
+    process = start_gpus(sandbox)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: recorded(sandbox, "signal") == 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130 and recorded(sandbox, "saved") == 0
+
+
+def test_gpus_process_that_was_stopped_is_no_failure(sandbox):
+    """JAX tells the others of a signal to one of them: they save too and must not be disturbed."""
     sandbox.add_program(
         "hmar",
         """
-signal.signal(signal.SIGTERM, lambda *_: (record(stopped=True), sys.exit(0)))
+signal.signal(signal.SIGTERM, lambda *_: record(signal=True))
 record(started=True)
-time.sleep(60)""",
+if "--process_id=1" in args: sys.exit(143)
+time.sleep(1)
+record(saved=True)
+sys.exit(143)""",
     )
-    process = subprocess.Popen(
-        [BASH, LAUNCH / "gpus.sh", "--gpus=2", "--one_process_a_gpu", "--", *TRAIN_ARGS],
-        cwd=sandbox.folder,
-        env=sandbox.env,
-    )
-    wait_until(lambda: len(sandbox.calls("hmar")) >= 2)
+    process = start_gpus(sandbox, stderr=subprocess.PIPE, text=True)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, "")
+    assert recorded(sandbox, "signal") == 0 and recorded(sandbox, "saved") == 1
+
+
+def test_gpus_run_that_completes_while_it_is_stopped(sandbox):
+    sandbox.add_program("hmar", SAVES.replace("sys.exit(143)", "sys.exit(0)"))
+    process = start_gpus(sandbox)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
-    assert sum("stopped" in call for call in sandbox.calls("hmar")) == 2
+
+
+def test_gpus_tokenize_in_parts(sandbox):
+    """The processes do not connect; each sees its own GPU. A part of this machine is divided."""
+    sandbox.add_program("hmar", 'record(gpus=os.environ["CUDA_VISIBLE_DEVICES"])')
+    options = ("--command=tokenize", "--gpus=2", "--", *TOKENIZE_ARGS)
+    sandbox.run("gpus.sh", "--one_process_a_gpu", *options, CUDA_VISIBLE_DEVICES="4,6,7")
+    sandbox.run("gpus.sh", "--one_process_a_gpu", *options, "--part=1/3")
+    sandbox.run("gpus.sh", *options)
+    calls = sandbox.calls("hmar")
+    assert all(call["args"][:4] == ["tokenize", *TOKENIZE_ARGS] for call in calls)
+    assert [
+        sorted((c["gpus"], c["args"][-1]) for c in calls[i:j]) for i, j in ((0, 2), (2, 4))
+    ] == [
+        [("4", "--part=0/2"), ("6", "--part=1/2")],
+        [("0", "--part=2/6"), ("1", "--part=3/6")],
+    ]
+    assert (calls[4]["gpus"], calls[4]["args"][4:]) == ("0,1", ["--part=0/1"])
 
 
 # SLURM
@@ -422,7 +786,7 @@ os.execv(args[job], args[job:])""",
 record()
 signals = []
 signal.signal(signal.SIGTERM, lambda *_: signals.append("TERM"))
-child = subprocess.Popen([a for a in args if not a.startswith(("--kill", "--gpu-bind"))])
+child = subprocess.Popen([a for a in args if not a.startswith(("--kill", "--wait", "--gpu-bind"))])
 while child.poll() is None:
     if signals:
         signals.clear()
@@ -460,7 +824,7 @@ def test_slurm_job_runs(sandbox):
         call["args"] == ["train", *TRAIN_ARGS, "--local_devices=0,1,2,3"] and call["env"] == " yes"
     )
     assert sandbox.args("srun") == [
-        ["--kill-on-bad-exit=1", "--gpu-bind=none", "hmar", *call["args"]]
+        ["--kill-on-bad-exit=0", "--wait=0", "--gpu-bind=none", "hmar", *call["args"]]
     ]
     assert sandbox.calls("scontrol") == []
 
@@ -471,21 +835,26 @@ def test_slurm_job_runs(sandbox):
 )
 def test_slurm_job_signals(signal_number, requeue_calls, sandbox):
     """USR1 (before the time limit) and TERM save a checkpoint; only USR1 requeues the job."""
-    command = slurm_job(
-        sandbox,
-        """
-signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))
-record(started=True)
-time.sleep(60)""",
-    )
     process = subprocess.Popen(
-        command, cwd=sandbox.folder, env=sandbox.env | {"SLURM_JOB_ID": "17"}
+        slurm_job(sandbox, SAVES), cwd=sandbox.folder, env=sandbox.env | {"SLURM_JOB_ID": "17"}
     )
     wait_until(lambda: sandbox.calls("hmar"))
     # The process of sbatch now runs slurm_job.sh.
     os.kill(sandbox.calls("sbatch")[0]["pid"], signal_number)
-    assert process.wait(30) == 0
+    # A run that was stopped is not complete: jobs that depend on it must not start.
+    assert process.wait(30) == (0 if requeue_calls else 143)
     assert "saved" in sandbox.calls("hmar")[-1] and sandbox.args("scontrol") == requeue_calls
+
+
+def test_slurm_job_that_fails_is_not_requeued(sandbox):
+    process = subprocess.Popen(
+        slurm_job(sandbox, SAVES.replace("sys.exit(143)", "sys.exit(1)")),
+        cwd=sandbox.folder,
+        env=sandbox.env | {"SLURM_JOB_ID": "17"},
+    )
+    wait_until(lambda: sandbox.calls("hmar"))
+    os.kill(sandbox.calls("sbatch")[0]["pid"], signal.SIGUSR1)
+    assert process.wait(30) == 1 and sandbox.args("scontrol") == []
 
 
 # TPU pods
@@ -647,7 +1016,7 @@ def test_pod_rerun(pod):
         *TRAIN_ARGS,
     )
     assert (
-        done.stdout.count("already training") == 2
+        done.stdout.count("already running") == 2
         and len(pod.calls("hmar")) == 2
         and len(pod.args("python")) == installs
     )
@@ -685,7 +1054,7 @@ time.sleep(0 if os.environ.get("QUICK") else 60)""",
     first = {call["worker"]: call["pid"] for call in pod.calls("hmar")}
     os.kill(first["0"], signal.SIGKILL)
     wait_until(lambda: (pod.folder / "worker0/hmar/status").exists())
-    assert "only some workers are training" in pod.run(*command, QUICK="1").stderr
+    assert "only some workers are running hmar" in pod.run(*command, QUICK="1").stderr
     wait_until(lambda: len(pod.calls("hmar")) >= 4)
     assert sorted(call["worker"] for call in pod.calls("hmar")) == ["0", "0", "1", "1"]
     wait_until(
@@ -701,7 +1070,7 @@ def test_pod_failures(pod):
     done = pod.run(
         "tpu_pod.sh", "run", *POD_ARGS, "--package=x", "--", *TRAIN_ARGS, status=4, FAIL="4"
     )
-    assert "hmar train ended with status 4" in done.stderr
+    assert "hmar ended with status 4" in done.stderr
     # describe fails: the script must not request a pod.
     pod.add_program("gcloud", "record(); sys.exit('ERROR: PERMISSION_DENIED')")
     assert (
@@ -720,22 +1089,67 @@ def test_pod_failures(pod):
 
 def test_pod_stop(pod):
     (pod.folder / "state").write_text("ACTIVE")
-    pod.add_program(
-        "hmar",
-        """
-signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))
-record()
-time.sleep(60)""",
-        pod.folder / "fakes",
+    pod.add_program("hmar", SAVES.replace("time.sleep(0.5)", ""), pod.folder / "fakes")
+    command = ("tpu_pod.sh", "run", *POD_ARGS, "--package=x", "--until_done")
+    follower = subprocess.Popen(
+        [BASH, LAUNCH / command[0], *command[1:], "--", *TRAIN_ARGS],
+        cwd=pod.folder,
+        env=pod.env,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    pod.run("tpu_pod.sh", "run", *POD_ARGS, "--package=x", "--detach", "--", *TRAIN_ARGS)
     wait_until(lambda: len(pod.calls("hmar")) >= 2)
-    assert pod.run("tpu_pod.sh", "status", *POD_ARGS[:2]).stdout.count("training") == 2
+    assert pod.run("tpu_pod.sh", "status", *POD_ARGS[:2]).stdout.count(": running") == 2
+    # Another command must not be taken for the one that is running.
+    other = (*command, "--command=train-tokenizer", "--", *TRAIN_ARGS)
+    done = subprocess.run(
+        [BASH, LAUNCH / other[0], *other[1:]],
+        cwd=pod.folder,
+        env=pod.env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "another hmar is running" in done.stderr
     pod.run("tpu_pod.sh", "stop", *POD_ARGS[:2])
     for worker in "01":
         wait_until((pod.folder / f"worker{worker}/hmar/status").exists)
     assert sum("saved" in call for call in pod.calls("hmar")) == 2
-    assert "not training, last status 0" in pod.run("tpu_pod.sh", "status", *POD_ARGS[:2]).stdout
+    # Who follows the run is told, and does not start it again.
+    _, err = follower.communicate(timeout=30)
+    assert follower.returncode == 143 and err.count("stopped on request; run the same command") == 2
+    assert len([call for call in pod.calls("hmar") if "started" in call]) == 2
+    assert "not running, last status 143" in pod.run("tpu_pod.sh", "status", *POD_ARGS[:2]).stdout
+    pod.run("tpu_pod.sh", "stop", *POD_ARGS[:2])  # of nothing
+
+
+@pytest.mark.parametrize("status", [143, 0])
+def test_pod_goes_on_after_a_preemption(status, pod):
+    """A run that saved because its pod is being preempted is not done, whatever its status."""
+    (pod.folder / "state").write_text("ACTIVE")
+    pod.add_program(
+        "hmar",
+        f"""
+record(pid=os.getpid(), worker=os.environ["WORKER"])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({status}))
+if not os.path.exists(sandbox + "/preempted"): time.sleep(60)""",
+        pod.folder / "fakes",
+    )
+    process = subprocess.Popen(
+        [BASH, LAUNCH / "tpu_pod.sh", "run", *POD_ARGS, "--package=x", "--until_done", "--"]
+        + list(TRAIN_ARGS),
+        cwd=pod.folder,
+        env=pod.env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: len(pod.calls("hmar")) >= 2)
+    (pod.folder / "preempted").touch()
+    for worker in "01":
+        pid = int((pod.folder / f"worker{worker}/hmar/pid").read_text())
+        os.killpg(pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and "continuing" in err, err
+    assert len(pod.calls("hmar")) == 4
 
 
 def test_pod_dry_run(pod):
@@ -907,13 +1321,35 @@ def test_jobset_for_gpus(sandbox):
     ]
 
 
-def test_terminated_pod_fails(sandbox):
-    """On TERM, hmar train saves and exits with 0; the pod must fail to make the JobSet restart."""
+def test_tokenize_on_gpu_nodes(sandbox):
+    options = (*JOBSET_ARGS[:2], "--accelerator=nvidia-l4", "--gpus_per_node=1", "--dry-run")
+    for nodes, part in (("2", ["--part=1/2"]), ("1", [])):
+        args = (*options, f"--nodes={nodes}", "--command=tokenize", "--", *TOKENIZE_ARGS)
+        printed = sandbox.run("gke.sh", "run", *args).stdout
+        words = pod_command(yaml.safe_load(printed.split("\nkubectl ")[0]), 1)[0]
+        assert words[-4 - len(part) :] == ["tokenize", *TOKENIZE_ARGS, *part]
+
+
+def test_environment_variables_are_unique(sandbox):
+    """Of several values, the last one counts; Kubernetes wants each name once."""
+    env = ("--env=JAX_PLATFORMS=cpu", "--env=A=1=2", "--env=A=b c")
+    printed = sandbox.run(
+        "gke.sh", "run", *JOBSET_ARGS, *env, "--dry-run", "--", *TRAIN_ARGS
+    ).stdout
+    jobset = yaml.safe_load(printed.split("\nkubectl ")[0])
+    [pod] = [jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]]
+    values = [(e["name"], e.get("value")) for e in pod["containers"][0]["env"]]
+    assert values == [("POD_NUMBER", None), ("JAX_PLATFORMS", "cpu"), ("A", "b c")]
+
+
+@pytest.mark.parametrize("status", [143, 0])
+def test_terminated_pod_fails(status, sandbox):
+    """On TERM, hmar saves and exits; the pod must fail to make the JobSet restart."""
     sandbox.add_program("kubectl", KUBECTL)
     sandbox.add_program(
         "hmar",
-        """
-signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit(0)))
+        f"""
+signal.signal(signal.SIGTERM, lambda *_: (record(saved=True), sys.exit({status})))
 record()
 time.sleep(60)""",
     )
