@@ -60,7 +60,9 @@ require_positive_int processes_per_node
 [[ $name != */* ]] || die "--name must not contain /, because it names the log; got $name"
 expand_home setup logs hmar
 [[ ! $setup || -f $setup ]] || die "--setup must be an existing file; got $setup"
-[[ ! $setup || $setup == /* ]] || setup=$PWD/$setup # without a slash it would be sought on PATH
+# Not relative to PATH, where bash looks for SETUP first, or to the directory of --sbatch=--chdir.
+[[ ! $setup || $setup == /* ]] || setup=$PWD/$setup
+[[ $logs == /* ]] || logs=$PWD/$logs
 require_hmar_args
 ((nodes * processes_per_node == 1)) ||
   refuse_hmar_args "the processes of the job find each other and divide the work" \

@@ -12,8 +12,11 @@ shift "$count"
 
 if [[ $setup ]]; then
   set +u # the scripts of modules and conda read unset variables
-  # shellcheck disable=SC1090
-  . "$setup"
+  # shellcheck disable=SC1090  # after "||", a command that fails in the middle is no error
+  . "$setup" || {
+    echo "slurm_job.sh: $setup ended with status $?; its last command must succeed" >&2
+    exit 2
+  }
   set -u
 fi
 export "${environment[@]}"

@@ -736,7 +736,7 @@ def test_slurm_submits_job(sandbox):
         "--time=24:00:00",
         "--requeue",
         "--open-mode=append",
-        "--output=logs/%x-%j.out",
+        f"--output={sandbox.folder}/logs/%x-%j.out",
         "--signal=B:USR1@300",
         "--exclusive",
         "--comment=a b",
@@ -806,6 +806,21 @@ sys.exit(child.returncode)""",
         "--",
         *TRAIN_ARGS,
     ]
+
+
+def test_slurm_job_with_a_setup_that_fails(sandbox):
+    """Not silently, as with set -e; and only if its last command fails."""
+    (sandbox.folder / "env.sh").write_text("false; export A=1; [ -n '$UNSET' ] && true\n")
+    env = sandbox.env | {"SLURM_JOB_ID": "17"}
+    command = slurm_job(sandbox, 'record(a=os.environ["A"])', setup="env.sh")
+    run = lambda: subprocess.run(
+        command, cwd=sandbox.folder, env=env, capture_output=True, text=True
+    )
+    assert run().returncode == 0 and sandbox.calls("hmar")[0]["a"] == "1"
+    (sandbox.folder / "env.sh").write_text("module load cuda\n")
+    done = run()
+    assert done.returncode == 2 and "env.sh ended with status 127; its last command" in done.stderr
+    assert len(sandbox.calls("hmar")) == 1
 
 
 def test_slurm_job_runs(sandbox):
@@ -1388,6 +1403,36 @@ def test_kubectl_errors(sandbox):
         "gke.sh", "run", *JOBSET_ARGS, "--detach", "--", *TRAIN_ARGS, status=5, FAIL_APPLY="5"
     )
     sandbox.run("gke.sh", "run", *JOBSET_ARGS, "--", *TRAIN_ARGS, status=6, FAIL_LOGS="6")
+
+
+@pytest.mark.slow
+def test_gpus_tokenize_with_real_hmar(tmp_path):
+    """Two processes write the same files as one, with one tokenizer that was trained before."""
+    hmar = tmp_path / "hmar"
+    hmar.write_text(f'#!/bin/sh\nexec {sys.executable} -m hmar_jax "$@"\n')
+    hmar.chmod(0o755)
+
+    def tokenize(out: str, *options: str) -> dict[str, bytes]:
+        args = (
+            "--tokenizer=digits",
+            "--data=digits",
+            "--transform=affine",
+            f"--out={tmp_path}/{out}",
+        )
+        subprocess.run(
+            [BASH, LAUNCH / "gpus.sh", "--command=tokenize", "--gpus=2", f"--hmar={hmar}", *options]
+            + ["--env=JAX_PLATFORMS=cpu", "--", *args, "--shard_size=400"],
+            cwd=LAUNCH.parent,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(LAUNCH.parent)},
+            check=True,
+            timeout=600,
+        )
+        files = sorted((tmp_path / out).rglob("*.array_record*"))
+        return {str(path.relative_to(tmp_path / out)): path.read_bytes() for path in files}
+
+    alone = tokenize("alone")
+    assert len(alone) > 2 and tokenize("shared", "--one_process_a_gpu") == alone
+    assert json.loads((tmp_path / "shared/records.json").read_text())["complete"]
 
 
 @pytest.mark.slow
