@@ -13,7 +13,8 @@
 #   --gpus=N             number of GPUs (default: all that nvidia-smi lists)
 #   --one_process_a_gpu  start one process per GPU, as on a cluster, instead of one for all GPUs.
 #                        With tokenize, each of them writes its --part of the files.
-#   --port=N             port of the coordinator of these processes (default: 12355)
+#   --port=N             port of the coordinator of these processes (default: 12355, or the next one
+#                        that is free)
 #   --log=FILE           also append the output to FILE (default: only WORKDIR/log.txt, which
 #                        training writes). With --one_process_a_gpu the output of the other
 #                        processes goes to FILE.1, FILE.2, ...; without --log it is discarded.
@@ -29,7 +30,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 require_bash 5 1
 
-gpus="" one_process_a_gpu="" port=12355 log="" hmar=hmar env=()
+gpus="" one_process_a_gpu="" port="" log="" hmar=hmar env=()
 ARGS=("$@")
 parse_options gpus one_process_a_gpu! port log env+ hmar
 require_hmar_args
@@ -55,7 +56,7 @@ elif [[ ! $gpus ]]; then
     info "$problem: the commands are those for one GPU; give another number with --gpus=N"
   fi
 fi
-require_positive_int gpus port
+require_positive_int gpus
 if [[ ! ${visible+set} ]]; then
   IFS=, read -r -a visible <<<"$(seq -s, 0 $((gpus - 1)))"
 fi
@@ -73,6 +74,21 @@ if [[ $command == tokenize ]]; then
   if [[ ! $part =~ ^(0|[1-9][0-9]*)/[1-9][0-9]*$ ]] || ((${part%/*} >= ${part#*/})); then
     die "--part must be I/N with I in [0, N - 1], such as 0/4; got $part"
   fi
+fi
+
+# is_port_open PORT: whether a program of this machine listens there, such as another run.
+is_port_open() {
+  (: </dev/tcp/127.0.0.1/"$1") 2>/dev/null
+}
+if [[ $port ]]; then
+  require_positive_int port
+  [[ $DRY_RUN || ! $one_process_a_gpu || $part ]] || ! is_port_open "$port" ||
+    die "--port=$port is in use, perhaps by another run; give another one"
+else
+  port=12355
+  while [[ ! $DRY_RUN && $one_process_a_gpu && ! $part ]] && is_port_open "$port"; do
+    port=$((port + 1))
+  done
 fi
 
 hmar_command=()
@@ -140,8 +156,17 @@ set +m
 status=0 stopped=""
 while ((${#pids[@]})); do
   ended="" code=0
-  wait -n -p ended "${pids[@]}" || code=$?
-  [[ ${ended:-} ]] || continue # unset if a signal interrupted wait
+  wait -n -p ended "${pids[@]}" 2>/dev/null || code=$?
+  if [[ ! ${ended:-} ]]; then
+    # Unset if a signal interrupted wait, or if bash has dropped the job of a killed process from
+    # its table; it still knows the status.
+    for pid in "${pids[@]}"; do
+      kill -0 "$pid" 2>/dev/null || ended=$pid
+    done
+    [[ ${ended:-} ]] || continue
+    code=0
+    wait "$ended" 2>/dev/null || code=$?
+  fi
   remaining=()
   for pid in "${pids[@]}"; do
     [[ $pid == "$ended" ]] || remaining+=("$pid")

@@ -4,6 +4,7 @@ The scripts run against fake versions of gcloud, sbatch, srun, kubectl and hmar,
 arguments.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -586,6 +588,27 @@ def test_gpus_one_process_per_gpu(sandbox):
     assert sorted(sandbox.args("hmar")) == calls
 
 
+def test_gpus_second_run_takes_another_port(sandbox):
+    """Two runs, on different GPUs, with one coordinator would both die."""
+    sandbox.add_program("hmar")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        options = ("--gpus=2", "--one_process_a_gpu", "--")
+        done = sandbox.run("gpus.sh", f"--port={port}", *options, *TRAIN_ARGS, status=2)
+        assert f"--port={port} is in use" in done.stderr and sandbox.calls("hmar") == []
+    sandbox.run("gpus.sh", f"--port={port}", *options, *TRAIN_ARGS)
+    assert all(f"--coordinator=127.0.0.1:{port}" in args for args in sandbox.args("hmar"))
+
+
+def test_gpus_default_port_is_free(sandbox):
+    sandbox.add_program("hmar")
+    options = ("--gpus=2", "--one_process_a_gpu", "--", *TRAIN_ARGS)
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 12355)):
+        sandbox.run("gpus.sh", *options)
+    ports = {args[-4].removeprefix("--coordinator=127.0.0.1:") for args in sandbox.args("hmar")}
+    assert len(ports) == 1 and int(*ports) > 12355
+
+
 def test_gpus_failed_process_stops_the_others(sandbox):
     sandbox.add_program(
         "hmar",
@@ -659,6 +682,16 @@ def test_gpus_second_signal_kills(sandbox):
     wait_until(lambda: recorded(sandbox, "signal") == 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130 and recorded(sandbox, "saved") == 0
+
+
+def test_gpus_processes_that_are_killed_at_once(sandbox):
+    """As by the kernel when memory is short. The script ends; bash forgets jobs that are killed."""
+    sandbox.add_program("hmar", "record(pid=os.getpid()); time.sleep(60)")
+    process = start_gpus(sandbox, stderr=subprocess.PIPE, text=True)
+    for call in sandbox.calls("hmar"):
+        os.kill(call["pid"], signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode == 137
 
 
 def test_gpus_process_that_was_stopped_is_no_failure(sandbox):
@@ -1444,7 +1477,6 @@ def test_gpus_with_real_hmar(tmp_path):
         LAUNCH / "gpus.sh",
         "--gpus=2",
         "--one_process_a_gpu",
-        "--port=12399",
         f"--hmar={hmar}",
         "--env=JAX_PLATFORMS=cpu",
         f"--log={tmp_path}/log",
