@@ -159,13 +159,14 @@ while ((${#pids[@]})); do
   wait -n -p ended "${pids[@]}" 2>/dev/null || code=$?
   if [[ ! ${ended:-} ]]; then
     # Unset if a signal interrupted wait, or if bash has dropped the job of a killed process from
-    # its table; it still knows the status.
+    # its table. It may still know the status.
     for pid in "${pids[@]}"; do
       kill -0 "$pid" 2>/dev/null || ended=$pid
     done
     [[ ${ended:-} ]] || continue
     code=0
     wait "$ended" 2>/dev/null || code=$?
+    ((code != 127)) || code=137 # forgotten
   fi
   remaining=()
   for pid in "${pids[@]}"; do
