@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Trains on a Kubernetes cluster with TPUs or GPUs (GKE) by creating a JobSet.
+# Trains, or encodes a data set, on a Kubernetes cluster with TPUs or GPUs (GKE) by creating a JobSet.
 #
 # Usage:
-#   launch/gke.sh run --name=NAME --image=IMAGE --accelerator=TYPE --topology=AxB[xC] \
-#     [OPTION...] -- TRAIN_ARGS
+#   launch/gke.sh run --name=NAME --image=IMAGE --accelerator=SLICE [OPTION...] -- HMAR_ARGS
 #   launch/gke.sh run --name=NAME --image=IMAGE --accelerator=TYPE --nodes=N --gpus_per_node=N \
-#     [OPTION...] -- TRAIN_ARGS
+#     [OPTION...] -- HMAR_ARGS
 #   launch/gke.sh logs|status|delete --name=NAME [--namespace=NAMESPACE --context=CONTEXT]
 #
-# TRAIN_ARGS are the arguments of hmar train. Example:
+# HMAR_ARGS are the arguments of hmar train, or of another --command. Example:
 #   launch/gke.sh run --name=d30 --image=REGISTRY/hmar --accelerator=v5p --topology=4x4x4 -- \
 #     --config=configs/hmar.py:d30_256 --workdir=gs://BUCKET/d30 \
 #     --config.data.source=tokens:gs://BUCKET/tokens
@@ -21,9 +20,13 @@
 #   delete  delete the JobSet; the run saves a checkpoint before its pods are removed
 #
 # Options:
+#   --command=COMMAND        train (default), train-tokenizer or tokenize
 #   --image=IMAGE            container image with hmar on PATH (built from launch/Dockerfile)
-#   --accelerator=TYPE       v4, v5e, v5p or v6e, or a GPU type of GKE, such as nvidia-h100-80gb
-#   --topology=AxB[xC]       TPU slice topology, as for hmar plan
+#   --accelerator=SLICE      TPU slice, by a name of hmar plan, Cloud TPU or GKE: v5p:4x4x4, v5e:64,
+#                            v5p-128 (cores), tpu-v5p-slice:4x4x4; or a chip (v4, v5e, v5p, v6e,
+#                            tpu7x) or label of GKE, with --topology; or a GPU type of GKE, such as
+#                            nvidia-h100-80gb
+#   --topology=AxB[xC]       TPU slice topology, if --accelerator does not name it
 #   --chips_per_node=N       TPU chips per node (default: 4; 8 for v5e:2x4 and v6e:2x4; all chips of
 #                            a smaller slice)
 #   --nodes=N --gpus_per_node=N
@@ -37,27 +40,28 @@
 #   --restarts=N             maximum number of restarts after a failure or the loss of a node; each
 #                            restart resumes the run (default: 100)
 #   --grace=SECONDS          time to save a checkpoint when a pod is terminated (default: 300)
-#   --env=KEY=VALUE          set an environment variable of hmar train; can be repeated
+#   --env=KEY=VALUE          set an environment variable of hmar; can be repeated
 #   --detach                 do not follow the log
 #   --dry-run                print the JobSet and the commands without running them
 #
 # Requires kubectl, and JobSet installed in the cluster.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/slices.sh"
 require_bash 4 4
 
-[[ ${1:-} && ${1:-} != -* ]] && command=$1 && shift || command=""
+[[ ${1:-} && ${1:-} != -* ]] && action=$1 && shift || action=""
 name="" image="" accelerator="" topology="" chips_per_node="" nodes="" gpus_per_node=""
 namespace="" context="" service_account="" queue="" spot="" cpu="" memory="" restarts=100 grace=300
 env=() detach=""
 ARGS=("$@")
 parse_options name image accelerator topology chips_per_node nodes gpus_per_node namespace context \
   service_account queue spot! cpu memory restarts grace env+ detach!
-[[ $command ]] || die "requires a command: run, logs, status or delete"
-require_choice command run logs status delete
+[[ $action ]] || die "requires an action: run, logs, status or delete"
+require_choice action run logs status delete
 require_options name
 require_resource_name name
-[[ $command == run ]] || ((!${#TRAIN_ARGS[@]})) || die "$command takes no arguments after --"
+[[ $action == run ]] || ((!${#HMAR_ARGS[@]})) || die "$action takes no arguments after --"
 require_command kubectl
 kubectl=(kubectl)
 [[ ! $context ]] || kubectl+=("--context=$context")
@@ -84,25 +88,25 @@ json_list() {
   printf '[%s]' "${all#, }"
 }
 
-# The command of each pod. On TERM, hmar train saves a checkpoint and exits with status 0; the pod
-# must fail nevertheless, because the JobSet would otherwise count as complete.
+# The command of each pod. On TERM, hmar saves a checkpoint and exits, with status 143 or 0; the pod
+# must fail in any case, because the JobSet would otherwise count as complete.
 # shellcheck disable=SC2016  # expanded by the shell of the pod
 POD_SCRIPT='terminated=; trap "terminated=1; kill -TERM \$!" TERM
-hmar train "$@" & while :; do wait $!; status=$?; kill -0 $! 2>/dev/null || break; done
+hmar "$@" & while :; do wait $!; status=$?; kill -0 $! 2>/dev/null || break; done
 [ -z "$terminated" ] || [ $status != 0 ] || status=143; exit $status'
 
 # make_jobset: prints the JobSet in YAML.
 make_jobset() {
-  local pair metadata="" selector limits args
+  local pair key metadata="" selector limits args
   [[ ! $queue ]] || metadata="
   labels: {kueue.x-k8s.io/queue-name: $(json_string "$queue")}"
-  if [[ $topology ]]; then
+  if [[ $tpu ]]; then
     # A TPU slice of several hosts is a node pool of its own.
     metadata+="
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool"
-    selector="cloud.google.com/gke-tpu-accelerator: $(json_string "$gke_accelerator")"
-    selector+=", cloud.google.com/gke-tpu-topology: $(json_string "$topology")"
+    selector="cloud.google.com/gke-tpu-accelerator: $(json_string "$SLICE_LABEL")"
+    selector+=", cloud.google.com/gke-tpu-topology: $(json_string "$SLICE_TOPOLOGY")"
     limits="google.com/tpu: $chips_per_node"
   else
     selector="cloud.google.com/gke-accelerator: $(json_string "$accelerator")"
@@ -111,12 +115,14 @@ make_jobset() {
   [[ ! $spot ]] || selector+=', cloud.google.com/gke-spot: "true"'
   [[ ! $cpu ]] || limits+=", cpu: $(json_string "$cpu")"
   [[ ! $memory ]] || limits+=", memory: $(json_string "$memory")"
-  args=$(json_list "${TRAIN_ARGS[@]}")
-  if [[ ! $topology ]] && ((nodes == 1)); then
+  args=$(json_list "$command" "${HMAR_ARGS[@]}")
+  # TPU processes discover each other. GPU processes get the coordinator's address, or their part of
+  # the files; Kubernetes replaces $(POD_NUMBER).
+  if [[ ! $tpu && $command == tokenize ]]; then
+    ((nodes == 1)) || args="${args%]}, \"--part=\$(POD_NUMBER)/$nodes\"]"
+  elif [[ ! $tpu ]] && ((nodes == 1)); then
     args="${args%]}, \"--num_processes=1\"]"
-  elif [[ ! $topology ]]; then
-    # TPU processes discover each other. GPU processes get the coordinator's address, and Kubernetes
-    # replaces $(POD_NUMBER).
+  elif [[ ! $tpu ]]; then
     args="${args%]}, $(json_string "--coordinator=$name-workers-0-0.$name:12355")"
     args+=", \"--num_processes=$nodes\", \"--process_id=\$(POD_NUMBER)\"]"
   fi
@@ -162,9 +168,17 @@ YAML
                   fieldRef:
                     fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 YAML
+  # A name must be unique: of several values, the last one counts.
+  local -A values=()
   for pair in "${env[@]}"; do
-    echo "              - name: ${pair%%=*}"
-    echo "                value: $(pair=${pair#*=}; json_string "${pair//\$/\$\$}")"
+    values[${pair%%=*}]=${pair#*=}
+  done
+  for pair in "${env[@]}"; do
+    key=${pair%%=*}
+    [[ ${values[$key]+set} ]] || continue
+    echo "              - name: $key"
+    echo "                value: $(json_string "${values[$key]//\$/\$\$}")"
+    unset "values[$key]"
   done
   cat <<YAML
               resources: {limits: {$limits}}
@@ -183,7 +197,7 @@ follow_log() {
   run "${kubectl[@]}" logs --follow --pod-running-timeout=24h "$selector"
 }
 
-case $command in
+case $action in
   logs) follow_log ;;
   status)
     run "${kubectl[@]}" get jobset "$name"
@@ -191,62 +205,53 @@ case $command in
     ;;
   delete) run "${kubectl[@]}" delete jobset "$name" ;;
   run)
-    require_options image accelerator
-    require_train_args
+    require_options image
+    [[ $accelerator || $topology ]] || require_options accelerator
+    require_hmar_args
     require_key_value "${env[@]}"
-    for word in "${TRAIN_ARGS[@]}" "${env[@]}" "$image" "$accelerator" "$service_account" \
+    for word in "${HMAR_ARGS[@]}" "${env[@]}" "$image" "$accelerator" "$service_account" \
       "$queue" "$cpu" "$memory"; do
       [[ ! ${word//[$'\n\t']/} =~ [[:cntrl:]] ]] ||
         die "arguments must not contain control characters; got $(printf %q "$word")"
     done
     require_positive_int grace
     [[ $restarts == 0 ]] || require_positive_int restarts
-    gke_accelerator=""
-    case $accelerator in
-      v4) gke_accelerator=tpu-v4-podslice ;;
-      v5e) gke_accelerator=tpu-v5-lite-podslice ;;
-      v5p) gke_accelerator=tpu-v5p-slice ;;
-      v6e) gke_accelerator=tpu-v6e-slice ;;
-      nvidia-*) ;;
-      *) die "--accelerator must be v4, v5e, v5p, v6e or a GPU type of GKE, nvidia-...;" \
-        "got $accelerator" ;;
-    esac
-    if [[ $gke_accelerator ]]; then
-      [[ ! $nodes && ! $gpus_per_node ]] ||
-        die "--nodes and --gpus_per_node are for GPUs; for TPUs, --topology gives their number"
-      require_options topology
-      [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] ||
-        die "--topology must have the form AxB or AxBxC, such as 8x8 (v5e, v6e) or 4x4x4" \
-          "(v4, v5p); got $topology"
-      dimensions=${topology//[0-9]/}
-      case $accelerator in
-        v5e | v6e) ((${#dimensions} == 1)) ||
-          die "--topology must have the form AxB for $accelerator; got $topology" ;;
-        *) ((${#dimensions} == 2)) ||
-          die "--topology must have the form AxBxC for $accelerator; got $topology" ;;
-      esac
-      chips=$((${topology//x/ * }))
-      if [[ ! $chips_per_node ]]; then
-        chips_per_node=$((chips < 4 ? chips : 4))
-        [[ $topology != 2x4 ]] || chips_per_node=8
-      fi
-      require_positive_int chips_per_node
-      ((chips % chips_per_node == 0)) ||
-        die "--chips_per_node must divide the $chips chips of $topology; got $chips_per_node"
-      nodes=$((chips / chips_per_node))
-      env=("JAX_PLATFORMS=tpu,cpu" "${env[@]}")
-    else
+    tpu=""
+    if [[ $accelerator == nvidia-* ]]; then
       [[ ! $topology && ! $chips_per_node ]] ||
         die "--topology and --chips_per_node are for TPUs; for GPUs, give --nodes and" \
           "--gpus_per_node"
       require_options nodes gpus_per_node
       require_positive_int nodes gpus_per_node
       env=("JAX_PLATFORMS=cuda,cpu" "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" "${env[@]}")
+    else
+      tpu=1
+      [[ ! $nodes && ! $gpus_per_node ]] ||
+        die "--nodes and --gpus_per_node are for GPUs, nvidia-...; the number of TPUs follows from" \
+          "the slice"
+      [[ $topology ]] || ! find_tpu "$accelerator" || require_options topology
+      # shellcheck disable=SC2034  # used by slices.sh
+      SLICE_HINT="or a GPU type of GKE, nvidia-..."
+      parse_slice_options
+      if [[ ! $chips_per_node ]]; then
+        chips_per_node=$((SLICE_CHIPS < 4 ? SLICE_CHIPS : 4))
+        [[ $SLICE_TOPOLOGY != 2x4 ]] || chips_per_node=8
+      fi
+      require_positive_int chips_per_node
+      ((SLICE_CHIPS % chips_per_node == 0)) || die "--chips_per_node must divide the $SLICE_CHIPS" \
+        "chips of $SLICE_TOPOLOGY; got $chips_per_node"
+      nodes=$((SLICE_CHIPS / chips_per_node))
+      env=("JAX_PLATFORMS=tpu,cpu" "${env[@]}")
     fi
-    workdir=$(get_workdir)
-    [[ $workdir == gs://* || $workdir == /* ]] ||
-      die "--workdir must be gs://BUCKET/DIR or a mounted /DIR, because a pod's own files are" \
-        "deleted with it; got $workdir"
+    ((nodes == 1)) || refuse_hmar_args "the processes find each other and divide the work" \
+      coordinator num_processes process_id local_devices part
+    for pair in "${env[@]}"; do
+      [[ $pair != POD_NUMBER=* ]] || die "--env=POD_NUMBER is set by gke.sh"
+    done
+    output=$(get_hmar_arg "$output_option")
+    [[ $output == gs://* || $output == /* ]] ||
+      die "--$output_option must be gs://BUCKET/DIR or a mounted /DIR, because a pod's own files" \
+        "are deleted with it; got $output"
     yaml=$(make_jobset)
     if [[ $DRY_RUN ]]; then
       printf '%s\n' "$yaml"

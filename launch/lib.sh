@@ -60,22 +60,23 @@ require_command() {
 #
 # The name "zone" declares the option --zone=VALUE or --zone VALUE, which sets $zone. "spot!"
 # declares a flag that sets $spot to 1. "env+" declares an option that can be repeated and appends
-# to an array. The arguments after "--" are stored in the array TRAIN_ARGS. --help and --dry-run
-# always exist.
+# to an array. The arguments after "--" are stored in the array HMAR_ARGS. --command, --help and
+# --dry-run always exist.
 parse_options() {
   # The underscores keep these local variables from shadowing the caller's option variables.
-  local _arg _name _value _spec
-  TRAIN_ARGS=()
+  local _arg _name _value _spec _given=" "
+  HMAR_ARGS=() command=train
+  set -- "$@" command
   while ((${#ARGS[@]})); do
     _arg=${ARGS[0]}
     ARGS=("${ARGS[@]:1}")
     case $_arg in
-      --) TRAIN_ARGS=("${ARGS[@]}"); return ;;
+      --) HMAR_ARGS=("${ARGS[@]}"); break ;;
       --help | -h) show_help; exit 0 ;;
       --dry-run | --dry_run) DRY_RUN=1; continue ;;
       --?*) ;;
       *) die "unexpected argument '$_arg'; options have the form --NAME=VALUE," \
-        "and the arguments of hmar train follow --" ;;
+        "and the arguments of hmar follow --" ;;
     esac
     _name=${_arg#--}
     _name=${_name%%=*}
@@ -84,7 +85,7 @@ parse_options() {
       [[ ${_spec%[+!]} == "$_name" ]] && break
     done
     [[ $_spec ]] || die "unknown option --$_name; valid options:" \
-      "$(printf -- '--%s ' "${@%[+!]}")--dry-run --help; the arguments of hmar train follow --"
+      "$(printf -- '--%s ' "${@%[+!]}")--dry-run --help; the arguments of hmar follow --"
     if [[ $_spec == *! ]]; then
       [[ $_arg != *=* ]] || die "--$_name is a flag and takes no value; got $_arg"
       printf -v "$_name" 1
@@ -103,9 +104,27 @@ parse_options() {
       _list+=("$_value")
       unset -n _list
     else
+      [[ $_given != *" $_name "* || ${!_name} == "$_value" ]] ||
+        die "--$_name is given twice: ${!_name} and $_value"
+      _given+="$_name "
       printf -v "$_name" '%s' "$_value"
     fi
   done
+  require_choice --command train train-tokenizer tokenize
+  # hmar would refuse these only after the job has started.
+  for _arg in "${HMAR_ARGS[@]}"; do
+    _name=${_arg#--}
+    _name=${_name%%=*}
+    _name=${_name//-/_}
+    for _spec in "$@" dry_run; do
+      [[ $_arg != --?* || ${_spec%[+!]} != "$_name" ]] ||
+        die "--${_arg#--} is an option of ${0##*/}: give it before --"
+    done
+    [[ $_arg != -- ]] || die "unexpected second --"
+  done
+  [[ ! ${HMAR_ARGS[*]} || ${HMAR_ARGS[0]} == --* ]] ||
+    die "the arguments after -- must be options of hmar $command; got ${HMAR_ARGS[0]}" \
+      "(--command=COMMAND before -- selects the command)"
 }
 
 # require_options NAME...: each option must have been given.
@@ -124,14 +143,14 @@ require_positive_int() {
   done
 }
 
-# require_choice NAME VALUE...: the variable NAME must hold one of the values.
+# require_choice [--]NAME VALUE...: the variable NAME must hold one of the values.
 require_choice() {
-  local _name=$1 _value
+  local _label=$1 _name=${1#--} _value
   shift
   for _value in "$@"; do
     [[ ${!_name} != "$_value" ]] || return 0
   done
-  die "$_name must be one of: $*; got ${!_name}"
+  die "$_label must be one of: $*; got ${!_name}"
 }
 
 # require_resource_name NAME: the value must be a valid name in Google Cloud and Kubernetes.
@@ -149,27 +168,62 @@ require_key_value() {
   done
 }
 
-# require_train_args: TRAIN_ARGS must hold --config and --workdir, which every run needs.
-# Without this check the error would appear only after the job has started.
-require_train_args() {
-  ((${#TRAIN_ARGS[@]})) || die "requires the arguments of hmar train after --," \
-    "for example: -- --config=configs/hmar.py:d16_256 --workdir=DIR"
-  local word missing="--config --workdir"
-  for word in "${TRAIN_ARGS[@]}"; do
-    missing=" $missing "
-    missing=${missing/ ${word%%=*} / }
+# expand_home NAME...: a path of this machine may begin with ~/, which a shell expands only at the
+# beginning of a word.
+expand_home() {
+  local _name
+  for _name in "$@"; do
+    [[ ! ${!_name} =~ ^\~(/|$) ]] || printf -v "$_name" '%s' "$HOME${!_name:1}"
   done
-  missing=${missing// /}
-  [[ ! $missing ]] || die "hmar train requires --config and --workdir; give both after --"
 }
 
-# get_workdir: prints the value of --workdir in TRAIN_ARGS.
-get_workdir() {
+# require_hmar_args: HMAR_ARGS must hold the options that the command requires, once each. Without
+# this check the error would appear only after the job has started. Sets output_option.
+require_hmar_args() {
+  local required word option count
+  if [[ $command == tokenize ]]; then
+    required="tokenizer data" output_option=out
+  else
+    required="config" output_option=workdir
+  fi
+  ((${#HMAR_ARGS[@]})) || die "requires the arguments of hmar $command after --, for example: --" \
+    "$([[ $command == tokenize ]] && echo "--tokenizer=RUN --data=folder:DIR --out=DIR" ||
+      echo "--config=configs/FILE.py:NAME --workdir=DIR")"
+  for option in $required $output_option; do
+    count=0
+    for word in "${HMAR_ARGS[@]}"; do
+      [[ ${word%%=*} != "--$option" ]] || count=$((count + 1))
+    done
+    ((count)) || die "hmar $command requires --${required// / and --} and --$output_option;" \
+      "give them after --"
+    ((count == 1)) || die "--$option must be given once after --; got it $count times"
+  done
+  [[ $(get_hmar_arg "$output_option") ]] || die "--$output_option must not be empty"
+}
+
+# get_hmar_arg NAME: prints the value of --NAME in HMAR_ARGS, nothing without it.
+get_hmar_arg() {
   local i
-  for ((i = 0; i < ${#TRAIN_ARGS[@]}; i++)); do
-    case ${TRAIN_ARGS[i]} in
-      --workdir=*) printf '%s' "${TRAIN_ARGS[i]#*=}" ;;
-      --workdir) printf '%s' "${TRAIN_ARGS[i + 1]:-}" ;;
+  for ((i = 0; i < ${#HMAR_ARGS[@]}; i++)); do
+    case ${HMAR_ARGS[i]} in
+      "--$1="*) printf '%s' "${HMAR_ARGS[i]#*=}" ;;
+      "--$1") printf '%s' "${HMAR_ARGS[i + 1]:-}" ;;
     esac
   done
+}
+
+# refuse_hmar_args REASON NAME...: HMAR_ARGS must not hold these options.
+refuse_hmar_args() {
+  local reason=$1 word option
+  shift
+  for word in "${HMAR_ARGS[@]}"; do
+    for option in "$@"; do
+      [[ ${word%%=*} != "--$option" ]] || die "--$option must not be given after --: $reason"
+    done
+  done
+}
+
+# is_stop_status STATUS: that of a process that saved and ended on HUP, INT or TERM.
+is_stop_status() {
+  (($1 == 129 || $1 == 130 || $1 == 143))
 }

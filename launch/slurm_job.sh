@@ -12,8 +12,11 @@ shift "$count"
 
 if [[ $setup ]]; then
   set +u # the scripts of modules and conda read unset variables
-  # shellcheck disable=SC1090
-  . "$setup"
+  # shellcheck disable=SC1090  # after "||", a command that fails in the middle is no error
+  . "$setup" || {
+    echo "slurm_job.sh: $setup ended with status $?; its last command must succeed" >&2
+    exit 2
+  }
   set -u
 fi
 export "${environment[@]}"
@@ -27,15 +30,20 @@ trap 'requeue=1; forward_term' USR1 # the time limit is near
 trap forward_term TERM              # preempted (SLURM then requeues the job) or cancelled
 # All GPUs stay visible to every process, and each process selects one by its local rank. With GPU
 # binding, the processes of a node could not communicate directly.
-srun --kill-on-bad-exit=1 --gpu-bind=none "$@" &
+#
+# A process that has saved ends with a status that is not 0, while others may still be writing: srun
+# must not kill these. If a process fails, the others notice after 100 s (JAX's heartbeat) and end.
+srun --kill-on-bad-exit=0 --wait=0 --gpu-bind=none "$@" &
 srun=$!
 status=0
 while :; do
   wait "$srun" && status=0 || status=$?
   kill -0 "$srun" 2>/dev/null || break # still running if a signal interrupted wait
 done
-if [[ $requeue ]] && ((status == 0)); then
+# 129, 130, 143: saved and ended on a signal.
+if [[ $requeue && $status =~ ^(0|129|130|143)$ ]]; then
   echo "slurm_job.sh: saved a checkpoint before the time limit; requeueing job $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID"
+  exit 0
 fi
 exit "$status"

@@ -12,6 +12,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import numpy as np
 import pytest
 
+from tests import launch_sandbox
+
 # Numbers recorded from the published code; tests/golden/README.md describes them.
 GOLDEN = pathlib.Path(
     os.environ.get("HMAR_GOLDEN") or pathlib.Path(__file__).resolve().parent / "golden"
@@ -103,3 +105,9 @@ def relative(actual, expected) -> float:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    """For tests of the launch scripts."""
+    return launch_sandbox.Sandbox(tmp_path)

@@ -1,5 +1,6 @@
 """Planning: topologies, counting operations, reading compiled programs, and `hmar plan`."""
 
+import dataclasses
 import functools
 import json
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from hmar_jax.experiment import task_kind, task_shapes
 from hmar_jax.families.hmar import flops
 from hmar_jax.parallel import sharding
 from hmar_jax.parallel.chips import CHIPS
-from hmar_jax.planning import hlo, jaxpr, plan, report, topology
+from hmar_jax.planning import advice, hlo, jaxpr, plan, report, topology
+from hmar_jax.planning.memory import MemoryPlan
 from hmar_jax.planning.topology import PLANNED_CHIPS
 from hmar_jax.training import step
 from hmar_jax.training.trainable import IMAGENET, Parent
@@ -83,6 +85,33 @@ def test_unknown_topologies_list_those_that_exist(text, words):
         topology.parse(text)
     message = str(error.value)
     assert repr(text) in message and "\n" not in message and all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    "chip, shape, names",
+    [
+        ("v4", "2x2x4", ["v4:16", "v4-32", "tpu-v4-podslice:2x2x4"]),
+        ("v5e", "2x4", ["v5e:8", "v5litepod-8", "v5e-8", "tpu-v5-lite-podslice:2x4"]),
+        ("v5p", "4x4x4", ["v5p:64", "v5p-128", "V5P-128", "tpu-v5p-slice:4x4x4"]),
+        ("v5p", "4x4x12", ["v5p:4x4x12", "tpu-v5p-slice:4x4x12"]),  # whole cubes
+        ("v6e", "8x8", ["v6e:64", "v6e-64", "tpu-v6e-slice:8x8"]),
+        ("tpu7x", "2x2x1", ["tpu7x:4", "tpu7x-8"]),
+    ],
+)
+def test_names_of_the_same_slice(chip, shape, names):
+    """Chips and shape, number of chips, Cloud TPU's type and GKE's label with a shape."""
+    for name in (f"{chip}:{shape}", *names):
+        found = topology.parse(name)
+        assert (found.name, found.chip.name) == (f"{chip}:{shape}", chip), name
+    number = names[0].split(":")[1]
+    if number.isdecimal():
+        assert found.num_devices == int(number) * found.chip.devices_per_chip
+
+
+@pytest.mark.parametrize("text", ["v5p-100", "v5p-4", "v5p:4x4x6", "v5p:4x12x4", "v5p:16x16x28"])
+def test_numbers_of_no_slice(text):
+    with pytest.raises(InputError, match="unknown shape; known: v5p: 2x2x1 .*v5p-CORES"):
+        topology.parse(text)
 
 
 def test_libtpu_knows_every_topology(libtpu):
@@ -308,10 +337,80 @@ def test_plan_for_tpus(libtpu, capsys, tmp_path):
     assert 0 < low <= high
 
 
-def test_plan_that_does_not_fit(capsys):
-    assert cli.main(["plan", *TINY, "--topology=h100:8", "--config.batch_size=8388608"]) == 1
-    text = capsys.readouterr().out
-    assert "DOES NOT FIT" in text and "--config.grad_accum_steps=2" in text and "estimate" in text
+def advised(tmp_path, capsys, *arguments) -> tuple[str, list[dict]]:
+    """Verdict and advice for a plan that does not fit."""
+    assert cli.main(["plan", *arguments, f"--json={tmp_path}/plan.json"]) == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert "DOES NOT FIT" in verdict
+    return verdict, json.loads((tmp_path / "plan.json").read_text())["advice"]
+
+
+def test_advice_fits_and_names_nothing_that_is_set(tmp_path, capsys):
+    verdict, found = advised(
+        tmp_path,
+        capsys,
+        *TINY,
+        "--topology=h100:8",
+        "--config.batch_size=4194304",
+        "--config.model.remat=matmuls",
+    )
+    assert [one["changes"] for one in found] == [
+        {"model.remat": "blocks"},
+        {"grad_accum_steps": "2"},
+    ]
+    available = 0.92 * 80e9
+    assert all(one["fits"] and one["peak"] <= available for one in found)
+    assert "fits with --config.model.remat=blocks (needs " in verdict and "matmuls" not in verdict
+
+
+def test_advice_where_all_is_set(tmp_path, capsys):
+    """Nothing is left to change but the devices, the batch and the model."""
+    everything = (
+        "--config.model.remat=blocks",
+        "--config.mesh.data=1",
+        "--config.batch_size=1",
+        "--config.model.width=65536",
+        "--config.model.heads=1024",
+    )
+    verdict, found = advised(tmp_path, capsys, *TINY, "--topology=h100:1", *everything)
+    assert found == [] and "try more devices, a smaller batch_size or a smaller model" in verdict
+    assert "--config." not in verdict
+    # With two devices, there is one change left, which is not enough.
+    devices = ("--topology=h100:2", "--config.mesh.data=2", "--config.batch_size=2")
+    verdict, found = advised(tmp_path, capsys, *TINY, *everything, *devices)
+    assert [one["changes"] for one in found] == [{"mesh.data": "-1", "mesh.fsdp": "2"}]
+    assert not found[0]["fits"]
+    assert "even with --config.mesh.data=-1 --config.mesh.fsdp=2 it needs" in verdict
+
+
+def test_advice_for_tpus_is_not_checked():
+    """Each check would compile for minutes. Only what can help is named."""
+    config = config_files.load_config(f"{HMAR}:d16_256,batch_size=32")
+    for key, value in (("model.remat", "matmuls"), ("mesh.fsdp", "2")):
+        config_files.override(config, key, value)
+    fields = {field.name: None for field in dataclasses.fields(plan.TrainingPlan)} | {
+        "topology": "v5e:2x4",
+        "mesh": {"data": 4, "fsdp": 2, "tensor": 1},
+        "batch_size": 32,
+        "grad_accum_steps": 1,
+        "memory": MemoryPlan(2.0, 0.0, 8.0, 10.0, 5.0),
+    }
+    target = topology.parse("v5e:8")
+    find = lambda memory: advice.find_advice(
+        config, target, plan.TrainingPlan(**fields | {"memory": memory})
+    )
+    found = find(fields["memory"])
+    assert [one.changes for one in found] == [
+        {"mesh.fsdp": "4"},
+        {"model.remat": "blocks"},
+        {"grad_accum_steps": "2"},
+    ]
+    assert {one.fits for one in found} == {None}
+    # The arguments alone are too large: they have to be divided.
+    assert [one.changes for one in find(MemoryPlan(6.0, 0.0, 8.0, 14.0, 5.0))] == [
+        {"mesh.fsdp": "4"}
+    ]
+    assert find(MemoryPlan(2.0, 0.0, 2.0, 4.0, 5.0)) == ()
 
 
 def planned(capsys, *arguments) -> dict:

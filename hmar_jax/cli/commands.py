@@ -30,7 +30,7 @@ def plan(args, overrides) -> int:
 
     target = topology.parse(args.topology)
     from hmar_jax.io import files
-    from hmar_jax.planning import plan, report
+    from hmar_jax.planning import advice, plan, report
 
     if args.json != "-":
         outputs.check({"json": args.json}, {"config": args.config.partition(":")[0]})
@@ -38,13 +38,16 @@ def plan(args, overrides) -> int:
     plan.prepare_environment()
     config = _config(args, overrides)
     name = " ".join([args.config, *overrides])
-    found = plan.make_plan(config, target, name=name, parent_config=_parent_config(args, config))
+    parent_config = _parent_config(args, config)
+    found = plan.make_plan(config, target, name=name, parent_config=parent_config)
+    changes = advice.find_advice(config, target, found, parent_config)
+    data = found.to_json() | {"advice": [dataclasses.asdict(one) for one in changes]}
     if args.json == "-":
-        print(json.dumps(found.to_json(), indent=1))
+        print(json.dumps(data, indent=1))
     else:
-        print(report.format_plan(found))
+        print(report.format_plan(found, changes))
         if args.json:
-            files.write_atomically(args.json, json.dumps(found.to_json(), indent=1) + "\n")
+            files.write_atomically(args.json, json.dumps(data, indent=1) + "\n")
     return 0 if found.fits else 1
 
 

@@ -325,7 +325,8 @@ def _add_plan(command) -> None:
     sub.add_argument(
         "--topology",
         required=True,
-        help="CHIP:AxB[xC] of TPUs, GPU:N or GPU:MACHINESxN: v5p:4x4x4, v5e:8x8, h100:8, h100:4x8",
+        help="CHIP:AxB[xC] or CHIP:CHIPS of TPUs or a name of Cloud TPU or GKE, GPU:N or "
+        "GPU:MACHINESxN: v5p:4x4x4, v5e:64, v5litepod-64, h100:8, h100:4x8",
     )
     sub.add_argument(
         "--json",

@@ -1,11 +1,11 @@
 """Accelerator chips: peak FLOP/s by JAX's device kind, and the numbers that planning needs.
 
 All numbers are the manufacturers'; none is measured here. Sources: Cloud TPU's pages on v2, v3, v4,
-v5e, v5p, v6e and TPU7x (docs.cloud.google.com/tpu/docs/v5p and so on), and for the links of v4
-arXiv 2304.01433, table 4; NVIDIA's data sheets of A100, H100, H200 and B200 (SXM), H100 PCIe,
-GH200, L4 and L40S, dense rates, without sparsity; for the network between machines the data sheets
-of DGX A100, H100, H200 and B200. The memory of a TPU is what libtpu 0.0.42 lets a program use: less
-than the manufacturer's number, because the system keeps a part.
+v5e, v5p, v6e and TPU7x (docs.cloud.google.com/tpu/docs/v5p and so on), GKE's pages for its labels,
+and for the links of v4 arXiv 2304.01433, table 4; NVIDIA's data sheets of A100, H100, H200 and B200
+(SXM), H100 PCIe, GH200, L4 and L40S, dense rates, without sparsity; for the network between
+machines the data sheets of DGX A100, H100, H200 and B200. The memory of a TPU is what libtpu 0.0.42
+lets a program use: less than the manufacturer's number, because the system keeps a part.
 """
 
 import dataclasses
@@ -33,6 +33,9 @@ class Chip:
     topologies: tuple[str, ...] = ()  # the shapes in which TPUs are offered
     options: tuple[tuple[str, object], ...] = ()  # for libtpu
     devices_per_chip: int = 1
+    gke_label: str = ""  # GKE's name of the chip
+    cloud_type: str = ""  # Cloud TPU's accelerator type is CLOUD_TYPE-N
+    cores_per_chip: int = 1  # N counts these
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -66,6 +69,9 @@ _CHIPS = (
         float32_passes=6,
         dimensions=3,
         topologies=(*_CUBES[:10], "12x16x16"),
+        gke_label="tpu-v4-podslice",
+        cloud_type="v4",
+        cores_per_chip=2,
         options=(("chip_config_name", "megacore"),),
     ),
     Chip(
@@ -79,6 +85,8 @@ _CHIPS = (
         float32_passes=6,
         dimensions=2,
         topologies=_FLAT,
+        gke_label="tpu-v5-lite-podslice",
+        cloud_type="v5litepod",
     ),
     Chip(
         "v5p",
@@ -91,6 +99,9 @@ _CHIPS = (
         float32_passes=6,
         dimensions=3,
         topologies=(*_CUBES, "16x16x24"),
+        gke_label="tpu-v5p-slice",
+        cloud_type="v5p",
+        cores_per_chip=2,
     ),
     Chip(
         "v6e",
@@ -103,6 +114,8 @@ _CHIPS = (
         float32_passes=6,
         dimensions=2,
         topologies=_FLAT,
+        gke_label="tpu-v6e-slice",
+        cloud_type="v6e",
     ),
     # JAX sees each of the two halves of a chip as a device.
     Chip(
@@ -116,6 +129,9 @@ _CHIPS = (
         float32_passes=6,
         dimensions=3,
         topologies=_CUBES[:-1],
+        gke_label="tpu7x",
+        cloud_type="tpu7x",
+        cores_per_chip=2,
         devices_per_chip=2,
     ),
     # A GPU computes an exact float32 product without its tensor cores. 0.92 of the memory is what

@@ -1,11 +1,16 @@
 """A training plan as text."""
 
+from hmar_jax.planning.advice import Advice
 from hmar_jax.planning.plan import TrainingPlan
 from hmar_jax.planning.topology import PLANNED_CHIPS
 
 
-def format_plan(plan: TrainingPlan) -> str:
-    """A table of several lines, for people."""
+def format_plan(plan: TrainingPlan, advice: tuple[Advice, ...] = ()) -> str:
+    """A table of several lines, for people.
+
+    Args:
+      advice: what to change if the plan does not fit, from advice.find_advice.
+    """
     mesh = " ".join(f"{name}={size}" for name, size in plan.mesh.items())
     count = plan.grad_accum_steps
     parts = f" in {count} microbatches" if count > 1 else ""
@@ -33,7 +38,7 @@ def format_plan(plan: TrainingPlan) -> str:
         lines.append(("memory traffic", f"{_gib(plan.memory_traffic)} a device and step"))
     if "memory" in plan.seconds:
         lines += _roofline(plan)
-    lines.append(("verdict", _verdict(plan, compiled)))
+    lines.append(("verdict", _verdict(plan, compiled, advice)))
     return "\n".join(f"{name:15}{text}" for name, text in lines)
 
 
@@ -87,15 +92,28 @@ def _roofline(plan: TrainingPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _verdict(plan: TrainingPlan, compiled: bool) -> str:
+def _verdict(plan: TrainingPlan, compiled: bool, advice: tuple[Advice, ...]) -> str:
     memory = plan.memory
     if plan.fits:
         share = f"{memory.peak / memory.available:.0%} of what a program may use"
         return f"fits: {share}{'' if compiled else ', estimated'}"
     return (
-        f"DOES NOT FIT: needs {_gib(memory.peak)}, has {_gib(memory.available)}; try "
-        "--config.model.remat=matmuls or blocks, --config.grad_accum_steps=2, "
-        "--config.mesh.fsdp=N, or more devices"
+        f"DOES NOT FIT: needs {_gib(memory.peak)}, has {_gib(memory.available)}; {_advise(advice)}"
+    )
+
+
+def _advise(advice: tuple[Advice, ...]) -> str:
+    elsewhere = "more devices, a smaller batch_size or a smaller model"
+    if not advice:
+        return f"try {elsewhere}"
+    if all(one.fits for one in advice):
+        return "fits with " + ", or ".join(
+            f"{one.arguments()} (needs {_gib(one.peak or 0.0)})" for one in advice
+        )
+    if advice[0].fits is None:
+        return f"try {', '.join(one.arguments() for one in advice)} (not checked), or {elsewhere}"
+    return (
+        f"even with {advice[0].arguments()} it needs {_gib(advice[0].peak or 0.0)}: try {elsewhere}"
     )
 
 
