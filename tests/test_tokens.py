@@ -624,7 +624,8 @@ def test_describe(tmp_path, monkeypatch):
     options = dict(crops=2, seed=3, shard_size=SHARD)
     autoencoder = info().autoencoder
     arguments = "none", "0" * 16, TOKENS, autoencoder
-    assert describe(*arguments, "noise", sources, TRANSFORM, **options) == info()
+    described = describe(*arguments, "noise", sources, TRANSFORM, **options)
+    assert described == dataclasses.replace(info(), folder_rules=2)
     folder = describe(*arguments, "folder:here", sources, TRANSFORM, **options)
     assert folder.source == f"folder:{tmp_path / 'here'}"
     assert [(s.num_images, s.crops) for s in folder.splits.values()] == [(50, 2), (20, 1)]
