@@ -630,9 +630,11 @@ def test_describe(tmp_path, monkeypatch):
         "20 of noise",
     ]
     without = {
-        k: dataclasses.replace(s, source_fingerprint="") for k, s in described.splits.items()
+        name: dataclasses.replace(split, source_fingerprint="")
+        for name, split in described.splits.items()
     }
-    assert dataclasses.replace(described, splits=without) == info()
+    expected = dataclasses.replace(info(), folder_rules=2)
+    assert dataclasses.replace(described, splits=without) == expected
     folder = describe(*arguments, "folder:here", sources, TRANSFORM, **options)
     assert folder.source == f"folder:{tmp_path / 'here'}"
     assert [(s.num_images, s.crops) for s in folder.splits.values()] == [(50, 2), (20, 1)]
