@@ -257,7 +257,7 @@ OTHER_FILES = [
     ("model.npy", b"\x93NUMPY\x01\x00", "is a NumPy file; give a .pth"),
     ("model.h5", b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras or TensorFlow); give a .pth"),
     ("m.data-00000-of-00001", b"\x01\x02\xff" * 9, "is a TensorFlow checkpoint; give a .pth"),
-    ("model.pth.gz", gzip.compress(b"x"), "is compressed (gzip); unpack it first"),
+    ("model.pth.gz", gzip.compress(b"x", mtime=0), "is compressed (gzip); unpack it first"),
     ("model.pth.xz", b"\xfd7zXZ\x00\x00", "is compressed (xz); unpack it first"),
     ("model.tar", tar(b"model.pth"), "is a tar archive; unpack it first"),
     ("m.safetensors", struct.pack("<Q", 999) + b'{"a":', "is cut short (13 bytes); download"),
