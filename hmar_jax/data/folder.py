@@ -208,7 +208,7 @@ def _check_validation(
 def _class_names(
     root: epath.Path, classes: Mapping[str, Sequence[str]], rules: int
 ) -> tuple[str, ...]:
-    listed = _read_class_names(root)
+    listed = _read_class_names(root, classes)
     names = tuple(
         "all" if folder == "" else listed.get(folder) or _readable_name(folder, files)
         for folder, files in classes.items()
@@ -233,14 +233,11 @@ def _readable_name(folder: str, files: list[str]) -> str:
     return name if re.search("[^\\W\\d_]", name) else folder
 
 
-def _read_class_names(root: epath.Path, folders: Collection[str], warn: bool) -> dict[str, str]:
+def _read_class_names(root: epath.Path, folders: Collection[str]) -> dict[str, str]:
     """Reads class names by folder: `n02099601 golden retriever` becomes "golden_retriever".
 
-    A folder whose name has spaces ends at a tab.
-
-    Args:
-      folders: the class folders.
-      warn: whether to report lines that name none of them.
+    A folder whose name has spaces ends at a tab. Lines that name none of the class folders are
+    reported.
     """
     for file in CLASS_NAME_FILES:
         path = root / file
@@ -258,7 +255,7 @@ def _read_class_names(root: epath.Path, folders: Collection[str], warn: bool) ->
                 )
             names[folder.strip()] = "_".join(rest[0].split(",")[0].split())
         unknown = [folder for folder in names if folder not in folders]
-        if unknown and warn:
+        if unknown:
             _log.warning(
                 "%s: %d of %d lines name no class folder: %s%s",
                 path,
