@@ -1,5 +1,6 @@
 """Signals to real processes: what they save, their exit status, and what they leave behind."""
 
+import gc
 import hashlib
 import os
 import pathlib
@@ -182,7 +183,8 @@ def test_ctrl_c_at_any_moment_is_clean(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_leaves_worker_processes_to_their_parent(tmp_path):
     """A terminal sends it to all of them; a run whose workers die cannot save its position."""
-    command = tiny.train_tokenizer(tmp_path / "run", steps=100000, log_every=5, data__workers=2)
+    changes = dict(steps=100000, log_every=5, data__workers=2, data__in_memory=False)
+    command = tiny.train_tokenizer(tmp_path / "run", **changes)
     process = start(command, start_new_session=True)
     read_until(process, "step 10 of")
     os.killpg(process.pid, signal.SIGINT)
@@ -217,6 +219,25 @@ def test_signals_are_noted_where_an_exception_would_do_harm():
         with interruptions.deferred(), pytest.raises(Interrupted), interruptions.immediate():
             signal.raise_signal(signal.SIGHUP)
     assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
+
+
+def test_a_swallowed_exception_is_raised_again(capfd):
+    """Python prints exceptions in callbacks of the garbage collector, and goes on."""
+    raised = []
+
+    def callback(phase, _info):
+        if phase == "start" and not raised:
+            raised.append(True)
+            signal.raise_signal(signal.SIGTERM)
+
+    gc.callbacks.append(callback)
+    try:
+        with Interruptions(), pytest.raises(Interrupted):
+            gc.collect()
+            time.sleep(10)
+    finally:
+        gc.callbacks.remove(callback)
+    assert raised and capfd.readouterr().err == ""
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
