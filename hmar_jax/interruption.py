@@ -64,9 +64,11 @@ class Interruptions:
         self._num_deferred, self._num_ctrl_c = 0, 0
         self._previous: dict[signal.Signals, Any] = {}
         self._terminals: list[int] = []
+        self._swallowed, self._previous_hook = False, sys.unraisablehook
 
     def __enter__(self) -> "Interruptions":
         self._terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
+        self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._raise_again
         self.install()
         return self
 
@@ -86,12 +88,32 @@ class Interruptions:
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, previous)
         self._previous = {}
+        if sys.unraisablehook == self._raise_again:
+            sys.unraisablehook = self._previous_hook
 
     def release(self, number: signal.Signals) -> None:
         """Leaves a signal to a handler that another library has installed meanwhile."""
         self._previous.pop(number, None)
 
+    def _raise_again(self, unraisable: Any) -> None:
+        """Python swallows exceptions in callbacks, such as JAX's of the garbage collector."""
+        error = unraisable.exc_value
+        if not isinstance(error, Interrupted):
+            self._previous_hook(unraisable)
+            return
+        self._swallowed, main = True, threading.main_thread().ident
+        assert main is not None
+        # Later: an exception in this function would be swallowed too.
+        timer = threading.Timer(0.02, signal.pthread_kill, (main, error.signal))
+        timer.daemon = True
+        timer.start()
+
     def _handle(self, number: int, _frame: object) -> None:
+        if self._swallowed:
+            self._swallowed = False
+            if not self._num_deferred:
+                raise Interrupted(number)
+            return
         self._num_ctrl_c += number == signal.SIGINT
         if self._num_ctrl_c > 1:
             os._exit(exit_status(number))

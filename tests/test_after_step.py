@@ -122,6 +122,7 @@ run()
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_in_evaluation_has_saved_and_gets_on(tmp_path):
     """As when the host's memory runs out. The third start skips what has ended two."""
     run, results = tmp_path / "run", []

@@ -1,5 +1,6 @@
 """Signals to real processes: what they save, their exit status, and what they leave behind."""
 
+import gc
 import hashlib
 import os
 import pathlib
@@ -66,7 +67,12 @@ def digests(folder: pathlib.Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "number, status", [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 143)]
+    "number, status",
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_the_run_and_gives_its_status(tmp_path, number, status):
     command = tiny.train_tokenizer(tmp_path / "run", steps=100000, log_every=5)
@@ -124,6 +130,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert process.wait(10) == 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_start_leaves_the_run_as_it_was_or_further_along(tmp_path, number):
     run, command = tmp_path / "run", tiny.train_tokenizer(tmp_path / "run", steps=100000)
@@ -142,10 +149,9 @@ def test_an_interrupted_start_leaves_the_run_as_it_was_or_further_along(tmp_path
     changed = {name for name, digest in before.items() if after.get(name) != digest}
     assert changed <= {"log.txt"} and (run / "log.txt").read_text().startswith(log)
     new = {pathlib.Path(name).parts[0] for name in after.keys() - before.keys()}
-    allowed = {"tensorboard", "checkpoints"} | (
-        {".lock.tmp"} if number == signal.SIGKILL else set()
-    )
-    assert new <= allowed, new
+    if number == signal.SIGKILL:  # what a killed process leaves is recognized as such
+        new = {name for name in new if not name.endswith(".tmp")}
+    assert new <= {"tensorboard", "checkpoints"}, new
 
 
 @pytest.mark.slow
@@ -177,7 +183,8 @@ def test_ctrl_c_at_any_moment_is_clean(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_leaves_worker_processes_to_their_parent(tmp_path):
     """A terminal sends it to all of them; a run whose workers die cannot save its position."""
-    command = tiny.train_tokenizer(tmp_path / "run", steps=100000, log_every=5, data__workers=2)
+    changes = dict(steps=100000, log_every=5, data__workers=2, data__in_memory=False)
+    command = tiny.train_tokenizer(tmp_path / "run", **changes)
     process = start(command, start_new_session=True)
     read_until(process, "step 10 of")
     os.killpg(process.pid, signal.SIGINT)
@@ -214,6 +221,25 @@ def test_signals_are_noted_where_an_exception_would_do_harm():
     assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
 
 
+def test_a_swallowed_exception_is_raised_again(capfd):
+    """Python prints exceptions in callbacks of the garbage collector, and goes on."""
+    raised = []
+
+    def callback(phase, _info):
+        if phase == "start" and not raised:
+            raised.append(True)
+            signal.raise_signal(signal.SIGTERM)
+
+    gc.callbacks.append(callback)
+    try:
+        with Interruptions(), pytest.raises(Interrupted):
+            gc.collect()
+            time.sleep(10)
+    finally:
+        gc.callbacks.remove(callback)
+    assert raised and capfd.readouterr().err == ""
+
+
 def test_outside_the_main_thread_signals_are_left_alone():
     found = []
 
@@ -230,7 +256,10 @@ def test_outside_the_main_thread_signals_are_left_alone():
 # Other commands
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_tokenize_ends_in_order_and_resumes(tmp_path, number, status):
     command = [
         "tokenize",
