@@ -4,6 +4,9 @@ TOKENIZER is a bundled name, a run of `hmar train-tokenizer`, or a converted mod
 
 digits    the demo: handwritten digits, three minutes on two CPU cores. Class accuracy and
           diversity: README.
+photos    hundreds to thousands of your own images at 64 pixels, in class folders, on the tokenizer
+          configs/tokenizer.py:photos. Small and regularized. Losses and times of a short run:
+          docs/own_images.md.
 cifar10   32x32 images; needs a tokenizer trained with configs/tokenizer.py:cifar10.
 d16_256 d20_256 d24_256 d30_256 d24_512 d36_512 d16_1024
           the published sizes and recipe (HMAR, arXiv 2506.04421; VAR, arXiv 2404.02905), on
