@@ -52,6 +52,7 @@ class _Data:
     loader: Callable[[], grain.IterDataset]
     validation: Validation | None
     decode_errors: DecodeErrorLog
+    summary: str  # how many images, for the log
     held_out: Source | None = None  # the images of `validation`; None where it has records
 
 
@@ -111,6 +112,7 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         data.decode_errors,
         kind.schema,
         kept,
+        data.summary,
     )
 
 
@@ -181,13 +183,6 @@ def _open_images(
         config=settings.from_group(SourceConfig, config.data),
     )
     source, held_out = splits["train"], splits["validate"]
-    LOGGER.info(
-        "%s: %d images of %d classes to train on, %d held out",
-        printable(source.name),
-        len(source),
-        source.num_classes,
-        len(held_out),
-    )
     copies = config.data.get("cached_copies", 0)
     _check_batch_size(config, len(source) * max(1, copies))
     errors = DecodeErrorLog()
@@ -227,8 +222,8 @@ def _open_images(
     kind = "image"
     if copies:
         kind = autoencoders.make_autoencoder(parent.spec.autoencoder).record_spec.kind
-    held_out_batches = Validation(validation, batch)
-    return _Data(_info(config, source), kind, loader, held_out_batches, errors, held_out)
+    info, batches = _info(config, source), Validation(validation, batch)
+    return _Data(info, kind, loader, batches, errors, _summary(info, len(held_out)), held_out)
 
 
 def _cached_loader(
@@ -284,7 +279,7 @@ def _open_records(config: ConfigDict, mesh: Mesh, parent: Parent, parent_params:
 
     info, kind = _info(config, source), source.info.record_spec.kind
     if not held_out:
-        return _Data(info, kind, loader, None, DecodeErrorLog())
+        return _Data(info, kind, loader, None, DecodeErrorLog(), _summary(info, 0))
     batch = _validation_batch(config, mesh, len(held_out))
     own, count = sharding.host_share(mesh, batch)
     validation = make_record_loader(
@@ -295,7 +290,8 @@ def _open_records(config: ConfigDict, mesh: Mesh, parent: Parent, parent_params:
         shard_count=count,
         threads=config.data.threads,
     )
-    return _Data(info, kind, loader, Validation(validation, batch), DecodeErrorLog())
+    summary = _summary(info, len(held_out))
+    return _Data(info, kind, loader, Validation(validation, batch), DecodeErrorLog(), summary)
 
 
 def _check_fingerprint(source: RecordSet, directory: str, parent: Parent, params: Any) -> None:
@@ -311,6 +307,13 @@ def _check_fingerprint(source: RecordSet, directory: str, parent: Parent, params
 
 def _info(config: ConfigDict, source: Source | RecordSet) -> DataInfo:
     return DataInfo(config.data.source, source.num_classes, source.class_names, len(source))
+
+
+def _summary(info: DataInfo, num_held_out: int) -> str:
+    return (
+        f"{printable(info.source)}: {info.num_images} images of {info.num_classes} classes to "
+        f"train on, {num_held_out} held out"
+    )
 
 
 def _check_batch_size(config: ConfigDict, rows: int) -> None:

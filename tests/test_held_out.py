@@ -115,11 +115,12 @@ def test_a_config_from_before_has_the_former_rules():
 def test_a_run_keeps_the_rules_that_it_was_started_with(images, tmp_path, capfd):
     workdir = tmp_path / "run"
     command = tiny.train_tokenizer(workdir, data__source=f"folder:{images}")
-    short = [*command, "--config.steps=2"]
+    short = [*command, "--config.steps=4", "--config.checkpoint_every=2"]
     with tiny.cached():
         assert cli.main([*short, "--config.data.folder_rules=1"]) == 0
         assert "35 images of 3 classes to train on, 1 held out" in capfd.readouterr().err
         without_new_keys(workdir / "config.json", "data")
+        shutil.rmtree(workdir / "checkpoints" / "4")
         assert cli.main(short) == 0  # as version 0.1 would resume it
         assert "35 images of 3 classes to train on, 1 held out" in capfd.readouterr().err
         assert (

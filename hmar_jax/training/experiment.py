@@ -52,3 +52,4 @@ class Experiment:
     decode_errors: DecodeErrorLog
     schema: ConfigSchema
     parent: FrozenModel | None = None
+    data_summary: str = ""  # how many images are trained on and held out, for the log

@@ -68,6 +68,8 @@ def _run(
     if restored is not None and restored.step >= task.steps:
         LOGGER.info("this run is complete: step %d of %d", restored.step, task.steps)
         return restored.state
+    if experiment.data_summary:
+        LOGGER.info(experiment.data_summary)
     frozen = sharding.place(experiment.frozen, jax.tree.map(lambda x: x.sharding, steps.frozen))
     if restored is None:
         state, start = steps.init(init_key, frozen), 0
