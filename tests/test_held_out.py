@@ -115,13 +115,14 @@ def test_a_config_from_before_has_the_former_rules():
 def test_a_run_keeps_the_rules_that_it_was_started_with(images, tmp_path, capfd):
     workdir = tmp_path / "run"
     command = tiny.train_tokenizer(workdir, data__source=f"folder:{images}")
-    short = [*command, "--config.steps=2"]
+    short = [*command, "--config.steps=4", "--config.checkpoint_every=2"]
     with tiny.cached():
         assert cli.main([*short, "--config.data.folder_rules=1"]) == 0
-        assert "35 images of 3 classes to train on, 1 held out" in capfd.readouterr().err
+        assert "35 images of 3 classes to train, 1 held out" in capfd.readouterr().err
         without_new_keys(workdir / "config.json", "data")
+        shutil.rmtree(workdir / "checkpoints" / "4")
         assert cli.main(short) == 0  # as version 0.1 would resume it
-        assert "35 images of 3 classes to train on, 1 held out" in capfd.readouterr().err
+        assert "35 images of 3 classes to train, 1 held out" in capfd.readouterr().err
         assert (
             json.loads((workdir / "config.json").read_text())["config"]["data"]["folder_rules"] == 1
         )
@@ -132,7 +133,7 @@ def test_a_run_keeps_the_rules_that_it_was_started_with(images, tmp_path, capfd)
         workdir = tmp_path / "new"
         short[2] = f"--workdir={workdir}"
         assert cli.main([*short, "--config.data.held_out=0.3"]) == 0
-        assert "24 images of 3 classes to train on, 12 held out" in capfd.readouterr().err
+        assert "24 images of 3 classes to train, 12 held out" in capfd.readouterr().err
     found = recorded_source_config(str(workdir))
     assert (found.folder_rules, found.held_out) == (2, 0.3)
     assert recorded_source_config(str(tmp_path)) is None
