@@ -24,13 +24,21 @@ FLOORS = (
     ("hmar_jax.autoencoders",),
     ("hmar_jax.families",),
     ("hmar_jax.loading",),
-    ("hmar_jax.pipeline", "hmar_jax.experiment", "hmar_jax.evaluation"),
+    ("hmar_jax.experiment_data", "hmar_jax.pipeline"),
+    ("hmar_jax.experiment", "hmar_jax.evaluation"),
     ("hmar_jax.planning",),
     ("hmar_jax.cli", "hmar_jax.__main__"),
 )
 # These know no family by name: what they need of one they ask the registry for.
 NEUTRAL = ("io", "parallel", "data", "training", "evaluation", "planning", "cli")
-NEUTRAL_FILES = ("loading.py", "pipeline.py", "experiment.py", "settings.py", "config_files.py")
+NEUTRAL_FILES = (
+    "loading.py",
+    "pipeline.py",
+    "experiment.py",
+    "experiment_data.py",
+    "settings.py",
+    "config_files.py",
+)
 
 
 def module_name(path: pathlib.Path) -> str:

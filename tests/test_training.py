@@ -21,7 +21,7 @@ from hmar_jax.experiment import build_experiment
 from hmar_jax.io import checkpoints, runs
 from hmar_jax.io.models import load_model
 from hmar_jax.loading import load_spec_and_params
-from hmar_jax.training import loop, metrics
+from hmar_jax.training import loop, metrics, reporting
 from tests import tiny
 
 # tensorboardX imports torch where it is installed, which takes two seconds.
@@ -270,7 +270,7 @@ def test_killed_with_cached_tokens(tmp_path):
 
 
 def test_sigterm_saves_and_ends_with_its_status(tmp_path, monkeypatch, capfd):
-    report = loop._Reporter.report
+    report = loop.Reporter.report
 
     def report_and_signal(self, step, means):
         report(self, step, means)
@@ -278,7 +278,7 @@ def test_sigterm_saves_and_ends_with_its_status(tmp_path, monkeypatch, capfd):
             signal.raise_signal(signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(loop._Reporter, "report", report_and_signal)
+    monkeypatch.setattr(loop.Reporter, "report", report_and_signal)
     assert cli.main(tiny.train(tmp_path / "run")) == 143
     output = capfd.readouterr()
     assert "stopped by a signal after step 30; rerun the command to resume" in output.err
@@ -389,7 +389,7 @@ def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_means_leave_out_skipped_steps():
-    meter = loop._Meter(batch_size=4)
+    meter = reporting.Meter(batch_size=4)
     meter.add(7, {"loss": np.float32(1), "skipped": 0, "skipped_in_row": 0})
     meter.add(8, {"loss": np.float32(np.nan), "skipped": 1, "skipped_in_row": 1})
     means = meter.read()
