@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from hmar_jax import progress
 from hmar_jax.cli import main as cli
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.readable import readable_part
 from hmar_jax.data.sources import open_source
 from hmar_jax.io import checkpoints, images
-from hmar_jax.training import after_step, loop, metrics
+from hmar_jax.training import after_step, metrics
 from tests import tiny
 from tests.test_training import assert_same_end, lines
 
@@ -79,7 +80,7 @@ def test_no_failure_beside_training_ends_it(tmp_path, monkeypatch, capfd):
         (images, "save_image"),
         (metrics.MetricsWriter, "write"),
         (metrics.MetricsWriter, "sync"),
-        (loop.tqdm, "update"),
+        (progress.tqdm, "update"),
     ):
         monkeypatch.setattr(owner, name, fail)
     assert cli.main(tiny.train_tokenizer(tmp_path / "run")) == 0

@@ -191,7 +191,7 @@ def test_a_folder_without_validation_images_is_a_reference(images, capfd):
     "options, message",
     [
         (["--folder_rules=1"], "at least 2 held-out images; class 0 has 0; add images, or hold"),
-        (["--n=4"], "at least 2 samples; class 1 has 1; sample more (--n)"),
+        (["--n=4"], "--n must be at least 6, two samples of each of the model's 3 classes; got 4"),
         (["--held_out=1"], "must be in (0, 1)"),
     ],
 )

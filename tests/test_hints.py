@@ -15,14 +15,15 @@ from hmar_jax.errors import InputError
 from tests.state_dicts import tokenizer_state, transformer_state
 
 PACKAGE = pathlib.Path(hmar_jax.__file__).parent
-OTHER_PROGRAMS = {"--file_format", "--data_dir"}  # of `tfds build`
+OTHER_PROGRAMS = {"--file_format", "--data_dir", "--upgrade"}  # of `tfds build` and pip
 
 
 def test_every_option_that_a_message_names_exists():
+    parser = make_parser()
     commands = next(
-        a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)
+        a for a in parser._actions if isinstance(a, argparse._SubParsersAction)
     ).choices.values()
-    known = {option for command in commands for option in command._option_string_actions}
+    known = {option for p in (parser, *commands) for option in p._option_string_actions}
     unknown = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

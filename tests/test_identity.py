@@ -260,7 +260,7 @@ def test_evaluation_needs_the_classes_of_the_model(images, refused, tmp_path):
     for path in images.rglob("*.png"):  # of the model's size
         Image.open(path).crop((1, 1, 9, 9)).save(path)
     rename_class(images)
-    command = ["evaluate", f"--model={tiny.model_run()}", f"--reference=folder:{images}", "--n=3"]
+    command = ["evaluate", f"--model={tiny.model_run()}", f"--reference=folder:{images}", "--n=6"]
     refused(command, tmp_path, "in the same order", "added 'zigzag', removed 'cross'")
 
 
@@ -480,6 +480,6 @@ def test_a_run_knows_its_token_set_wherever_it_lies(images, refused, tmp_path):
 
 def test_models_are_not_written_over_runs_and_models(refused, tmp_path):
     run = copy_of(tiny.model_run(), tmp_path)
-    refused(["export", f"--model={run}", f"--out={run}"], run, "is not empty")
+    refused(["export", f"--model={run}", f"--out={run}"], run, "contains a run: choose another")
     refused(["export", f"--model={run}", f"--out={run}/tokenizer"], run, "is not empty")
-    refused(["convert", "--torch=gone.pth", f"--out={run}"], run, "is not empty")
+    refused(["convert", "--torch=gone.pth", f"--out={run}"], run, "contains a run: choose another")

@@ -158,7 +158,9 @@ def test_without_a_command(capsys):
 
 def test_names_that_are_no_text_can_be_printed(tmp_path):
     """Names of files and classes may be bytes of another encoding."""
-    code = "from hmar_jax.cli import main; main.main = lambda: print('a\\udce9\\u0436'); main.run()"
+    code = (
+        "from hmar_jax.cli import main; main._main = lambda _: print('a\\udce9\\u0436'); main.run()"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**tiny.ENVIRONMENT, "PYTHONIOENCODING": "ascii"},

@@ -35,6 +35,7 @@ class Terminal(io.StringIO):
 def log(caplog, monkeypatch):
     """The lines of the package's log so far."""
     monkeypatch.setattr(logging.getLogger("hmar_jax"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hmar_jax"), "handlers", [])  # the command line's
     caplog.set_level(logging.INFO, "hmar_jax")
     return lambda: [record.getMessage() for record in caplog.records]
 
@@ -107,7 +108,6 @@ def test_training_says_what_it_does(tmp_path, capfd):
         "compiling the training step ...",
         "step 1 of 20: loss ",
         "step 5 of 20: ",
-        "evaluation ...",
         "step 20 of 20: validation/",
     ]
     found = [next(i for i, line in enumerate(lines) if words in line) for words in order]

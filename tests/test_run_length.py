@@ -170,7 +170,7 @@ def test_a_tokenizer_of_other_images_is_named_before_the_first_step(colored, tmp
     )
     assert cli.main(arguments) == 0
     err = capfd.readouterr().err
-    said = err.index("warning: 'digits' reconstructs 1 held-out images with")
+    said = err.index("warning: 'digits' reconstructs 2 held-out images with")
     assert "dB PSNR" in err and "train-tokenizer" in err and said < err.index("step 1 of 1")
     assert cli.main(arguments) == 0  # complete
     assert "reconstructs" not in capfd.readouterr().err

@@ -10,6 +10,7 @@ from PIL import Image
 from hmar_jax import config_files
 from hmar_jax.cli import main as cli
 from hmar_jax.data.folder import open_folder
+from hmar_jax.data.source_config import SourceConfig
 from hmar_jax.errors import InputError
 from hmar_jax.io import files
 
@@ -26,7 +27,7 @@ def images(tmp_path):
 
 
 def names_of(folder):
-    return open_folder(str(folder), "train", True).class_names
+    return open_folder(str(folder), ["train"], True, SourceConfig())["train"].class_names
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

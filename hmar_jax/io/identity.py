@@ -13,7 +13,7 @@ from typing import Any
 
 from hmar_jax import config_files
 from hmar_jax.config_files import ConfigSchema
-from hmar_jax.io.files import is_local
+from hmar_jax.io.files import expand, is_local
 
 _MOST_NAMED = 5  # differences of a kind that a message names
 _MOST_CHARACTERS = 80  # of a value in a message
@@ -69,7 +69,7 @@ def _place(name: str) -> tuple[str, ...]:
     if not at or not folder:
         return kind, prefix
     if is_local(folder):
-        return kind, prefix, os.path.abspath(os.path.expanduser(folder))
+        return kind, prefix, os.path.abspath(expand(folder))
     return kind, prefix, folder.rstrip("/")
 
 

@@ -19,6 +19,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.interruption import Interrupted
 from hmar_jax.io import files, images
 from hmar_jax.parallel import processes, sharding
+from hmar_jax.progress import phase
 from hmar_jax.training.compiled_steps import CompiledSteps
 from hmar_jax.training.experiment import Experiment
 from hmar_jax.training.metrics import LOGGER, average
@@ -123,7 +124,8 @@ class AfterStep:
         owed.begin(step)
         if evaluates and not owed.is_evaluated(step):
             try:
-                with failure_is_logged(f"the evaluation after step {step}"):
+                what = f"the evaluation after step {step}"
+                with failure_is_logged(what), phase(what):
                     self._evaluate(step, state)
             except Interrupted:
                 owed.note(step)
@@ -131,7 +133,8 @@ class AfterStep:
             if previews:
                 owed.evaluated(step)
         if previews:
-            with failure_is_logged(f"the preview after step {step}"):
+            what = f"the preview after step {step}"
+            with failure_is_logged(what), phase(what):
                 self._preview(step, state)
         owed.done()
 
