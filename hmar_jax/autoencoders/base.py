@@ -9,6 +9,7 @@ Letters: B images, h w sides of an image.
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -153,9 +154,7 @@ class AutoencoderSpec:
         Raises:
           InputError: another format, a generative model, or unknown or missing keys.
         """
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise InputError(f"{where}: format must be {FORMAT!r}; got {found!r}")
+        check_format(data, where)
         fields = {key: value for key, value in data.items() if key not in ("format", "family")}
         try:
             if "tokenizer" in fields:  # the first version
@@ -174,6 +173,20 @@ class AutoencoderSpec:
             raise InputError(
                 f"{where}: not a config that this version can read ({error})"
             ) from None
+
+
+def check_format(data: Any, where: str) -> None:
+    """Raises InputError unless the content of a config.json is that of a model."""
+    found = data.get("format") if isinstance(data, Mapping) else None
+    if isinstance(data, Mapping) and found == FORMAT:
+        return
+    got = f"format {found!r}" if isinstance(data, Mapping) else f"{json.dumps(data)[:40]}"
+    kind, _, number = FORMAT.rpartition(" ")
+    newer = re.fullmatch(rf"{kind} (\d+)", str(found))
+    cure = ""
+    if newer and int(newer[1]) > int(number):
+        cure = "; a newer version of this program has written it: update hmar_jax"
+    raise InputError(f"{where} must be the config of a model (format {FORMAT!r}); got {got}{cure}")
 
 
 def config_to_json(config: AutoencoderConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import secrets
 import shutil
 from typing import Any
@@ -29,11 +30,27 @@ def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> No
     _check_replaceable(directory, target, overwrite)
     if not is_local(directory):
         return
+    for folder in pathlib.Path(target).parents:
+        if {"config.json", "params"} <= set(_listing(folder)):
+            raise InputError(
+                f"{directory} lies inside the model {folder}, which must hold nothing else; choose "
+                "another directory"
+            )
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise InputError(f"cannot write a model to {directory}: {folder} is a file")
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.rmdir(_create_temporary_directory(os.fspath(target)))
     except OSError as error:
         raise InputError(f"cannot write a model to {directory}: {error.strerror}") from error
+
+
+def _listing(folder: pathlib.Path) -> list[str]:
+    """Names in a folder; none if it is missing or may not be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _real(directory: os.PathLike | str) -> str:

@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from hmar_jax.autoencoders import config_from_json
-from hmar_jax.autoencoders.base import config_to_json
+from hmar_jax.autoencoders.base import FORMAT, check_format, config_to_json
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.options import SamplingConfig
 from hmar_jax.families.hmar.transformer import TransformerConfig
 from hmar_jax.settings import names_of_task
 
-FORMAT = "hmar_jax model 1"
 NAME = "hmar"
 
 # What a model stores of its sampling options; the others are the caller's alone.
@@ -101,11 +99,7 @@ class HmarSpec:
         Raises:
           InputError: another format, or unknown or missing keys.
         """
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise InputError(
-                f"{where} must be the config of a model (format {FORMAT!r}); got format {found!r}"
-            )
+        check_format(data, where)
         fields = {k: v for k, v in data.items() if k not in ("format", "family")}
         try:
             tokenizer = fields.pop("autoencoder", None) or {"kind": "vq", **fields.pop("tokenizer")}
