@@ -119,6 +119,9 @@ class AutoencoderSpec:
 
     sampling: ClassVar[None] = None  # options of sampling: an autoencoder alone cannot sample
 
+    def __post_init__(self):
+        check_texts(self.class_names, self.origin, self.licence)
+
     @property
     def family(self) -> str:
         """The kind of autoencoder, in place of a family of generative models."""
@@ -160,19 +163,43 @@ class AutoencoderSpec:
             if "tokenizer" in fields:  # the first version
                 if fields.pop("transformer", None) is not None:
                     raise InputError(
-                        f"{where}: must be the config of an autoencoder; got one with a transformer"
+                        "must be the config of an autoencoder; got one with a transformer"
                     )
                 fields = {key: fields[key] for key in fields if key not in _IGNORED_KEYS}
                 fields["autoencoder"] = {"kind": "vq", **fields.pop("tokenizer")}
             return cls(
                 autoencoder=config_from_json(fields.pop("autoencoder")),
-                class_names=tuple(fields.pop("class_names", ())),
+                class_names=pop_class_names(fields),
                 **fields,
             )
-        except (TypeError, KeyError) as error:
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        except (TypeError, KeyError, ValueError) as error:
             raise InputError(
                 f"{where}: not a config that this version can read ({error})"
             ) from None
+
+
+def check_texts(class_names: Any, origin: Any, licence: Any) -> None:
+    """Raises InputError unless these are texts, as people may have written them by hand."""
+    for name, text in (("origin", origin), ("licence", licence)):
+        if not isinstance(text, str):
+            raise InputError(f"{name} must be a text; got {text!r}")
+    for name in class_names:
+        if not isinstance(name, str):
+            raise InputError(f"class_names must be a list of texts; it has {name!r}")
+
+
+def pop_class_names(fields: dict[str, Any]) -> tuple[str, ...]:
+    """Takes the class names out of the content of a config.json.
+
+    Raises:
+      InputError: they are no list.
+    """
+    names = fields.pop("class_names", [])
+    if not isinstance(names, list):
+        raise InputError(f"class_names must be a list of texts; got {names!r}")
+    return tuple(names)
 
 
 def check_format(data: Any, where: str) -> None:

@@ -45,7 +45,7 @@ def option_classes(kind: str) -> dict[str, type]:
 
 
 def _package(name: str) -> str:
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"family must be one of {', '.join(FAMILIES)}; got {name!r}")
     return FAMILIES[name]
 

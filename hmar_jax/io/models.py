@@ -166,6 +166,29 @@ def load_model(directory: os.PathLike | str) -> tuple[dict[str, Any], dict[str, 
     return config, params
 
 
+def check_shapes(expected: Any, params: Any, failure: str) -> None:
+    """Refuses parameters that are not those of a model.
+
+    Args:
+      expected: nested dicts of arrays, or of what jax.eval_shape has in their place.
+      params: the same, as they were read.
+      failure: begins the error.
+
+    Raises:
+      InputError: a parameter is missing, is one too many, or has another shape.
+    """
+    shapes = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(x) for path, x in leaves}
+        for leaves in map(jax.tree.leaves_with_path, (expected, params))
+    ]
+    for name in sorted(shapes[0] | shapes[1]):
+        wanted, got = (
+            f"shape {found[name]}" if name in found else "nothing of this name" for found in shapes
+        )
+        if wanted != got:
+            raise InputError(f"{failure}: {name} must have {wanted}; got {got}")
+
+
 # Renaming directories
 
 
