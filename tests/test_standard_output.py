@@ -65,6 +65,8 @@ def test_a_named_pipe_is_not_closed_before_it_is_written(tmp_path):
     reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
     try:
         files.check_writable(tmp_path / "pipe")
+        with pytest.raises(subprocess.TimeoutExpired):  # it still waits
+            reader.wait(0.5)
         files.write_atomically(tmp_path / "pipe", "new")
         assert reader.communicate(timeout=20)[0] == b"new"
     finally:
