@@ -226,6 +226,9 @@ def load_config(argument: str) -> ConfigDict:
 def _describe_failure(error: BaseException, file: pathlib.Path) -> str:
     """What went wrong in a config file, and in which of its lines."""
     reason = " ".join(str(error).split())
+    # Of a key that a ConfigDict lacks: without the whole config, which follows.
+    reason, *others = reason.split("Other fields present")
+    reason = reason.strip(" '\".") if others else reason
     if isinstance(error, SyntaxError):
         if "null bytes" in reason or "codec" in reason or "utf-8" in reason.lower():
             return f"must be UTF-8 text; save it as UTF-8 ({reason})"

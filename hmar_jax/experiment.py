@@ -46,7 +46,7 @@ def task_kind(config: ConfigDict) -> tuple[Any, TaskKind]:
     """
     trainable = families.get_trainable(config.get("family", ""), config.get("task", ""))
     task = config.get("task", "")
-    if task not in trainable.TASKS:
+    if not isinstance(task, str) or task not in trainable.TASKS:
         raise InputError(f"config.task must be one of {', '.join(trainable.TASKS)}; got {task!r}")
     return trainable, trainable.TASKS[task]
 

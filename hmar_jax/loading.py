@@ -1,5 +1,6 @@
 """Reading models: by a bundled name, from a run or model directory, or from published weights."""
 
+import functools
 import os
 import pathlib
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from hmar_jax import families, settings
+from hmar_jax import autoencoders, families, settings
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec
 from hmar_jax.errors import InputError
 from hmar_jax.io import checkpoints, files, models, runs
@@ -67,7 +68,20 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
             f"checkpoint {checkpoint!r} of {name!r}: only runs have checkpoints; this is a model"
         )
     config, params = models.load_model(directory)
-    return families.spec_from_json(config, where), params
+    spec = families.spec_from_json(config, where)
+    # As where a directory was copied in part over an older one. Some parts fit by chance.
+    failure = f"the parameters of the model {os.fspath(directory)} do not fit its config.json"
+    models.check_shapes(_shapes(spec), params, failure)
+    return spec, params
+
+
+def _shapes(spec: Any) -> Any:
+    """The parameters of a model, of which only the shapes are known."""
+    if isinstance(spec, AutoencoderSpec):
+        init = autoencoders.make_autoencoder(spec.autoencoder).init
+        return jax.eval_shape(lambda key: {AUTOENCODER: init(key)}, jax.random.key(0))
+    init_params = families.get_family(spec.family).init_params
+    return jax.eval_shape(functools.partial(init_params, spec), jax.random.key(0))
 
 
 def _load_run(

@@ -55,8 +55,11 @@ class Pipeline:
         """
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        self._dtype = dtype
         self.spec = spec.with_dtype(dtype)
-        self._devices = list(devices or jax.devices()[:1])
+        self._devices = _as_devices(devices)
+        if dtype == "float16" and self._devices[0].platform == "cpu":
+            raise InputError("dtype must be float32 or bfloat16 on CPUs; got 'float16'")
         mesh = Mesh(np.array(self._devices), ("data",))
         self._by_image = NamedSharding(mesh, PartitionSpec("data"))
         whole = NamedSharding(mesh, PartitionSpec())
@@ -68,6 +71,11 @@ class Pipeline:
         self._sampler: Any = None
         if self.can_sample:
             self._sampler = families.get_family(self.spec.family).make_sampler(self.spec)
+
+    def __reduce__(self):
+        """Pickles and copies: on the first device of the process that reads them."""
+        own = type(self).__mro__[1] if type(self).__dict__.get("_is_documented") else type(self)
+        return own, (self.spec, jax.device_get(self.params), self._dtype)
 
     @property
     def can_sample(self) -> bool:
@@ -158,8 +166,9 @@ class Pipeline:
         rest = {name: value for name, value in options.items() if name not in known}
         config = self.sampling_config(family.EditingConfig, rest)
         ids, one_class = self._classes(class_id)
+        image = _as_array("image", image)
         images, one_image = self._images(image)
-        mask, one_mask = _as_mask(mask, np.shape(image))
+        mask, one_mask = _as_mask(mask, image.shape)
         _warn_of_useless_masks(mask)
         mask = masks.resize_mask(mask, self.image_side)
         count = max(len(images), len(ids), len(mask))
@@ -211,7 +220,7 @@ class Pipeline:
 
     def _classes(self, class_id) -> tuple[np.ndarray, bool]:
         """Ids (B,) int32, and whether one was given rather than a list."""
-        single = isinstance(class_id, str) or np.ndim(class_id) == 0
+        single = not isinstance(class_id, list | tuple | range) and np.ndim(class_id) == 0
         null = self.spec.null_class
         given = [class_id] if single else list(class_id)
         if not given:
@@ -248,7 +257,8 @@ class Pipeline:
 
     def _images(self, image) -> tuple[np.ndarray, bool]:
         """(B, h, w, 3) float32 in [0, 1] of the model's size, and whether one image was given."""
-        images, single = _as_float(image), np.ndim(image) == 3
+        image = _as_array("image", image)
+        images, single = _as_float(image), image.ndim == 3
         side = self.image_side
         if images.shape[1:3] != (side, side):
             warnings.warn(
@@ -297,7 +307,8 @@ def _check_latents(given: Any, record: RecordSpec) -> tuple[dict[str, np.ndarray
     for field in record.fields:
         if field.name not in by_name:
             raise InputError(f"latents must have {field.name!r}; got {', '.join(by_name)}")
-        x, shape = np.asarray(by_name[field.name]), tuple(field.shape)
+        given_array, shape = _as_array(field.name, by_name[field.name]), tuple(field.shape)
+        x = given_array
         single = x.ndim == len(shape)
         x = x[None] if single else x
         kind = np.integer if field.vocab_size else np.floating
@@ -306,8 +317,7 @@ def _check_latents(given: Any, record: RecordSpec) -> tuple[dict[str, np.ndarray
             what = "integers" if field.vocab_size else "floats"
             raise InputError(
                 f"{field.name} must be {what} of shape ({sizes}) or (B, {sizes.rstrip(',')}); "
-                f"got {np.asarray(by_name[field.name]).dtype} of shape "
-                f"{np.shape(by_name[field.name])}"
+                f"got {given_array.dtype} of shape {given_array.shape}"
             )
         if field.vocab_size and not 0 <= x.min() <= x.max() < field.vocab_size:
             raise InputError(
@@ -344,26 +354,61 @@ def _as_key(rng: Any) -> jax.Array:
     )
 
 
-def _as_float(image) -> np.ndarray:
+def _as_devices(devices: Any) -> list[jax.Device]:
+    """Devices as a list, from one or several; the first one of the process for None.
+
+    Raises:
+      InputError: something else was given.
+    """
+    if devices is None:
+        return jax.devices()[:1]
+    found = [devices] if isinstance(devices, jax.Device) else devices
+    try:
+        found = list(np.ravel(found))
+    except (TypeError, ValueError):
+        found = []
+    if not found or not all(isinstance(device, jax.Device) for device in found):
+        raise InputError(f"devices must be a list such as jax.devices(); got {devices!r}")
+    return found
+
+
+def _as_array(what: str, given: Any) -> np.ndarray:
+    """Anything that numpy reads as an array.
+
+    Raises:
+      InputError: it reads none: rows of several lengths, or a tensor that is not on the host.
+    """
+    try:
+        return np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what} must be an array; numpy makes none of it: {reason}") from None
+
+
+# Of float images: what resizing and rounding add to 0 and 1.
+_ROUNDING = 1e-4
+
+
+def _as_float(image: np.ndarray) -> np.ndarray:
     """(h, w, 3) or (B, h, w, 3), uint8 or float in [0, 1] -> (B, h, w, 3) float32."""
-    image = np.asarray(image)
     images = image[None] if image.ndim == 3 else image
     if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
         raise InputError(f"image must have shape (h, w, 3) or (B, h, w, 3); got {image.shape}")
     if images.dtype == np.uint8:
         return images / np.float32(255)
-    if not np.issubdtype(images.dtype, np.floating):
+    if not jnp.issubdtype(images.dtype, jnp.floating):  # also bfloat16
         raise InputError(f"image must be uint8, or float in [0, 1]; got {images.dtype}")
-    if not (images.min() >= 0 and images.max() <= 1):
+    images = images.astype(np.float32)
+    if not (images.min() >= -_ROUNDING and images.max() <= 1 + _ROUNDING):
         raise InputError(
             f"float images must lie in [0, 1]; got values in [{images.min():g}, {images.max():g}]"
         )
-    return images.astype(np.float32)
+    return images.clip(0, 1)
 
 
 def _as_mask(mask, image_shape) -> tuple[np.ndarray, bool]:
     """(B, h, w) bool, and whether one mask was given."""
-    mask = np.asarray(mask)
+    mask = _as_array("mask", mask)
     single = mask.ndim == 2
     rows = mask[None] if single else mask
     if rows.ndim != 3 or rows.shape[1:] != tuple(image_shape[-3:-1]):
@@ -445,7 +490,7 @@ def _documented(cls: Any, family_name: str, own: Any) -> type[Pipeline]:
     if family.EditingConfig is not None:
         methods["edit"] = _with_options(cls.edit, own, family.EditingConfig, masks.CompositeConfig)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, **methods})
+    return type(cls.__name__, (cls,), {**names, **methods, "_is_documented": True})
 
 
 def _with_options(method: Callable, own: Any, *option_classes: type) -> Callable:

@@ -76,10 +76,19 @@ class Settings:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-            check_value(self.prefix + field.name, getattr(self, field.name), field, type(self))
+            value = _plain(getattr(self, field.name))
+            value = tuple(value) if isinstance(value, list) else value
+            object.__setattr__(self, field.name, value)
+            check_value(self.prefix + field.name, value, field, type(self))
+
+
+def _plain(value: Any) -> Any:
+    """Python's own numbers and lists in place of numpy's and JAX's, as loops over arrays give."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    if hasattr(value, "tolist") and not isinstance(value, type):  # a class such as np.float32
+        return value.tolist()
+    return value
 
 
 def check_value(name: str, value: Any, field: dataclasses.Field, cls: type | None = None) -> None:

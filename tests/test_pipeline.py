@@ -281,7 +281,7 @@ def test_a_tokenizer_alone(sample_images):
 
 def test_what_cannot_be_loaded(tmp_path):
     fails = lambda name, words: pytest.raises(InputError, match=words)
-    for name in ("nope", "", str(tmp_path), str(tmp_path / "a/b"), "x" * 300, "a\0b"):
+    for name in ("nope", "", str(tmp_path), str(tmp_path / "a/b"), "x" * 300):
         with fails(name, "must be a bundled model"):
             hmar_jax.load(name)
     copy = shutil.copytree(tiny.model_run(), tmp_path / "copy")

@@ -123,7 +123,7 @@ class ToyTask(TaskDefaults):
         }
 
     def init_params(self, rng, frozen):
-        return init_params(self.spec, rng)
+        return init_trained(self.spec, rng)
 
     def loss(self, params, frozen, batch, rng, step):
         loss = self.per_image(params, batch, jax.random.normal(rng, (self.spec.rank,))).mean()
@@ -206,12 +206,16 @@ def frozen_params(config, parent, parent_params, kind):
     return {}
 
 
-def init_params(spec, rng):
+def init_trained(spec, rng):
     shape = (spec.num_classes, PIXELS, spec.rank)
     return {
         "mean": jnp.zeros((spec.num_classes, PIXELS)),
         "matrix": 0.1 * jax.random.normal(rng, shape),
     }
+
+
+def init_params(spec, rng):
+    return assemble_params(spec, init_trained(spec, rng), {})
 
 
 def make_sampler(spec):

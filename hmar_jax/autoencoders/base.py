@@ -9,6 +9,7 @@ Letters: B images, h w sides of an image.
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -118,6 +119,9 @@ class AutoencoderSpec:
 
     sampling: ClassVar[None] = None  # options of sampling: an autoencoder alone cannot sample
 
+    def __post_init__(self):
+        check_texts(self.class_names, self.origin, self.licence)
+
     @property
     def family(self) -> str:
         """The kind of autoencoder, in place of a family of generative models."""
@@ -153,27 +157,63 @@ class AutoencoderSpec:
         Raises:
           InputError: another format, a generative model, or unknown or missing keys.
         """
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise InputError(f"{where}: format must be {FORMAT!r}; got {found!r}")
+        check_format(data, where)
         fields = {key: value for key, value in data.items() if key not in ("format", "family")}
         try:
             if "tokenizer" in fields:  # the first version
                 if fields.pop("transformer", None) is not None:
                     raise InputError(
-                        f"{where}: must be the config of an autoencoder; got one with a transformer"
+                        "must be the config of an autoencoder; got one with a transformer"
                     )
                 fields = {key: fields[key] for key in fields if key not in _IGNORED_KEYS}
                 fields["autoencoder"] = {"kind": "vq", **fields.pop("tokenizer")}
             return cls(
                 autoencoder=config_from_json(fields.pop("autoencoder")),
-                class_names=tuple(fields.pop("class_names", ())),
+                class_names=pop_class_names(fields),
                 **fields,
             )
-        except (TypeError, KeyError) as error:
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        except (TypeError, KeyError, ValueError) as error:
             raise InputError(
                 f"{where}: not a config that this version can read ({error})"
             ) from None
+
+
+def check_texts(class_names: Any, origin: Any, licence: Any) -> None:
+    """Raises InputError unless these are texts, as people may have written them by hand."""
+    for name, text in (("origin", origin), ("licence", licence)):
+        if not isinstance(text, str):
+            raise InputError(f"{name} must be a text; got {text!r}")
+    for name in class_names:
+        if not isinstance(name, str):
+            raise InputError(f"class_names must be a list of texts; it has {name!r}")
+
+
+def pop_class_names(fields: dict[str, Any]) -> tuple[str, ...]:
+    """Takes the class names out of the content of a config.json.
+
+    Raises:
+      InputError: they are no list.
+    """
+    names = fields.pop("class_names", [])
+    if not isinstance(names, list):
+        raise InputError(f"class_names must be a list of texts; got {names!r}")
+    return tuple(names)
+
+
+def check_format(data: Any, where: str) -> None:
+    """Raises InputError unless the content of a config.json is that of a model."""
+    found = data.get("format") if isinstance(data, Mapping) else None
+    if isinstance(data, Mapping) and found == FORMAT:
+        return
+    got = f"format {found!r}" if isinstance(data, Mapping) else f"{json.dumps(data)[:40]}"
+    kind, _, number = FORMAT.rpartition(" ")
+    newer = re.fullmatch(rf"{kind} (\d+)", str(found))
+    cure = ""
+    if newer and int(newer[1]) > int(number):
+        cure = "; a newer version of this program has written it: update hmar_jax"
+    raise InputError(f"{where} must be the config of a model (format {FORMAT!r}); got {got}{cure}")
 
 
 def config_to_json(config: AutoencoderConfig) -> dict[str, Any]:

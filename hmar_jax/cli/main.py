@@ -83,7 +83,7 @@ def _run_command(args, overrides: list[str], unknown: list[str], has_config: boo
         print(f"hmar {args.command}: {e}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of a pipe, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 1
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -110,7 +110,32 @@ def run() -> None:
         status = _main(None)
     except Interrupted as e:
         end_now(e.status)
-    sys.exit(status)
+    except SystemExit as e:  # --help, --version, or wrong arguments
+        status = e.code
+    sys.exit(_flush_stdout() or status)
+
+
+def _flush_stdout() -> int:
+    """Writes what was printed, which Python otherwise does too late to say anything sensible.
+
+    Returns:
+      0, or the exit status if it cannot be written.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        return 1
+    except OSError as e:
+        _discard_stdout()
+        print(f"hmar: cannot write to the standard output: {e.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _format_warning(message, category, filename, lineno, line=None) -> str:

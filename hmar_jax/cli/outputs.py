@@ -1,7 +1,9 @@
 """What a command writes: checked before the work, so that no result is lost at its end."""
 
 import os
+import sys
 from collections.abc import Mapping
+from typing import TextIO
 
 from hmar_jax.errors import InputError
 from hmar_jax.io import files
@@ -37,6 +39,12 @@ def check(outputs: Paths, inputs: Paths | None = None, **endings: tuple[str, ...
             raise InputError(
                 f"--{first} and --{name} must be different files; got {given[first]} and {path}"
             )
+
+
+def stream_for_words(*paths: str | None) -> TextIO:
+    """Where a command prints what it has done: stdout, unless one of its files goes there."""
+    piped = any(path is not None and files.is_standard_output(path) for path in paths)
+    return sys.stderr if piped else sys.stdout
 
 
 def _identity(path: str) -> str:

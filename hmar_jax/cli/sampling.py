@@ -44,20 +44,25 @@ def sample(args) -> None:
     variants = [options | ({"schedule": s} if s is not None else {}) for s in schedules]
     for variant in variants:  # all are checked before the first is sampled
         pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
+    _check_memory(len(variants) * len(classes) * args.n, pipe.image_side)
+    layout = (
+        images.GridLayout(  # whether it fits into the file is known before the first is sampled
+            len(variants) * len(classes) * args.n,
+            (pipe.image_side, pipe.image_side),
+            columns=len(schedules) * args.n,
+            labels=[label_of(c, spec.class_names) for c in classes],
+            titles=[f"schedule {s}" for s in schedules] if len(schedules) > 1 else (),
+            substitutes=list(map(str, classes)),
+        )
+    )
+    layout.check_file(args.out)
     ids = np.repeat(classes, args.n)
     key = jax.random.key(args.seed)
     with phase(f"compiling, then sampling {len(variants) * len(ids)} images"):
         results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
     pixels = np.stack([np.asarray(pixels) for pixels, _ in results])  # (schedules, B, h, w, 3)
     rows = pixels.reshape(len(schedules), len(classes), args.n, *pixels.shape[2:]).swapaxes(0, 1)
-    titles = [f"schedule {s}" for s in schedules] if len(schedules) > 1 else ()
-    grid = images.make_grid(
-        rows.reshape(-1, *pixels.shape[2:]),
-        columns=len(schedules) * args.n,
-        labels=[label_of(c, spec.class_names) for c in classes],
-        titles=titles,
-        substitutes=list(map(str, classes)),
-    )
+    grid = images.draw_grid(layout, rows.reshape(-1, *pixels.shape[2:]))
     images.save_image(args.out, grid)
     if args.npz:
         arrays = io.BytesIO()
@@ -69,7 +74,22 @@ def sample(args) -> None:
         )
         files.write_atomically(args.npz, arrays.getvalue())
     written = f"{args.out}; {args.npz}" if args.npz else args.out
-    print(f"{written}: {len(schedules) * len(ids)} images of {len(classes)} classes")
+    count = f"{len(schedules) * len(ids)} images of {len(classes)} classes"
+    print(f"{written}: {count}", file=outputs.stream_for_words(args.out, args.npz))
+
+
+def _check_memory(count: int, side: int) -> None:
+    """Raises InputError if the float32 pixels of so many images exceed this machine's memory."""
+    needed = count * side * side * 3 * 4
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # not known
+        return
+    if needed > memory:
+        raise InputError(
+            f"--n must be less: {count:,} images of {side} x {side} pixels need "
+            f"{needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB of memory"
+        )
 
 
 def _load_sampler(args):
@@ -130,7 +150,8 @@ def edit(args) -> None:
         titles = ["before", "mask", "after"]
         images.save_image(args.show, images.make_grid(sheet, columns=3, titles=titles))
     written = args.out + (f"; {args.show}" if args.show else "")
-    print(f"{written}: new content in {mask.sum():,} of {mask.size:,} pixels")
+    words = f"{written}: new content in {mask.sum():,} of {mask.size:,} pixels"
+    print(words, file=outputs.stream_for_words(args.out, args.show))
 
 
 def _read_mask(args, image, decoding):
@@ -176,7 +197,10 @@ def _read(option: str, path: str, decode, decoding):
     from hmar_jax.data.decoding import ImageDecodeError
 
     if not os.path.isfile(path):
-        raise InputError(f"{option} {path}: no such file")
+        what = "is a folder" if os.path.isdir(path) else "no such file"
+        if os.path.exists(path) and not os.path.isdir(path):  # as a shell's <(...)
+            what = "must be a file that can be read twice; it is a pipe or a device"
+        raise InputError(f"{option} {path}: {what}")
     try:
         return decode(path, max_pixels=decoding.max_pixels)
     except ImageDecodeError as e:
@@ -203,6 +227,7 @@ def evaluate(args) -> None:
     options = arguments.given_options(args, "SamplingConfig")
     pipe.sampling_config(families.get_family(pipe.spec.family).SamplingConfig, options)
     _check_samples_of_each_class(args.n, pipe.spec.num_classes)
+    _check_memory(args.n, pipe.image_side)
     # Of a run, the images that it held out.
     recorded = recorded_source_config(args.model) or SourceConfig()
     config = settings.from_arguments(recorded, args)

@@ -45,7 +45,7 @@ def option_classes(kind: str) -> dict[str, type]:
 
 
 def _package(name: str) -> str:
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"family must be one of {', '.join(FAMILIES)}; got {name!r}")
     return FAMILIES[name]
 
@@ -64,9 +64,9 @@ def get_trainable(name: str, task: str) -> Any:
 
     if not name:
         name = models.DEFAULT_KIND if task == models.TASK else DEFAULT_FAMILY
-    if name in AUTOENCODERS:
+    if isinstance(name, str) and name in AUTOENCODERS:
         return models.get_trainable(name)
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join([*FAMILIES, *AUTOENCODERS])
         raise InputError(f"config.family must be one of {known}; got {name!r}")
     return get_family(name)

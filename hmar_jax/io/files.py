@@ -5,6 +5,7 @@ written directly: an object store shows an object only when it is complete.
 """
 
 import codecs
+import errno
 import io
 import json
 import math
@@ -13,7 +14,7 @@ import secrets
 import shlex
 import stat
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -33,9 +34,13 @@ def expand(path: os.PathLike | str) -> str:
     Python API. Other paths, and those in object stores (gs://), come back as they are.
 
     Raises:
-      InputError: there is no such user, and no file of that name.
+      InputError: there is no such user, and no file of that name; or it cannot be a path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"a path must be a text or a pathlib.Path; got {path!r}")
     text = os.fspath(path)
+    if "\0" in text:
+        raise InputError(f"path {text!r} contains a null character")
     if not text.startswith("~") or not is_local(text):
         return text
     expanded = os.path.expanduser(text)
@@ -66,11 +71,11 @@ def write_atomically(path: os.PathLike | str, data: bytes | str) -> None:
     if not is_local(path):
         epath.Path(path).write_bytes(data)
         return
-    target = os.path.realpath(path)
-    if _is_special(target):
-        with open(target, "wb") as file:
+    if _is_special(path):
+        with _open_special(path) as file:
             file.write(data)
         return
+    target = os.path.realpath(path)
     temporary = _create_temporary_file(target)
     try:
         with open(temporary, "wb") as file:
@@ -149,6 +154,11 @@ def check_writable(path: os.PathLike | str) -> None:
         raise InputError(f"cannot write {name!r}: the name contains a null character")
     if os.path.isdir(name) or name.endswith(os.sep):
         raise InputError(f"cannot write {name}: it names a folder; name a file")
+    if _is_special(name):
+        # Not opened: who reads a named pipe would take the closing for its end.
+        if name not in _OPEN_FILES and not os.access(name, os.W_OK):
+            raise InputError(f"cannot write {name}: {os.strerror(errno.EACCES)}")
+        return
     target = os.path.realpath(name)
     folder = os.path.dirname(target)
     if not os.path.exists(folder):
@@ -156,9 +166,6 @@ def check_writable(path: os.PathLike | str) -> None:
     if not os.path.isdir(folder):
         raise InputError(f"cannot write {name}: {folder} is a file, not a folder")
     try:
-        if _is_special(target):
-            with open(target, "wb"):
-                return
         os.unlink(_create_temporary_file(target))
     except OSError as error:
         raise InputError(f"cannot write {name}: {error.strerror}") from error
@@ -230,12 +237,30 @@ def read_json(path: os.PathLike | str, what: str) -> Any:
         raise InputError(f"{what} is damaged: {path} is not JSON ({error})") from error
 
 
-def _is_special(target: str) -> bool:
-    """Whether a target must be written in place: renaming would replace a device by a file."""
+# Names of what the process has open. As links they lead to "pipe:[1234]", or to a file that a shell
+# appends to.
+_OPEN_FILES = {"/dev/stdout": 1, "/dev/stderr": 2, "/dev/fd/1": 1, "/dev/fd/2": 2}
+
+
+def is_standard_output(path: os.PathLike | str) -> bool:
+    """Whether a path names the standard output, as /dev/stdout does."""
+    return _OPEN_FILES.get(os.fspath(path)) == 1
+
+
+def _is_special(path: os.PathLike | str) -> bool:
+    """Whether a path must be written in place: renaming would replace a device by a file."""
+    if os.fspath(path) in _OPEN_FILES:
+        return True
     try:
-        return not stat.S_ISREG(os.stat(target).st_mode)
-    except FileNotFoundError:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:  # a new file; or one that fails to be created, with an error of its own
         return False
+
+
+def _open_special(path: os.PathLike | str) -> BinaryIO:
+    number = _OPEN_FILES.get(os.fspath(path))
+    # A copy of what is open: after what has been written, where the shell appends to a file.
+    return open(path if number is None else os.dup(number), "wb")
 
 
 def _create_temporary_file(target: str) -> str:

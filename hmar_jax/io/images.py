@@ -1,5 +1,7 @@
 """Images: files, and grids of images with labels."""
 
+import dataclasses
+import functools
 import io
 import os
 from collections.abc import Sequence
@@ -45,15 +47,23 @@ def encode_image(image: Image.Image | np.ndarray, kind: str = "PNG") -> bytes:
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(to_uint8(image))
-    limit = _MAX_SIDES.get(kind)
-    if limit and max(image.size) > limit:
-        raise InputError(
-            f"sides of {kind} images must be at most {limit:,} pixels; got {image.width:,} x "
-            f"{image.height:,}; write a .png file"
-        )
+    _check_sides(kind, *image.size)
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **_SAVE_OPTIONS.get(kind, {}))
     return buffer.getvalue()
+
+
+def _check_sides(kind: str, width: int, height: int) -> None:
+    limit = _MAX_SIDES.get(kind)
+    if limit and max(width, height) > limit:
+        raise InputError(
+            f"sides of {kind} images must be at most {limit:,} pixels; got {width:,} x "
+            f"{height:,}; write a .png file"
+        )
+
+
+def _kind(path: os.PathLike | str) -> str:
+    return FORMATS.get(os.path.splitext(os.fspath(path))[1].lower(), "PNG")
 
 
 def save_image(path: os.PathLike | str, image: Image.Image | np.ndarray) -> None:
@@ -67,8 +77,93 @@ def save_image(path: os.PathLike | str, image: Image.Image | np.ndarray) -> None
       InputError: the image is too large for the format.
       OSError: it cannot be written.
     """
-    ending = os.path.splitext(os.fspath(path))[1].lower()
-    write_atomically(path, encode_image(image, FORMATS.get(ending, "PNG")))
+    write_atomically(path, encode_image(image, _kind(path)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GridLayout:
+    """Where the images and texts of a grid stand; all lengths in pixels.
+
+    Args:
+      count: of images.
+      side: (h, w) of each.
+      columns: images per row.
+      labels: one per row, at its left. Long ones are cut in the middle.
+      titles: written over groups of columns of equal size, which stand a little apart.
+      substitutes: one per row, written in place of a label of a script that the font lacks, such as
+        the class id.
+    """
+
+    count: int
+    side: tuple[int, int]
+    columns: int
+    labels: Sequence[str] = ()
+    titles: Sequence[str] = ()
+    substitutes: Sequence[str] = ()
+
+    @property
+    def factor(self) -> int:
+        """By which the images are enlarged."""
+        return max(1, -(-_MIN_SIDE // self.side[0]))
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """(height, width) of an image in the grid."""
+        return self.side[0] * self.factor, self.side[1] * self.factor
+
+    @functools.cached_property
+    def font(self) -> Any:
+        return label_text.load_font(max(10, min(self.shown[0] // 3, 16)))
+
+    @functools.cached_property
+    def row_texts(self) -> list[str]:
+        """The labels as they are written."""
+        widest = max(_MAX_LABEL_SIZES * self.font.size, 2 * self.shown[1])
+        others = self.substitutes or [None] * len(self.labels)
+        return [
+            label_text.fit(label_text.printable(text, self.font, other), self.font, widest)
+            for text, other in zip(self.labels, others, strict=True)
+        ]
+
+    @functools.cached_property
+    def column_texts(self) -> list[str]:
+        """The titles as they are written."""
+        return [label_text.printable(text, self.font) for text in self.titles]
+
+    @functools.cached_property
+    def left(self) -> int:
+        """Where the first column begins."""
+        widths = map(self.font.getlength, self.row_texts)
+        return round(max(widths)) + 4 * _GAP if self.labels else _GAP
+
+    @property
+    def top(self) -> int:
+        """Where the first row begins."""
+        return round(self.font.size * 1.4) + _GAP if self.titles else _GAP
+
+    @functools.cached_property
+    def _title_width(self) -> int:
+        return round(max(map(self.font.getlength, self.column_texts), default=0)) + 2 * _GAP
+
+    def x_of(self, column: int) -> int:
+        """Groups of columns stand apart, and are at least as wide as their titles."""
+        width, group_size = self.shown[1] + _GAP, self.columns // max(len(self.titles), 1)
+        group = max(group_size * width + 2 * _GAP * (len(self.titles) > 1), self._title_width)
+        return self.left + column // group_size * group + column % group_size * width
+
+    def y_of(self, row: int) -> int:
+        return self.top + row * (self.shown[0] + _GAP)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the whole grid."""
+        right = self.x_of(self.columns - 1) + self.shown[1] + _GAP
+        right = max(right, self.left + len(self.titles) * self._title_width)
+        return right, self.y_of(-(-self.count // self.columns))
+
+    def check_file(self, path: os.PathLike | str) -> None:
+        """Raises InputError if a file of this name cannot hold so large an image."""
+        _check_sides(_kind(path), *self.size)
 
 
 def make_grid(
@@ -78,49 +173,32 @@ def make_grid(
     titles: Sequence[str] = (),
     substitutes: Sequence[str] = (),
 ) -> Image.Image:
-    """Arranges images in a grid, row by row.
+    """Arranges images (B, h, w, 3), uint8 or floating-point in [0, 1], in a grid, row by row.
 
     Args:
-      images: (B, h, w, 3), uint8 or floating-point in [0, 1].
-      columns: images per row.
-      labels: one per row, at its left. Long ones are cut in the middle.
-      titles: written over groups of columns of equal size, which stand a little apart.
-      substitutes: one per row, written in place of a label of a script that the font lacks, such as
-        the class id.
+      columns, labels, titles, substitutes: see GridLayout.
 
     Returns:
       A PIL image.
     """
-    factor = max(1, -(-_MIN_SIDE // images.shape[1]))
-    pixels = to_uint8(images).repeat(factor, axis=1).repeat(factor, axis=2)
-    _, height, width, _ = pixels.shape
-    rows, group_size = -(-len(pixels) // columns), columns // max(len(titles), 1)
-    font_size = max(10, min(height // 3, 16))
-    font = label_text.load_font(font_size)
-    widest = max(_MAX_LABEL_SIZES * font_size, 2 * width)
-    others = substitutes or [None] * len(labels)
-    labels = [
-        label_text.fit(label_text.printable(text, font, other), font, widest)
-        for text, other in zip(labels, others, strict=True)
-    ]
-    titles = [label_text.printable(text, font) for text in titles]
-    left = round(max(map(font.getlength, labels))) + 4 * _GAP if labels else _GAP
-    top = round(font_size * 1.4) + _GAP if titles else _GAP
-    # Groups of columns stand apart, and are at least as wide as their titles.
-    title_width = round(max(map(font.getlength, titles), default=0)) + 2 * _GAP
-    group = max(group_size * (width + _GAP) + 2 * _GAP * (len(titles) > 1), title_width)
-    x_of = lambda column: left + column // group_size * group + column % group_size * (width + _GAP)
-    right = max(x_of(columns - 1) + width + _GAP, left + len(titles) * title_width)
-    canvas = Image.new("RGB", (right, top + rows * (height + _GAP)), "white")
+    layout = GridLayout(len(images), images.shape[1:3], columns, labels, titles, substitutes)
+    return draw_grid(layout, images)
+
+
+def draw_grid(layout: GridLayout, images: np.ndarray) -> Image.Image:
+    """As make_grid, with a layout that was made before."""
+    canvas = Image.new("RGB", layout.size, "white")
     draw = ImageDraw.Draw(canvas)
-    for i, image in enumerate(pixels):
-        y = top + i // columns * (height + _GAP)
-        canvas.paste(Image.fromarray(image), (x_of(i % columns), y))
-    for row, label in enumerate(labels):
-        y = top + row * (height + _GAP) + height // 2
-        draw.text((left - 2 * _GAP, y), label, "black", font, anchor="rm")
-    for i, title in enumerate(titles):
-        draw.text((x_of(i * group_size), top - 2 * _GAP), title, "black", font, anchor="ls")
+    for i, image in enumerate(to_uint8(images)):
+        shown = Image.fromarray(image.repeat(layout.factor, axis=0).repeat(layout.factor, axis=1))
+        canvas.paste(shown, (layout.x_of(i % layout.columns), layout.y_of(i // layout.columns)))
+    for row, text in enumerate(layout.row_texts):
+        place = (layout.left - 2 * _GAP, layout.y_of(row) + layout.shown[0] // 2)
+        draw.text(place, text, "black", layout.font, anchor="rm")
+    for i, text in enumerate(layout.column_texts):
+        column = i * (layout.columns // len(layout.titles))
+        place = (layout.x_of(column), layout.top - 2 * _GAP)
+        draw.text(place, text, "black", layout.font, anchor="ls")
     return canvas
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import secrets
 import shutil
 from typing import Any
@@ -29,11 +30,27 @@ def check_new_model(directory: os.PathLike | str, overwrite: bool = False) -> No
     _check_replaceable(directory, target, overwrite)
     if not is_local(directory):
         return
+    for folder in pathlib.Path(target).parents:
+        if {"config.json", "params"} <= set(_listing(folder)):
+            raise InputError(
+                f"{directory} lies inside the model {folder}, which must hold nothing else; choose "
+                "another directory"
+            )
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise InputError(f"cannot write a model to {directory}: {folder} is a file")
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.rmdir(_create_temporary_directory(os.fspath(target)))
     except OSError as error:
         raise InputError(f"cannot write a model to {directory}: {error.strerror}") from error
+
+
+def _listing(folder: pathlib.Path) -> list[str]:
+    """Names in a folder; none if it is missing or may not be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _real(directory: os.PathLike | str) -> str:
@@ -147,6 +164,29 @@ def load_model(directory: os.PathLike | str) -> tuple[dict[str, Any], dict[str, 
     except arrays.DamagedFilesError as error:
         raise InputError(f"the parameters of the model {directory} are damaged: {error}") from error
     return config, params
+
+
+def check_shapes(expected: Any, params: Any, failure: str) -> None:
+    """Refuses parameters that are not those of a model.
+
+    Args:
+      expected: nested dicts of arrays, or of what jax.eval_shape has in their place.
+      params: the same, as they were read.
+      failure: begins the error.
+
+    Raises:
+      InputError: a parameter is missing, is one too many, or has another shape.
+    """
+    shapes = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(x) for path, x in leaves}
+        for leaves in map(jax.tree.leaves_with_path, (expected, params))
+    ]
+    for name in sorted(shapes[0] | shapes[1]):
+        wanted, got = (
+            f"shape {found[name]}" if name in found else "nothing of this name" for found in shapes
+        )
+        if wanted != got:
+            raise InputError(f"{failure}: {name} must have {wanted}; got {got}")
 
 
 # Renaming directories

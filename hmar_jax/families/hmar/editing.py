@@ -34,7 +34,7 @@ def kept_tokens(
     for side, length in zip(scales.sides, scales.lengths):
         touched = resize_mask(mask, side)
         if dilation:
-            reach = 2 * dilation + 1
+            reach = 2 * min(dilation, side) + 1  # further there are no cells
             touched = ndimage.binary_dilation(touched, np.ones((1, reach, reach)))
         if keep_coarse and length <= COARSE_TOKENS:
             touched = np.zeros_like(touched)

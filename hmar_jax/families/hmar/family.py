@@ -28,6 +28,7 @@ from hmar_jax.families.hmar.spec import (
     stored_sampling,
 )
 from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
+from hmar_jax.io import models
 from hmar_jax.io.identity import class_conflicts
 from hmar_jax.parallel.sharding import MeshConfig
 from hmar_jax.settings import Settings, setting
@@ -352,26 +353,9 @@ def convert(model: str | None, config: ConvertConfig) -> tuple[Any, Params]:
         ) from None
     make = init_params if isinstance(spec, HmarSpec) else _init_tokenizer
     expected = jax.eval_shape(functools.partial(make, spec), jax.random.key(0))
-    _check_shapes(expected, params)
+    models.check_shapes(expected, params, "the weights do not fit the model that they seem to be")
     return spec, params
 
 
 def _init_tokenizer(spec: AutoencoderSpec, rng: jax.Array) -> Params:
     return {AUTOENCODER: VQAutoencoder(spec.autoencoder).init(rng)}
-
-
-def _check_shapes(expected: Params, params: Params) -> None:
-    """Refuses parameters that are not those of the model."""
-    shapes = [
-        {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(x) for path, x in leaves}
-        for leaves in map(jax.tree.leaves_with_path, (expected, params))
-    ]
-    wrong = [
-        name for name in sorted(shapes[0] | shapes[1]) if shapes[0].get(name) != shapes[1].get(name)
-    ]
-    if wrong:
-        name = wrong[0]
-        raise InputError(
-            f"the weights do not fit the model that they seem to be: {name} must have shape "
-            f"{shapes[0].get(name)}; got {shapes[1].get(name)}"
-        )

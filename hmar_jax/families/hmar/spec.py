@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from hmar_jax.autoencoders import config_from_json
-from hmar_jax.autoencoders.base import config_to_json
+from hmar_jax.autoencoders.base import (
+    FORMAT,
+    check_format,
+    check_texts,
+    config_to_json,
+    pop_class_names,
+)
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.options import SamplingConfig
 from hmar_jax.families.hmar.transformer import TransformerConfig
 from hmar_jax.settings import names_of_task
 
-FORMAT = "hmar_jax model 1"
 NAME = "hmar"
 
 # What a model stores of its sampling options; the others are the caller's alone.
@@ -37,10 +41,16 @@ class HmarSpec:
 
     def __post_init__(self):
         t = self.transformer
-        if not 0 <= self.masked_depth <= t.depth:
+        check_texts(self.class_names, self.origin, self.licence)
+        if len(self.class_names) not in (0, t.num_classes):
             raise InputError(
-                f"masked_depth must be in [0, {t.depth}], the blocks of the transformer; "
-                f"got {self.masked_depth}"
+                f"class_names must have {t.num_classes} names, one for each class; got "
+                f"{len(self.class_names)}"
+            )
+        if type(self.masked_depth) is not int or not 0 <= self.masked_depth <= t.depth:
+            raise InputError(
+                f"masked_depth must be an integer in [0, {t.depth}], the blocks of the "
+                f"transformer; got {self.masked_depth!r}"
             )
         for name in ("scales", "vocab_size", "z_channels"):
             ours, theirs = getattr(t, name), getattr(self.autoencoder, name)
@@ -101,11 +111,7 @@ class HmarSpec:
         Raises:
           InputError: another format, or unknown or missing keys.
         """
-        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise InputError(
-                f"{where} must be the config of a model (format {FORMAT!r}); got format {found!r}"
-            )
+        check_format(data, where)
         fields = {k: v for k, v in data.items() if k not in ("format", "family")}
         try:
             tokenizer = fields.pop("autoencoder", None) or {"kind": "vq", **fields.pop("tokenizer")}
@@ -118,14 +124,14 @@ class HmarSpec:
             return cls(
                 autoencoder=config_from_json(tokenizer),
                 transformer=TransformerConfig(**fields.pop("transformer")),
-                class_names=tuple(fields.pop("class_names", ())),
+                class_names=pop_class_names(fields),
                 sampling=SamplingConfig(**sampling),
                 **fields,
             )
-        except (TypeError, KeyError) as e:
-            raise InputError(f"{where} is a config this version does not know ({e})") from None
         except InputError as e:
             raise InputError(f"{where}: {e}") from None
+        except (TypeError, KeyError, ValueError) as e:
+            raise InputError(f"{where} is a config this version does not know ({e})") from None
 
 
 def stored_sampling(spec: HmarSpec) -> tuple[str, ...]:
