@@ -45,15 +45,14 @@ def sample(args) -> None:
     for variant in variants:  # all are checked before the first is sampled
         pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
     _check_memory(len(variants) * len(classes) * args.n, pipe.image_side)
-    layout = (
-        images.GridLayout(  # whether it fits into the file is known before the first is sampled
-            len(variants) * len(classes) * args.n,
-            (pipe.image_side, pipe.image_side),
-            columns=len(schedules) * args.n,
-            labels=[label_of(c, spec.class_names) for c in classes],
-            titles=[f"schedule {s}" for s in schedules] if len(schedules) > 1 else (),
-            substitutes=list(map(str, classes)),
-        )
+    # Whether it fits into the file is known before the first image is sampled.
+    layout = images.GridLayout(
+        len(variants) * len(classes) * args.n,
+        (pipe.image_side, pipe.image_side),
+        columns=len(schedules) * args.n,
+        labels=[label_of(c, spec.class_names) for c in classes],
+        titles=[f"schedule {s}" for s in schedules] if len(schedules) > 1 else (),
+        substitutes=list(map(str, classes)),
     )
     layout.check_file(args.out)
     ids = np.repeat(classes, args.n)
