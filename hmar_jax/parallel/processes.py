@@ -8,6 +8,7 @@ one is. Only the first process writes to the run directory, except for Orbax.
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.interruption import Interruptions
 
 _LONGEST_MESSAGE = 1000  # bytes, of what one process sends to the others
+_NOTICE_SECONDS = 3.0  # JAX looks for a signal every second
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
 
@@ -244,6 +246,12 @@ class StopRequest:
             interruptions.on_signal = lambda: os.kill(os.getpid(), signal.SIGTERM)
             if interruptions.received is not None:
                 interruptions.on_signal()
+
+    def ask(self) -> None:
+        """Asks all processes to stop after the same step, if there are several."""
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_NOTICE_SECONDS)
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step. Call it in every process after every step."""
