@@ -148,9 +148,10 @@ def open_splits(
             f"{spec} is an encoded data set, but images are required here: {_KNOWN_SPECS}"
         )
     else:
+        hint = f"did you mean folder:{spec}? It " if spec.strip() and os.path.isdir(spec) else ""
         raise InputError(
-            f"unknown data {spec!r}; must be one of {_KNOWN_SPECS}, or, where a model trains on "
-            "encoded images, records:DIR (also written tokens:DIR)"
+            f"unknown data {spec!r}; {hint}must be one of {_KNOWN_SPECS}, or, where a model trains "
+            "on encoded images, records:DIR (also written tokens:DIR)"
         )
     return {split: InMemory(s) if in_memory else s for split, s in sources.items()}
 

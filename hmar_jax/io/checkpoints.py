@@ -89,6 +89,8 @@ class RunCheckpoints:
             best_mode="min",
             cleanup_tmp_directories=True,
         )
+        if self.directory.exists() and not self.directory.is_dir():  # Orbax finds it when it saves
+            raise InputError(f"{self.directory} must be a directory; it is a file")
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:

@@ -6,7 +6,7 @@ A run starts from the latest good checkpoint of its directory, or from scratch w
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.interruption import Interrupted, Interruptions
 from hmar_jax.io import files, runs
 from hmar_jax.io.checkpoints import RunCheckpoints
-from hmar_jax.io.locks import DirectoryLock, lock_together
+from hmar_jax.io.locks import DirectoryLock, MovedDirectoryError, lock_together
 from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.parallel.chips import peak_flops
@@ -165,6 +165,7 @@ def _run(
         meter = Meter(config.batch_size, _peak_images_per_second(task, mesh))
 
         def save(has_work: bool = False) -> None:
+            lock.check(look=True)
             meter.check()
             if reporter is not None:
                 reporter.sync()  # lines before the checkpoint are not written again
@@ -172,6 +173,13 @@ def _run(
                 owed.note(step)
             checkpoints.save(step, state, batches.position, steps_of_run=task.steps)
 
+        def save_elsewhere(directory: epath.Path) -> int:
+            with RunCheckpoints(directory, config.keep_checkpoints, config.keep_best) as moved:
+                moved.save(step, state, batches.position, steps_of_run=task.steps)
+            return step
+
+        if not several:
+            closing.enter_context(_follows(save_elsewhere))
         if step < task.steps:
             announce("reading the first images")
             batches.fill()
@@ -235,6 +243,20 @@ def _stops(stop: processes.StopRequest) -> Iterator[None]:
         yield
     except Interrupted:
         stop.stopped = True
+
+
+@contextlib.contextmanager
+def _follows(save: Callable[[epath.Path], int]) -> Iterator[None]:
+    """Saves a run whose directory was moved, where it is now, and raises what to do."""
+    try:
+        yield
+    except MovedDirectoryError as error:
+        if error.place is None:
+            raise
+        step = save(error.place)
+        raise InputError(
+            f"{error}; step {step} is saved there: rerun the command with --workdir={error.place}"
+        ) from error
 
 
 def _raise_if_no_data(
