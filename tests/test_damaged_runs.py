@@ -10,7 +10,10 @@ import sys
 import pytest
 
 from hmar_jax.cli import main as cli
+from hmar_jax.data import encoding
+from hmar_jax.data.folder import is_among_images
 from hmar_jax.io import checkpoints
+from hmar_jax.io.locks import DirectoryLock
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -111,3 +114,72 @@ def test_a_command_without_standard_streams_trains(tmp_path):
     assert subprocess.run(shell, env=tiny.ENVIRONMENT, cwd=ROOT, timeout=120).returncode == 0
     assert checkpoints.steps_of_run(workdir)[-1] == 4
     assert "step 4 of 4: " in (workdir / "log.txt").read_text()
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    return shutil.copytree(tiny.images() / "train", tmp_path / "images")
+
+
+def tokenize(images, out, *more) -> list[str]:
+    data = [f"--tokenizer={tiny.tokenizer_run()}", f"--data=folder:{images}", f"--out={out}"]
+    return ["tokenize", *data, "--transform=random_crop", *more]
+
+
+def test_results_do_not_become_a_class(class_folders, capfd):
+    """A run or a token set among the class folders was a class at the next start."""
+    before = sorted(class_folders.rglob("*"))
+    with tiny.cached():
+        run = tiny.train(class_folders / "run", data__source=f"folder:{class_folders}")
+        for command in (run, tokenize(class_folders, class_folders / "tokens")):
+            assert cli.main(command) == 2
+            expected = f" must not lie among the images of folder:{class_folders}, where"
+            assert expected in capfd.readouterr().err
+    assert sorted(class_folders.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "place, among",
+    [
+        ("run", False),  # beside train and validate
+        ("train/run", True),
+        ("validate/circle/run", True),
+        ("../run", False),
+        (".cache/run", False),
+        ("train/.run", False),
+    ],
+)
+def test_where_results_may_lie(place, among, tmp_path):
+    images = shutil.copytree(tiny.images(), tmp_path / "images")
+    assert is_among_images(images, images / place) == among
+    assert is_among_images(images / "train", images / "train" / "run")
+
+
+def test_the_same_part_twice_at_once(class_folders, tmp_path, capfd):
+    """The second command removed what the first was writing; it ended with a traceback."""
+    out = tmp_path / "tokens"
+    with tiny.cached():
+        with DirectoryLock(out, "part 0/2 of --out", ".lock-0-of-2.tmp"):
+            assert cli.main(tokenize(class_folders, out, "--part=0/2")) == 2
+            assert f"part 0/2 of --out {out} is in use by process" in capfd.readouterr().err
+            assert cli.main(tokenize(class_folders, out, "--part=1/2")) == 0
+        assert cli.main(tokenize(class_folders, out, "--part=0/2")) == 0
+    assert "3 classes" in capfd.readouterr().out
+    assert not list(out.glob(".lock*"))
+
+
+def test_a_token_set_that_is_moved_while_it_is_written(class_folders, tmp_path, monkeypatch, capfd):
+    out, moved = tmp_path / "tokens", tmp_path / "moved"
+    read_back = encoding._ShardWriter._read_back
+
+    def move_and_read_back(self):
+        if out.exists():
+            out.rename(moved)
+        read_back(self)
+
+    command = tokenize(class_folders, out)
+    monkeypatch.setattr(encoding._ShardWriter, "_read_back", move_and_read_back)
+    with tiny.cached():
+        assert cli.main(command) == 2
+        assert f"the encoded data set {out} cannot be written: " in capfd.readouterr().err
+        assert cli.main(tokenize(class_folders, moved)) == 0

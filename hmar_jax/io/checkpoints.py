@@ -37,7 +37,8 @@ _METADATA = "extra"  # the folder keeps the name it has in checkpoints of the fi
 _EMA = "ema_params"  # in a state
 _LOSS = "validation_loss"
 _RESUME_HINT = (
-    "; earlier checkpoints are kept. Free some space and rerun the same command to resume"
+    "; earlier checkpoints are kept. Free some space, or repair the disk, and rerun the same "
+    "command to resume"
 )
 
 
@@ -187,7 +188,10 @@ class RunCheckpoints:
             yield
         except (OSError, ValueError) as error:
             text = arrays.one_line(error)
-            signs = ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")
+            signs = (
+                *("No space left", "RESOURCE_EXHAUSTED", "quota exceeded", "File too large"),
+                *("Read-only file system", "Permission denied", "Input/output error"),
+            )
             if not any(sign in text for sign in signs):
                 raise
             raise InputError(

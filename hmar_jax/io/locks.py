@@ -134,15 +134,16 @@ def _process_start(pid: int) -> str | None:
 class DirectoryLock:
     """Holds a directory for this process, from `acquire` to `release`."""
 
-    def __init__(self, directory: os.PathLike | str, what: str):
+    def __init__(self, directory: os.PathLike | str, what: str, file: str = LOCK_FILE):
         """Does nothing yet.
 
         Args:
           directory: local or gs://; made if it does not exist.
           what: names it in errors, such as "workdir".
+          file: of the lock; commands that share a directory have one each.
         """
         self.directory, self._name, self._what = absolute(directory), os.fspath(directory), what
-        self._path = self.directory / LOCK_FILE
+        self._path = self.directory / file
         self._here = _this_process()
         self._store: _LocalFile | _StoredFile = (
             _LocalFile(self._path) if is_local(self.directory) else _StoredFile(self._path)
@@ -423,13 +424,15 @@ def _parse(text: str) -> tuple[Holder, str] | None:
 
 
 @contextlib.contextmanager
-def lock_together(directory: os.PathLike | str, what: str) -> Iterator[DirectoryLock]:
+def lock_together(
+    directory: os.PathLike | str, what: str, file: str = LOCK_FILE
+) -> Iterator[DirectoryLock]:
     """Locks a directory for all processes of a command; the first process holds the lock.
 
     Raises:
       InputError: on every process, if the directory is in use or cannot be written.
     """
-    lock, error = DirectoryLock(directory, what), None
+    lock, error = DirectoryLock(directory, what, file), None
     if processes.is_primary():
         try:
             lock.acquire()
