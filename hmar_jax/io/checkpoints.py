@@ -37,8 +37,7 @@ _METADATA = "extra"  # the folder keeps the name it has in checkpoints of the fi
 _EMA = "ema_params"  # in a state
 _LOSS = "validation_loss"
 _RESUME_HINT = (
-    "; earlier checkpoints are kept. Free some space, or repair the disk, and rerun the same "
-    "command to resume"
+    "; earlier checkpoints are kept. Free some space and rerun the same command to resume"
 )
 
 
@@ -143,7 +142,7 @@ class RunCheckpoints:
         )
         items = {_STATE: ocp.args.PyTreeSave(state), _METADATA: ocp.args.JsonSave(metadata)}
         metrics = {} if validation_loss is None else {_LOSS: float(validation_loss)}
-        with self._full_disk_is_an_input_error():
+        with self._unusable_disk_is_an_input_error():
             # force: without it, Orbax silently skips a step below the newest on disk.
             return self._manager.save(
                 step, args=ocp.args.Composite(**items), metrics=metrics, force=True
@@ -173,29 +172,33 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises if it failed."""
-        with self._full_disk_is_an_input_error():
+        with self._unusable_disk_is_an_input_error():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save in flight and ends the threads."""
-        with self._full_disk_is_an_input_error():
+        with self._unusable_disk_is_an_input_error():
             self._manager.close()
 
     @contextlib.contextmanager
-    def _full_disk_is_an_input_error(self):
-        """Orbax reports a full disk in many lines, and TensorStore as a ValueError."""
+    def _unusable_disk_is_an_input_error(self):
+        """Orbax reports a full or failing disk in many lines, and TensorStore as a ValueError."""
         try:
             yield
         except (OSError, ValueError) as error:
             text = arrays.one_line(error)
-            signs = (
-                *("No space left", "RESOURCE_EXHAUSTED", "quota exceeded", "File too large"),
-                *("Read-only file system", "Permission denied", "Input/output error"),
-            )
+            full = ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")
+            unusable = ("Read-only file system", "Permission denied", "Input/output error")
+            signs = (*full, *unusable, "File too large")
             if not any(sign in text for sign in signs):
                 raise
+            hint = _RESUME_HINT
+            if not any(sign in text for sign in full):
+                hint = (
+                    "; earlier checkpoints are kept; rerun the same command when that is repaired"
+                )
             raise InputError(
-                f"cannot write a checkpoint to {self.directory}: {text}{_RESUME_HINT}"
+                f"cannot write a checkpoint to {self.directory}: {text}{hint}"
             ) from error
 
     def steps(self) -> list[int]:
