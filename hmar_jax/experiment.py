@@ -33,6 +33,7 @@ from hmar_jax.loading import is_copy, load_spec_and_params
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.progress import phase
 from hmar_jax.training import run_length
+from hmar_jax.training.config import MAX_STEPS
 from hmar_jax.training.experiment import Experiment, FrozenModel
 from hmar_jax.training.step import init_state
 from hmar_jax.training.trainable import DataInfo, Parent, TaskKind
@@ -71,6 +72,11 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     side = trainable.image_side(config, parent)
     data = open_data(config, mesh, side, parent, parent_params)
     steps = trainable.make_task(config, parent, data.info).task.steps
+    if steps > MAX_STEPS:
+        raise InputError(
+            f"config.epochs must give at most {MAX_STEPS} steps; got {config.epochs} epochs of "
+            f"{data.info.num_images} images, {steps} steps"
+        )
     saved = runs.saved_config(workdir, kind.schema) if workdir else None
     config, notes = run_length.fit_to_run(config, kind.schema, steps, saved)
     setup = trainable.make_task(config, parent, data.info)

@@ -45,6 +45,7 @@
 #   --dry-run                print the JobSet and the commands without running them
 #
 # Requires kubectl, and JobSet installed in the cluster.
+[ -n "${BASH_VERSION:-}" ] || { echo "gke.sh: requires bash: bash $0 ..." >&2; exit 2; }
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/slices.sh"

@@ -26,11 +26,12 @@
 # are passed on: hmar saves a checkpoint and ends, and the exit status is 128 + the signal. A second
 # signal kills the processes. If one process fails, the others are stopped, and the exit status is
 # that of the failed process.
+[ -n "${BASH_VERSION:-}" ] || { echo "gpus.sh: requires bash: bash $0 ..." >&2; exit 2; }
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 require_bash 5 1
 
-gpus="" one_process_a_gpu="" port="" log="" hmar=hmar env=()
+gpus="" one_process_a_gpu="" port="" log="" hmar=hmar env=() seen=""
 ARGS=("$@")
 parse_options gpus one_process_a_gpu! port log env+ hmar
 require_hmar_args
@@ -42,7 +43,14 @@ expand_home log hmar
 # of the GPU memory. Values of --env come last and take precedence.
 env=("JAX_PLATFORMS=cuda,cpu" "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" "${env[@]}")
 if [[ ${CUDA_VISIBLE_DEVICES:-} ]]; then
-  IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"
+  IFS=, read -r -a visible <<<"${CUDA_VISIBLE_DEVICES// /}"
+  # CUDA itself ends the list at the first of these, without a word.
+  for id in "${visible[@]}"; do
+    if [[ ! $id || $id == -* || ",$seen," == *",$id,"* ]]; then
+      die "CUDA_VISIBLE_DEVICES must list different GPUs, such as 0,1; got $CUDA_VISIBLE_DEVICES"
+    fi
+    seen+=",$id"
+  done
   gpus=${gpus:-${#visible[@]}}
 elif [[ ! $gpus ]]; then
   problem="nvidia-smi is not on PATH"
@@ -82,6 +90,7 @@ is_port_open() {
 }
 if [[ $port ]]; then
   require_positive_int port
+  ((port <= 65535)) || die "--port must be at most 65535; got $port"
   [[ $DRY_RUN || ! $one_process_a_gpu || $part ]] || ! is_port_open "$port" ||
     die "--port=$port is in use, perhaps by another run; give another one"
 else

@@ -35,6 +35,7 @@
 # checkpoint and ends the job without requeueing it, with exit status 143, so that jobs with
 # --dependency=afterok do not start. JAX reads the processes of the job from SLURM's environment
 # variables.
+[ -n "${BASH_VERSION:-}" ] || { echo "slurm.sh: requires bash: bash $0 ..." >&2; exit 2; }
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 require_bash 4 4

@@ -49,6 +49,7 @@
 # stop); 2 if an option is invalid.
 
 # shellcheck disable=SC2016  # single-quoted commands are expanded by the shells of the workers
+[ -n "${BASH_VERSION:-}" ] || { echo "tpu_pod.sh: requires bash: bash $0 ..." >&2; exit 2; }
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/slices.sh"

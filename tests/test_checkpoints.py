@@ -378,6 +378,7 @@ def test_falls_back_over_a_damaged_checkpoint(tmp_path, caplog, other_output, da
             InputError,
         ),
         ("something else", ValueError),
+        ("OUT_OF_RANGE: Error writing: Read-only file system [OS error 30: EROFS]", InputError),
     ],
 )
 def test_a_full_disk(tmp_path, monkeypatch, error, expected):
@@ -387,7 +388,7 @@ def test_a_full_disk(tmp_path, monkeypatch, error, expected):
             raise ValueError(error)
 
         monkeypatch.setattr(run._manager, "save", fail)
-        pattern = "cannot write a checkpoint to .*No space left.*rerun the same command to resume"
+        pattern = "cannot write a checkpoint to .*(No space left|Read-only).*rerun the same command"
         with pytest.raises(expected, match=pattern if expected is InputError else error):
             run.save(1, make_state())
         monkeypatch.undo()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -82,6 +83,35 @@ def test_gpus_second_run_takes_another_port(sandbox):
         assert f"--port={port} is in use" in done.stderr and sandbox.calls("hmar") == []
     sandbox.run("gpus.sh", f"--port={port}", *options, *TRAIN_ARGS)
     assert all(f"--coordinator=127.0.0.1:{port}" in args for args in sandbox.args("hmar"))
+
+
+@pytest.mark.parametrize("visible", ["-1", "0,0", "0,,1", "0,-1"])
+def test_gpus_that_cuda_would_ignore(sandbox, visible):
+    options = ("--gpus=1", "--dry-run", "--", *TRAIN_ARGS)
+    done = sandbox.run("gpus.sh", *options, CUDA_VISIBLE_DEVICES=visible, status=2)
+    assert (
+        f"CUDA_VISIBLE_DEVICES must list different GPUs, such as 0,1; got {visible}" in done.stderr
+    )
+
+
+def test_gpus_with_spaces_between_them(sandbox):
+    options = ("--dry-run", "--", *TRAIN_ARGS)
+    done = sandbox.run("gpus.sh", *options, CUDA_VISIBLE_DEVICES="3, MIG-a")
+    assert "CUDA_VISIBLE_DEVICES=3,MIG-a " in done.stdout
+
+
+def test_gpus_port_that_does_not_exist(sandbox):
+    sandbox.add_program("hmar")
+    done = sandbox.run("gpus.sh", "--gpus=1", "--port=99999", "--", *TRAIN_ARGS, status=2)
+    assert "--port must be at most 65535; got 99999" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["gpus.sh", "slurm.sh", "tpu_pod.sh", "gke.sh"])
+@pytest.mark.skipif(not shutil.which("dash"), reason="dash is not installed")
+def test_scripts_that_sh_runs_say_what_they_need(script):
+    done = subprocess.run(["dash", LAUNCH / script, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{script}: requires bash: bash ")
 
 
 def test_gpus_default_port_is_free(sandbox):

@@ -99,11 +99,13 @@ def train(args, overrides) -> int:
 
 def _train(args, config) -> int:
     from hmar_jax import interruption
+    from hmar_jax.data.sources import check_outside
     from hmar_jax.experiment import build_experiment, task_kind
     from hmar_jax.io import locks, runs
     from hmar_jax.parallel import processes
     from hmar_jax.training import loop
 
+    check_outside(config.data.source, args.workdir, "workdir")
     with locks.lock_together(args.workdir, "workdir") as lock:
         experiment, error = None, None
         try:
@@ -159,7 +161,7 @@ def tokenize(args) -> None:
     from hmar_jax.autoencoders.base import AUTOENCODER, config_to_json, make_encoder
     from hmar_jax.data import encoding
     from hmar_jax.data.agreement import check_same_data
-    from hmar_jax.data.sources import SPLITS, SourceConfig, open_splits
+    from hmar_jax.data.sources import SPLITS, SourceConfig, check_outside, open_splits
     from hmar_jax.data.transforms import Transform
     from hmar_jax.io import locks
     from hmar_jax.parallel import processes
@@ -178,6 +180,7 @@ def tokenize(args) -> None:
     transform = Transform(
         autoencoder.image_side, args.transform, resize_ratio=args.resize_ratio, flip=args.flip
     )
+    check_outside(args.data, args.out, "--out")
     source_config = encoding.settle(args.out, settings.from_arguments(SourceConfig(), args))
     with phase(f"listing the images of {args.data}"):
         sources = open_splits(
@@ -208,9 +211,16 @@ def tokenize(args) -> None:
             }
         )
     encode, batch_size = make_encoder(autoencoder, params, args.batch_size, jax.local_devices())
-    # Commands with --part write to one set together.
-    lock = contextlib.nullcontext() if args.part else locks.lock_together(args.out, "--out")
-    with lock, args.interruptions.deferred():
+    what, file = "--out", locks.LOCK_FILE
+    if args.part:  # these write to one set together
+        what = f"part {part[0]}/{part[1]} of --out"
+        file = f".lock-{part[0]}-of-{part[1]}.tmp"
+    with locks.lock_together(args.out, what, file) as lock, args.interruptions.deferred():
+
+        def check():
+            args.interruptions.check()
+            lock.check()
+
         info = encoding.write_record_set(
             args.out,
             encode,
@@ -223,10 +233,15 @@ def tokenize(args) -> None:
             workers=args.workers,
             verify=args.verify,
             progress=True,
-            check=args.interruptions.check,
+            check=check,
         )
     if not info.complete:
         missing, total = encoding.count_unfinished(args.out, info)
+        if part[1] == 1:
+            raise InputError(
+                f"{missing} of the {total} files of {args.out} were deleted while this command "
+                "wrote the others; run it again"
+            )
         print(
             f"{args.out}: part {part[0]}/{part[1]} is complete; {missing} of {total} files are "
             "left to other parts"

@@ -102,6 +102,7 @@ def _describe_unknown(given: str, args: argparse.Namespace) -> str:
 
 def run() -> None:
     """The console command."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):  # names of files and classes may be no text at all
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -136,6 +137,20 @@ def _flush_stdout() -> int:
 
 def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_standard_streams() -> None:
+    """Opens those that the caller has closed (`2>&-`).
+
+    Otherwise the next file that is opened, such as log.txt, takes the number of the missing one,
+    and libraries write their messages into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            setattr(sys, name, open(number, mode, closefd=False))
 
 
 def _format_warning(message, category, filename, lineno, line=None) -> str:

@@ -612,12 +612,13 @@ class _ShardWriter:
         write_atomically(_progress_path(self._folder, self._shard), json.dumps(entry) + "\n")
 
     def _read_back(self) -> None:
-        reader = array_record_module.ArrayRecordReader(self._temporary)
         contents = hashlib.sha256()
-        for record in reader.read_all():
-            contents.update(record)
-        count = reader.num_records()
-        reader.close()
+        with _as_os_errors():
+            reader = array_record_module.ArrayRecordReader(self._temporary)
+            for record in reader.read_all():
+                contents.update(record)
+            count = reader.num_records()
+            reader.close()
         if (count, contents.digest()) != (self._num_records, self._contents.digest()):
             raise OSError(f"{self._shard.file} does not read back as it was written")
 
@@ -631,7 +632,7 @@ class _ShardWriter:
 
 @contextlib.contextmanager
 def _as_os_errors():
-    """Turns the RuntimeError that ArrayRecord raises on a full disk into an OSError."""
+    """Turns the RuntimeError that ArrayRecord raises, as on a full disk, into an OSError."""
     try:
         yield
     except RuntimeError as error:

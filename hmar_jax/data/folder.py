@@ -71,6 +71,17 @@ def _download(path: str) -> BinaryIO:
         raise ImageDecodeError(path, reason) from error
 
 
+def is_among_images(root: os.PathLike | str, path: os.PathLike | str) -> bool:
+    """Whether a directory, which need not exist, is one that is searched for images of `root`."""
+    top = os.path.realpath(expand(root))
+    relative = os.path.relpath(os.path.realpath(expand(path)), top)
+    folders = relative.split(os.sep)
+    if folders[0] in (os.curdir, os.pardir) or any(name.startswith(".") for name in folders):
+        return False  # elsewhere, the data set itself, which is not empty, or hidden
+    splits = ("train", *_VALIDATE_FOLDERS)
+    return folders[0] in splits or not os.path.isdir(os.path.join(top, "train"))
+
+
 def open_folder(
     path: str, splits: Iterable[str], need_classes: bool, config: SourceConfig
 ) -> dict[str, FolderSource]:

@@ -331,6 +331,8 @@ class RecordSet:
 
     def _as_array(self, records: list[bytes]) -> np.ndarray:
         size = self.info.record_spec.record_bytes
+        if any(len(record) != size for record in records):
+            raise self._damaged(ValueError(f"a record does not have {size} bytes"))
         return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
 
     def _damaged(self, error: Exception) -> InputError:

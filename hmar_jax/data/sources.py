@@ -24,10 +24,10 @@ from PIL import Image
 
 from hmar_jax.data.decoding import MAX_PIXELS, ImageDecodeError, decode_image
 from hmar_jax.data.fingerprint import fingerprint_values
-from hmar_jax.data.folder import open_folder
+from hmar_jax.data.folder import is_among_images, open_folder
 from hmar_jax.data.source_config import SourceConfig
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import expand
+from hmar_jax.io.files import expand, is_local
 
 __all__ = [
     "SPLITS",
@@ -148,11 +148,32 @@ def open_splits(
             f"{spec} is an encoded data set, but images are required here: {_KNOWN_SPECS}"
         )
     else:
+        hint = f"did you mean folder:{spec}? It " if spec.strip() and os.path.isdir(spec) else ""
         raise InputError(
-            f"unknown data {spec!r}; must be one of {_KNOWN_SPECS}, or, where a model trains on "
-            "encoded images, records:DIR (also written tokens:DIR)"
+            f"unknown data {spec!r}; {hint}must be one of {_KNOWN_SPECS}, or, where a model trains "
+            "on encoded images, records:DIR (also written tokens:DIR)"
         )
     return {split: InMemory(s) if in_memory else s for split, s in sources.items()}
+
+
+def check_outside(spec: str, path: os.PathLike | str, what: str) -> None:
+    """Raises InputError if a directory to write to lies among the images of `folder:DIR`.
+
+    It would be a class of its own at the next start.
+
+    Args:
+      spec: a data set, as `open_source` takes it.
+      path: the directory.
+      what: names it in the error.
+    """
+    kind, _, root = spec.partition(":")
+    if kind != "folder" or not is_local(root) or not is_local(path) or not root:
+        return
+    if is_among_images(root, path):
+        raise InputError(
+            f"{what} must not lie among the images of {spec}, where it would be taken for a class; "
+            f"got {path}"
+        )
 
 
 def records_directory(spec: str) -> str | None:

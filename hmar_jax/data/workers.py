@@ -1,10 +1,14 @@
 """Worker processes that read batches, for machines with more cores than one process can use."""
 
+import re
 import signal
+import sys
+from multiprocessing import resource_tracker
 
 import grain
 from absl import flags
 
+from hmar_jax.errors import InputError
 from hmar_jax.interruption import SIGNALS
 
 
@@ -13,6 +17,19 @@ def _leave_signals_to_the_parent(*_) -> None:
     for number in SIGNALS:
         if number != signal.SIGTERM:  # by which the parent ends them
             signal.signal(number, signal.SIG_IGN)
+
+
+def _start_quiet_tracker() -> None:
+    """Starts the process that removes the shared memory of batches which are not taken any more.
+
+    Grain leaves those that were read ahead to it, and it warns of them at the end of every run.
+    """
+    before = list(sys.warnoptions)
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # it gets them as arguments
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions[:] = before
 
 
 class MultiprocessDataset(grain.IterDataset):
@@ -34,6 +51,7 @@ class MultiprocessDataset(grain.IterDataset):
         if not flags.FLAGS.is_parsed():
             # Grain's workers read absl flags. A program that parses none gets their defaults.
             flags.FLAGS.mark_as_parsed()
+        _start_quiet_tracker()
         remaining = self._dataset[index:].to_iter_dataset(self._read_options)
         options = grain.MultiprocessingOptions(
             num_workers=min(self._workers, len(self._dataset) - index), per_worker_buffer_size=1
@@ -54,7 +72,19 @@ class _Iterator(grain.DatasetIterator):
     def __next__(self):
         if self._inner is None:
             self._inner = self._dataset.start(self._index)
-        batch = next(self._inner)
+        try:
+            batch = next(self._inner)
+        except RuntimeError as error:
+            ended = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if ended is None:
+                raise
+            how = f"exit status {ended[1]}"
+            if ended[1].startswith("-"):
+                how = f"{signal.Signals(-int(ended[1])).name}, which a lack of memory causes too"
+            raise InputError(
+                f"a worker process that reads the data was ended by {how}; rerun the command, "
+                "perhaps with fewer data.workers"
+            ) from error
         self._index += 1
         return batch
 

@@ -89,6 +89,8 @@ class RunCheckpoints:
             best_mode="min",
             cleanup_tmp_directories=True,
         )
+        if self.directory.exists() and not self.directory.is_dir():  # Orbax finds it when it saves
+            raise InputError(f"{self.directory} must be a directory; it is a file")
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
@@ -140,7 +142,7 @@ class RunCheckpoints:
         )
         items = {_STATE: ocp.args.PyTreeSave(state), _METADATA: ocp.args.JsonSave(metadata)}
         metrics = {} if validation_loss is None else {_LOSS: float(validation_loss)}
-        with self._full_disk_is_an_input_error():
+        with self._unusable_disk_is_an_input_error():
             # force: without it, Orbax silently skips a step below the newest on disk.
             return self._manager.save(
                 step, args=ocp.args.Composite(**items), metrics=metrics, force=True
@@ -170,26 +172,33 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises if it failed."""
-        with self._full_disk_is_an_input_error():
+        with self._unusable_disk_is_an_input_error():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the save in flight and ends the threads."""
-        with self._full_disk_is_an_input_error():
+        with self._unusable_disk_is_an_input_error():
             self._manager.close()
 
     @contextlib.contextmanager
-    def _full_disk_is_an_input_error(self):
-        """Orbax reports a full disk in many lines, and TensorStore as a ValueError."""
+    def _unusable_disk_is_an_input_error(self):
+        """Orbax reports a full or failing disk in many lines, and TensorStore as a ValueError."""
         try:
             yield
         except (OSError, ValueError) as error:
             text = arrays.one_line(error)
-            signs = ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")
+            full = ("No space left", "RESOURCE_EXHAUSTED", "quota exceeded")
+            unusable = ("Read-only file system", "Permission denied", "Input/output error")
+            signs = (*full, *unusable, "File too large")
             if not any(sign in text for sign in signs):
                 raise
+            hint = _RESUME_HINT
+            if not any(sign in text for sign in full):
+                hint = (
+                    "; earlier checkpoints are kept; rerun the same command when that is repaired"
+                )
             raise InputError(
-                f"cannot write a checkpoint to {self.directory}: {text}{_RESUME_HINT}"
+                f"cannot write a checkpoint to {self.directory}: {text}{hint}"
             ) from error
 
     def steps(self) -> list[int]:

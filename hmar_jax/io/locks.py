@@ -26,7 +26,7 @@ from typing import Any
 
 from etils import epath
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, printable
 from hmar_jax.io.files import absolute, is_local
 from hmar_jax.parallel import processes
 
@@ -42,6 +42,18 @@ _POLL_SECONDS = 1.0
 _SETTLE_SECONDS = 1.0  # in which two that take a free lock in an object store see each other
 
 _log = logging.getLogger(__name__)
+
+
+class MovedDirectoryError(InputError):
+    """A directory was moved or deleted while a command wrote to it.
+
+    Attributes:
+      place: where it is now, or None: it was deleted, or the system does not tell.
+    """
+
+    def __init__(self, message: str, place: epath.Path | None):
+        super().__init__(message)
+        self.place = place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +134,16 @@ def _process_start(pid: int) -> str | None:
 class DirectoryLock:
     """Holds a directory for this process, from `acquire` to `release`."""
 
-    def __init__(self, directory: os.PathLike | str, what: str):
+    def __init__(self, directory: os.PathLike | str, what: str, file: str = LOCK_FILE):
         """Does nothing yet.
 
         Args:
           directory: local or gs://; made if it does not exist.
           what: names it in errors, such as "workdir".
+          file: of the lock; commands that share a directory have one each.
         """
         self.directory, self._name, self._what = absolute(directory), os.fspath(directory), what
-        self._path = self.directory / LOCK_FILE
+        self._path = self.directory / file
         self._here = _this_process()
         self._store: _LocalFile | _StoredFile = (
             _LocalFile(self._path) if is_local(self.directory) else _StoredFile(self._path)
@@ -139,6 +152,7 @@ class DirectoryLock:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._taken_by: Holder | None = None
+        self._is_gone = False
 
     def acquire(self) -> None:
         """Takes the lock.
@@ -147,6 +161,13 @@ class DirectoryLock:
           InputError: another process holds it, or the directory cannot be written. Nothing in the
             directory has changed then.
         """
+        try:
+            self._name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"the name of {self._what} must be UTF-8 text, which the libraries that write "
+                f"there need; got {printable(self._name)}"
+            ) from None
         try:
             self._make_directory()
             self._acquire()
@@ -206,8 +227,23 @@ class DirectoryLock:
             f"such process, delete {self._path}"
         )
 
-    def check(self) -> None:
-        """Raises InputError if another process took the lock while this one seemed dead."""
+    def check(self, look: bool = False) -> None:
+        """Raises if this process must not write to the directory any more.
+
+        Args:
+          look: at the directory now; otherwise, as of the last heartbeat.
+
+        Raises:
+          MovedDirectoryError: it was moved or deleted. A library would make another one.
+          InputError: another process took the lock while this one seemed dead.
+        """
+        self._is_gone = self._is_gone or (look and self._store.is_gone())
+        if self._is_gone:
+            place = self._store.find()
+            now = f"moved to {place}" if place else "moved or deleted"
+            raise MovedDirectoryError(
+                f"{self._what} {self._name} was {now} while this process wrote to it", place
+            )
         if self._taken_by is not None:
             raise InputError(
                 f"{self._what} {self._name} was taken over by {self._taken_by}, because this "
@@ -238,6 +274,9 @@ class DirectoryLock:
         count = 0
         while not self._ended.wait(HEARTBEAT_SECONDS):
             count += 1
+            if self._store.is_gone():
+                self._is_gone = True
+                return
             try:
                 found = _parse(self._store.read())
                 if found is not None and found[0].token != self._here.token:
@@ -310,6 +349,27 @@ class _LocalFile:
     def remove(self) -> None:
         os.unlink(self._path)
 
+    def is_gone(self) -> bool:
+        """Whether the file's folder does not exist; False where it only cannot be reached now."""
+        if self._file < 0:  # held by another process of this run
+            return False
+        try:
+            os.stat(os.path.dirname(self._path))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def find(self) -> epath.Path | None:
+        """Where a folder that is gone has been moved to; None if the system does not tell."""
+        try:
+            path = os.readlink(f"/proc/self/fd/{self._file}")
+            same = os.path.samestat(os.fstat(self._file), os.stat(path))
+        except OSError:
+            return None
+        return epath.Path(path).parent if same else None
+
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
@@ -339,6 +399,12 @@ class _StoredFile:
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
 
+    def is_gone(self) -> bool:
+        return False  # object stores have no directories
+
+    def find(self) -> epath.Path | None:
+        return None
+
     def close(self) -> None:
         pass
 
@@ -358,13 +424,15 @@ def _parse(text: str) -> tuple[Holder, str] | None:
 
 
 @contextlib.contextmanager
-def lock_together(directory: os.PathLike | str, what: str) -> Iterator[DirectoryLock]:
+def lock_together(
+    directory: os.PathLike | str, what: str, file: str = LOCK_FILE
+) -> Iterator[DirectoryLock]:
     """Locks a directory for all processes of a command; the first process holds the lock.
 
     Raises:
       InputError: on every process, if the directory is in use or cannot be written.
     """
-    lock, error = DirectoryLock(directory, what), None
+    lock, error = DirectoryLock(directory, what, file), None
     if processes.is_primary():
         try:
             lock.acquire()

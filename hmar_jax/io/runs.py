@@ -192,4 +192,5 @@ def _write(
             files.write_atomically(directory / "config.json", text)
         (directory / "samples").mkdir(exist_ok=True)
     except OSError as e:
-        raise InputError(f"cannot write workdir {workdir}: {e.strerror or e}") from None
+        what = f"{e.filename} in workdir" if e.filename else "workdir"
+        raise InputError(f"cannot write {what} {workdir}: {e.strerror or e}") from None

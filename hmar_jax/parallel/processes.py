@@ -6,8 +6,10 @@ one is. Only the first process writes to the run directory, except for Orbax.
 """
 
 import contextlib
+import logging
 import os
 import signal
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,7 +20,9 @@ from jax.experimental import multihost_utils
 from hmar_jax.errors import InputError
 from hmar_jax.interruption import Interruptions
 
+_log = logging.getLogger(__name__)
 _LONGEST_MESSAGE = 1000  # bytes, of what one process sends to the others
+_NOTICE_SECONDS = 3.0  # JAX looks for a signal every second
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
 
@@ -132,6 +136,8 @@ def initialize(
     else:
         _check_flags(coordinator, num_processes, process_id)
         where, alone = coordinator, False
+    if not alone:  # JAX waits for the others for minutes
+        _log.info("waiting for the other processes of %s ...", where)
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, local_device_ids=local_devices
@@ -244,6 +250,12 @@ class StopRequest:
             interruptions.on_signal = lambda: os.kill(os.getpid(), signal.SIGTERM)
             if interruptions.received is not None:
                 interruptions.on_signal()
+
+    def ask(self) -> None:
+        """Asks all processes to stop after the same step, if there are several."""
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_NOTICE_SECONDS)
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step. Call it in every process after every step."""

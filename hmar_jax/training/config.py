@@ -11,6 +11,9 @@ def _interval(default: int, help: str, share_of_run: float) -> Any:
     return setting(default, help, at_least=1, harmless=True, share_of_run=share_of_run)
 
 
+MAX_STEPS = 2**31 - 1  # the step is an int32 on the devices
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Settings):
     """The top level of a config."""
@@ -18,7 +21,7 @@ class TrainConfig(Settings):
     family: str = setting("", "What is trained: a name in the registry.")
     task: str = setting("", "Which kind of training of the family.")
     seed: int = setting(0, "Seed of all random numbers.", at_least=0, at_most=2**32 - 1)
-    steps: int = setting(0, "Training steps.", at_least=0)
+    steps: int = setting(0, "Training steps.", at_least=0, at_most=MAX_STEPS)
     batch_size: int = setting(0, "Images of a step, of all devices together.", at_least=1)
     log_every: int = _interval(100, "Steps between log lines.", 0.1)
     eval_every: int = _interval(5000, "Steps between evaluations.", 0.25)

@@ -6,7 +6,7 @@ A run starts from the latest good checkpoint of its directory, or from scratch w
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,17 +17,18 @@ from ml_collections import ConfigDict
 
 from hmar_jax.data.agreement import check_same_data
 from hmar_jax.data.decode_errors import DecodeErrorLog
-from hmar_jax.data.loader import loader_state_to_bytes, restore_loader_state
+from hmar_jax.data.loader import restore_loader_state
 from hmar_jax.errors import InputError
 from hmar_jax.interruption import Interrupted, Interruptions
 from hmar_jax.io import files, runs
 from hmar_jax.io.checkpoints import RunCheckpoints
-from hmar_jax.io.locks import DirectoryLock, lock_together
+from hmar_jax.io.locks import DirectoryLock, MovedDirectoryError, lock_together
 from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.parallel.chips import peak_flops
 from hmar_jax.progress import announce
 from hmar_jax.training.after_step import AfterStep, OwedWork
+from hmar_jax.training.batches import STEPS_TO_AGREE, Batches
 from hmar_jax.training.compiled_steps import compile_steps
 from hmar_jax.training.experiment import Experiment
 from hmar_jax.training.metrics import LOGGER, log_to_file
@@ -130,10 +131,13 @@ def _run(
     primary = processes.is_primary()
     with contextlib.ExitStack() as closing:
         with stop.immediate():  # may encode all images
-            batches = iter(experiment.loader())
-        closing.callback(batches.close)
+            iterator = iter(experiment.loader())
+        closing.callback(iterator.close)
         if restored is not None:
-            restore_loader_state(batches, restored.metadata["data_state"])
+            restore_loader_state(iterator, restored.metadata["data_state"])
+        several = jax.process_count() > 1
+        ahead = STEPS_TO_AGREE if several else 0
+        batches = Batches(iterator, task.steps - start, ahead, stop.ask)
         reporter = Reporter(directory, start, task.steps, config.task) if primary else None
         if reporter is not None:
             closing.callback(reporter.close)
@@ -159,13 +163,35 @@ def _run(
         # Those of the last evaluation. A lambda: the last count counts.
         closing.callback(lambda: report_decode_errors(experiment.decode_errors, num_reported))
         meter = Meter(config.batch_size, _peak_images_per_second(task, mesh))
+
+        def save(has_work: bool = False) -> None:
+            lock.check(look=True)
+            meter.check()
+            if reporter is not None:
+                reporter.sync()  # lines before the checkpoint are not written again
+            if has_work:
+                owed.note(step)
+            checkpoints.save(step, state, batches.position, steps_of_run=task.steps)
+
+        def save_elsewhere(directory: epath.Path) -> int:
+            with RunCheckpoints(directory, config.keep_checkpoints, config.keep_best) as moved:
+                moved.save(step, state, batches.position, steps_of_run=task.steps)
+            return step
+
+        if not several:
+            closing.enter_context(_follows(save_elsewhere))
+        if step < task.steps:
+            announce("reading the first images")
+            batches.fill()
+            processes.raise_on_all_processes(batches.failure)
         while step < task.steps and not stop.stopped:
+            with meter.time("data"):
+                batch = batches.take()
+                if batch is None:
+                    break
+                batch = sharding.global_batch(mesh, batch, config.batch_size)
             step += 1
             first, last = step == start + 1, step == task.steps
-            if first:
-                announce("reading the first images")
-            with meter.time("data"):
-                batch = sharding.global_batch(mesh, next(batches), config.batch_size)
             if first:
                 announce("compiling the training step")
             with stop.immediate() if first else contextlib.nullcontext():
@@ -184,16 +210,17 @@ def _run(
                 stopped = stop.requested(step)
                 has_work = any(_due_after(step, config, experiment))
                 if has_work or last or stopped or step % config.checkpoint_every == 0:
-                    meter.check()
-                    if reporter is not None:
-                        reporter.sync()  # lines before the checkpoint are not written again
-                    if has_work:
-                        owed.note(step)
-                    position = loader_state_to_bytes(batches)
-                    checkpoints.save(step, state, position, steps_of_run=task.steps)
+                    save(has_work)
                 if has_work and not stopped:
                     checkpoints.wait()  # on disk, whatever happens in the evaluation
                     finish_step()
+        if batches.failure is not None and not stop.stopped and step < task.steps:
+            if several:  # too late: the others compute a step that this process has no part of
+                raise batches.failure
+            if step > start:
+                save()
+        if step < task.steps:
+            _raise_if_no_data(batches.failure, checkpoints, step, step > start)
         if stop.stopped and (step < task.steps or owed.is_owed(step)):
             LOGGER.info("stopped by a signal after step %d; rerun the command to resume", step)
         else:
@@ -216,6 +243,33 @@ def _stops(stop: processes.StopRequest) -> Iterator[None]:
         yield
     except Interrupted:
         stop.stopped = True
+
+
+@contextlib.contextmanager
+def _follows(save: Callable[[epath.Path], int]) -> Iterator[None]:
+    """Saves a run whose directory was moved, where it is now, and raises what to do."""
+    try:
+        yield
+    except MovedDirectoryError as error:
+        if error.place is None:
+            raise
+        step = save(error.place)
+        raise InputError(
+            f"{error}; step {step} is saved there: rerun the command with --workdir={error.place}"
+        ) from error
+
+
+def _raise_if_no_data(
+    failure: Exception | None, checkpoints: RunCheckpoints, step: int, is_saved: bool
+) -> None:
+    """Raises a failure to read the training data, of any process, once the steps are on disk."""
+    try:
+        processes.raise_on_all_processes(failure)
+    except Exception:
+        if is_saved:
+            checkpoints.wait()
+            LOGGER.info("stopped after step %d, which is saved; rerun the command to resume", step)
+        raise
 
 
 def _wait_for_device(state: Any) -> None:

@@ -104,9 +104,16 @@ class _TensorBoard:
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without a half-written last one; [] where there is no file."""
+    """The lines of metrics.jsonl, without a half-written last one; [] where there is no file.
+
+    Lines that are damaged, as after a crash of the machine, are left out.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
     found = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    data = path.read_bytes() if path.exists() else b""
+    for text in data.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -126,8 +133,13 @@ def _drop_after(path: epath.Path, step: int) -> None:
 
 @contextlib.contextmanager
 def log_to_file(workdir: epath.Path) -> Iterator[None]:
-    """Sends the package's log also to log.txt."""
-    file = AppendedFile(workdir / "log.txt")
+    """Sends the package's log also to log.txt; no run ends because that cannot be written."""
+    try:
+        file = AppendedFile(workdir / "log.txt")
+    except OSError as error:
+        LOGGER.warning("this log is not kept in log.txt, training continues: %s", error)
+        yield
+        return
     handler = _LogFile(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOGGER.addHandler(handler)

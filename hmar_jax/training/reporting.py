@@ -27,10 +27,14 @@ class Reporter:
 
     def __post_init__(self):
         self._failed: set[str] = set()
-        self._writer = MetricsWriter(self.directory, self.start)
+        self._writer: MetricsWriter | None = None
+        self._try("writing metrics", self._open)
         self._progress = Progress(
             self.name, self.steps, "step", start=self.start, opening=False, line_seconds=120
         )
+
+    def _open(self) -> None:
+        self._writer = MetricsWriter(self.directory, self.start)
 
     def _try(self, what: str, do: Callable[[], object]) -> None:
         """Nothing that is reported is worth a training step; a failure is named once."""
@@ -47,7 +51,9 @@ class Reporter:
     def report(self, step: int, means: dict[str, float]) -> None:
         if not means:
             return
-        self._try("writing metrics", lambda: self._writer.write(step, means))
+        if self._writer is not None:
+            writer = self._writer
+            self._try("writing metrics", lambda: writer.write(step, means))
         short = ("loss", "accuracy", "psnr", "usage/any", "images_per_second")
         words = [
             f"{name} {value:.4g}"
@@ -60,11 +66,13 @@ class Reporter:
         LOGGER.info("step %d of %d: %s", step, self.steps, ", ".join(words))
 
     def sync(self) -> None:
-        self._try("writing metrics", self._writer.sync)
+        if self._writer is not None:
+            self._try("writing metrics", self._writer.sync)
 
     def close(self) -> None:
         self._try("showing the progress", self._progress.close)
-        self._try("writing metrics", self._writer.close)
+        if self._writer is not None:
+            self._try("writing metrics", self._writer.close)
 
 
 def log_first_step(step: int, steps: int, metrics: dict) -> None:

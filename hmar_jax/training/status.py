@@ -1,5 +1,6 @@
 """How far a run is: its checkpoints and losses, read from its directory alone."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +20,9 @@ def describe_run(
       command: the one that trains it, "train" or "train-tokenizer".
     """
     directory = files.absolute(workdir)
-    saved = checkpoints.steps_of_run(directory)
-    lines = read_metrics(directory / "metrics.jsonl")
+    saved, lines = checkpoints.steps_of_run(directory), []
+    with contextlib.suppress(OSError):  # the losses alone are missing then
+        lines = read_metrics(directory / "metrics.jsonl")
     step = max(saved, default=0)
     total = checkpoints.metadata_of_run(directory, step).get("steps_of_run") if saved else None
     total = total or config.get("steps") or None  # of runs of earlier versions
