@@ -1,6 +1,7 @@
 """Several processes on one machine: a run that they train, kills, resuming on others, agreement."""
 
 import json
+import logging
 import os
 import pathlib
 import random
@@ -412,6 +413,16 @@ def test_a_task_that_srun_did_not_start(tmp_path, capfd, monkeypatch):
     assert cli.main(tiny.train(tmp_path / "run", tokenizer="unused")) == 2
     message = capfd.readouterr().err
     assert message.count("\n") == 1 and "SLURM (SLURM_NTASKS=4)" in message
+
+
+def test_waiting_for_other_processes_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(processes, "_QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.5))
+    monkeypatch.setattr(logging.getLogger("hmar_jax"), "propagate", True)
+    with caplog.at_level(logging.INFO, "hmar_jax"):
+        processes.initialize("127.0.0.1:9", 2, 1)
+    (record,) = caplog.records
+    assert record.getMessage() == "waiting for the other processes of 127.0.0.1:9 ..."
 
 
 # What the processes of a run agree on

@@ -134,7 +134,7 @@ def test_weights_that_do_not_fit_together(tmp_path, vae):
     path = write(tmp_path / "head.safetensors", state, **{"head.bias": np.zeros(5, np.float32)})
     assert message_of(path, vae) == (
         "the weights do not fit the model that they seem to be: transformer.head.bias must have "
-        "shape (16,); got (5,)"
+        "shape (16,); got shape (5,)"
     )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from hmar_jax.interruption import Interruptions
 
 _log = logging.getLogger(__name__)
 _LONGEST_MESSAGE = 1000  # bytes, of what one process sends to the others
+_QUIET_SECONDS = 3.0  # before it is said that this process waits for others
 _NOTICE_SECONDS = 3.0  # JAX looks for a signal every second
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
@@ -136,9 +138,14 @@ def initialize(
     else:
         _check_flags(coordinator, num_processes, process_id)
         where, alone = coordinator, False
-    if not alone:  # JAX waits for the others for minutes
-        _log.info("waiting for the other processes of %s ...", where)
+    # JAX waits for the others for minutes.
+    waiting = threading.Timer(
+        _QUIET_SECONDS, _log.info, ("waiting for the other processes of %s ...", where)
+    )
+    waiting.daemon = True
     try:
+        if not alone:
+            waiting.start()
         jax.distributed.initialize(
             coordinator, num_processes, process_id, local_device_ids=local_devices
         )
@@ -146,6 +153,8 @@ def initialize(
         if alone:
             return  # such as a notebook in a job of one task, after its first computation
         raise InputError(_not_connected(where, error)) from error
+    finally:
+        waiting.cancel()
 
 
 def _check_flags(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
