@@ -18,7 +18,7 @@ from hmar_jax.families.hmar.spec import HmarSpec
 from hmar_jax.families.hmar.transformer import NextScaleTransformer, TransformerConfig
 from hmar_jax.io import checkpoints
 from hmar_jax.loading import load_spec_and_params
-from hmar_jax.training import loop, step
+from hmar_jax.training import session, step
 from hmar_jax.training.metrics import Mean
 from hmar_jax.training.optimizer import OptimizerConfig
 from hmar_jax.training.task import TaskDefaults
@@ -102,7 +102,7 @@ def test_a_run_skips_steps_and_stops_after_ten_in_a_row(tmp_path, monkeypatch, c
         return loss, metrics | {"loss": jnp.where(bad, jnp.nan, metrics["loss"])}
 
     monkeypatch.setattr(NextScaleTask, "loss", sometimes_nan)
-    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(session, "peak_flops", lambda device: 1e12)
     run = tmp_path / "run"
     with tiny.cached():
         assert cli.main(tiny.train(run, ema_decay=0.9, keep_best=1, keep_checkpoints=1)) == 1
