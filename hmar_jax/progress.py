@@ -1,4 +1,4 @@
-"""Says what goes on while something takes long: a bar on a terminal, lines in the log elsewhere.
+"""Progress of long operations: a bar on a terminal, lines in the log elsewhere.
 
 Only the first process of a run says anything.
 """

@@ -222,7 +222,7 @@ def test_signals_are_noted_where_an_exception_would_do_harm():
 
 
 def test_a_swallowed_exception_is_raised_again(capfd):
-    """Python prints exceptions in callbacks of the garbage collector, and goes on."""
+    """Python prints exceptions in callbacks of the garbage collector, and continues."""
     raised = []
 
     def callback(phase, _info):

@@ -271,7 +271,7 @@ def test_pod_stop(pod):
     for worker in "01":
         wait_until((pod.folder / f"worker{worker}/hmar/status").exists)
     assert sum("saved" in call for call in pod.calls("hmar")) == 2
-    # Who follows the run is told, and does not start it again.
+    # The command that follows the run reports it, and does not restart the run.
     _, err = follower.communicate(timeout=30)
     assert follower.returncode == 143 and err.count("stopped on request; run the same command") == 2
     assert len([call for call in pod.calls("hmar") if "started" in call]) == 2

@@ -77,7 +77,7 @@ class Holder:
         return self.host == here.host
 
     def is_running(self, here: "Holder") -> bool | None:
-        """Whether the process runs; None if that cannot be told from here."""
+        """Whether the process runs; None if it is unknown on this machine."""
         if not self.is_on_this_machine(here) or self.pids != here.pids:
             return None
         start = _process_start(self.pid)
