@@ -111,3 +111,22 @@ def relative(actual, expected) -> float:
 def sandbox(tmp_path):
     """For tests of the launch scripts."""
     return launch_sandbox.Sandbox(tmp_path)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, do): calls `do` after n steps of this process."""
+    from hmar_jax.training.reporting import Reporter  # JAX is imported where it is needed
+
+    def install(number, do):
+        advance, count = Reporter.advance, []
+
+        def advance_and_do(self):
+            advance(self)
+            count.append(1)
+            if len(count) == number:
+                do()
+
+        monkeypatch.setattr(Reporter, "advance", advance_and_do)
+
+    return install

@@ -16,7 +16,6 @@ from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
 from hmar_jax.io import checkpoints
 from hmar_jax.training.batches import Batches
-from hmar_jax.training.reporting import Reporter
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -27,24 +26,6 @@ def saved_step(text: str, workdir: pathlib.Path) -> int:
     [step] = re.findall(r"stopped after step (\d+), which is saved", text)
     assert checkpoints.steps_of_run(workdir)[-1] == int(step)
     return int(step)
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(n, do): calls `do` after n steps of this process."""
-
-    def install(number, do):
-        advance, count = Reporter.advance, []
-
-        def advance_and_do(self):
-            advance(self)
-            count.append(1)
-            if len(count) == number:
-                do()
-
-        monkeypatch.setattr(Reporter, "advance", advance_and_do)
-
-    return install
 
 
 def test_images_that_disappear_cost_no_step(tmp_path, at_step, capfd):

@@ -4,30 +4,17 @@ import shutil
 
 from hmar_jax.cli import main as cli
 from hmar_jax.io import checkpoints
-from hmar_jax.training.reporting import Reporter
 from tests import tiny
 
 CHANGES = dict(log_every=5, eval_every=1000, sample_every=1000, checkpoint_every=10, steps=40)
 
 
-def after_step(number, monkeypatch, do):
-    advance, count = Reporter.advance, []
-
-    def advance_and_do(self):
-        advance(self)
-        count.append(1)
-        if len(count) == number:
-            do()
-
-    monkeypatch.setattr(Reporter, "advance", advance_and_do)
-
-
-def test_a_run_that_is_moved_is_saved_where_it_is(tmp_path, monkeypatch, capfd):
+def test_a_run_that_is_moved_is_saved_where_it_is(tmp_path, at_step, capfd):
     """It made a second directory at the old place, with checkpoints and nothing else, status 0."""
     workdir, moved = tmp_path / "run", tmp_path / "moved" / "here"
     moved.parent.mkdir()
     arguments = tiny.train(workdir, **CHANGES)
-    after_step(25, monkeypatch, lambda: workdir.rename(moved))
+    at_step(25, lambda: workdir.rename(moved))
     with tiny.cached():
         assert cli.main(arguments) == 2
         last = capfd.readouterr().err.splitlines()[-1]
@@ -39,10 +26,10 @@ def test_a_run_that_is_moved_is_saved_where_it_is(tmp_path, monkeypatch, capfd):
     assert checkpoints.steps_of_run(moved)[-1] == 40 and not workdir.exists()
 
 
-def test_a_run_that_is_deleted_ends(tmp_path, monkeypatch, capfd):
+def test_a_run_that_is_deleted_ends(tmp_path, at_step, capfd):
     workdir = tmp_path / "run"
     arguments = tiny.train(workdir, **CHANGES)
-    after_step(25, monkeypatch, lambda: shutil.rmtree(workdir))
+    at_step(25, lambda: shutil.rmtree(workdir))
     with tiny.cached():
         assert cli.main(arguments) == 2
     last = capfd.readouterr().err.splitlines()[-1]
