@@ -8,6 +8,9 @@ photos    hundreds to thousands of your own images at 64 pixels, in class folder
           configs/tokenizer.py:photos. Small and regularized. Losses and times of a short run:
           docs/own_images.md.
 cifar10   32x32 images; needs a tokenizer trained with configs/tokenizer.py:cifar10.
+finetune  continues from the parameters of a model: --config.init_from=MODEL, a run, a bundled or a
+          converted model. Architecture, tokenizer and defaults of sampling are that model's, unless
+          they are given. Classes may be others. See docs/fine_tuning.md.
 d16_256 d20_256 d24_256 d30_256 d24_512 d36_512 d16_1024
           the published sizes and recipe (HMAR, arXiv 2506.04421; VAR, arXiv 2404.02905), on
           ImageNet: --config.data.source=folder:DIR or tfds:imagenet2012. Published FID at 256
@@ -64,7 +67,9 @@ _SIZES = {  # name: depth, side of the images
     "d36_512": (36, 512),
     "d16_1024": (16, 1024),
 }
-NAMES = ("digits", "photos", "cifar10", *_SIZES)
+NAMES = ("digits", "photos", "cifar10", "finetune", *_SIZES)
+# Of the group model: what `finetune` takes from the model that it starts from.
+_NETWORK = ("depth", "width", "heads", "mlp_ratio", "pattern", "qk_norm", "shared_adaln")
 
 
 def base() -> ConfigDict:
@@ -119,6 +124,21 @@ def cifar10() -> ConfigDict:
     return c
 
 
+def finetune() -> ConfigDict:
+    """A short run at a small learning rate, from a model with any architecture."""
+    c = base()
+    schema = TASKS["next_scale"].schema
+    schema.leave_empty(c, [f"model.{name}" for name in _NETWORK])
+    schema.leave_empty(c, [f"sampling.{name}" for name in c.sampling])
+    c.steps, c.batch_size = 1000, 32
+    c.data.transform.update(kind="resize_crop", flip=True)
+    c.model.update(dropout=0.1, remat="matmuls")
+    c.recipe.update(learning_rate=2e-4, warmup_steps=50, end_ratio=0.01)
+    c.ema_decay = 0.999
+    c.log_every, c.eval_every, c.sample_every, c.checkpoint_every = 20, 250, 250, 250
+    return c
+
+
 def published(depth: int, side: int) -> ConfigDict:
     p = _PUBLISHED[depth]
     c = base()
@@ -157,12 +177,15 @@ def masked(name: str, stage1: ConfigDict) -> ConfigDict:
         for key in set(c[group]) & set(stage1[group]) - {"loss_weights"}:
             c[group][key] = stage1[group][key]
     c.task, c.stage1_config = "masked", name
-    c.model.masked_depth = max(1, stage1.model.depth // 2)
+    if stage1.model.depth is not None:
+        c.model.masked_depth = max(1, stage1.model.depth // 2)
     if name == "digits":
         c.steps = 1000
         c.sampling.update(guidance=0.75, choice_temperature=4.0)
     elif name == "photos":
         c.steps = 1000
+    elif name == "finetune":
+        c.model.masked_depth = TASKS["masked"].schema.default_config().model.masked_depth
     elif name == "cifar10":
         c.epochs = 50
     else:
@@ -177,7 +200,7 @@ def get_config(spec: str) -> ConfigDict:
     stage = pairs.pop("stage", "next_scale")
     if stage not in TASKS:
         raise InputError(f"stage must be next_scale (stage 1) or masked (stage 2); got {stage!r}")
-    small = {"digits": digits, "photos": photos, "cifar10": cifar10}
+    small = {"digits": digits, "photos": photos, "cifar10": cifar10, "finetune": finetune}
     config = published(*_SIZES[name]) if name in _SIZES else small[name]()
     if stage == "masked":
         if "pattern" in pairs:

@@ -4,6 +4,8 @@ digits   the demo: 32x32 handwritten digits, about two minutes on two CPU cores.
 photos   a small tokenizer for a folder of photographs, random 64-pixel crops:
          --config.data.source=folder:DIR. Metrics over time: docs/tokenizer.md.
 cifar10  32x32 images of CIFAR-10: --config.data.source=folder:DIR or tfds:cifar10.
+finetune continues from the tokenizer of a model: --config.init_from=MODEL, a run, a bundled or a
+         converted model. The architecture is that model's, unless it is given.
 vae_256  the published architecture (VAR, arXiv 2404.02905; 16 pixels a token, V 4096, Z 32) for
          256-pixel images. Its training recipe is not published; this one is VQGAN's, not measured
          here.
@@ -17,7 +19,7 @@ from ml_collections import ConfigDict
 from hmar_jax.autoencoders.vq_training import TASKS
 from hmar_jax.config_files import override_all, parse_spec
 
-NAMES = ("digits", "photos", "cifar10", "vae_256")
+NAMES = ("digits", "photos", "cifar10", "finetune", "vae_256")
 
 
 def base() -> ConfigDict:
@@ -79,6 +81,18 @@ def cifar10() -> ConfigDict:
     return c
 
 
+def finetune() -> ConfigDict:
+    """The codebook stays in use as it is: entries that these images do not use are not replaced."""
+    c = base()
+    schema = TASKS["tokenizer"].schema
+    schema.leave_empty(c, [f"model.{name}" for name in c.model if name not in ("dropout", "dtype")])
+    c.steps, c.batch_size = 2000, 16
+    c.data.transform.update(kind="random_crop", flip=True)
+    c.recipe.update(learning_rate=1e-4, vq_start_step=0, reset_every=0)
+    c.log_every, c.eval_every, c.sample_every, c.checkpoint_every = 50, 250, 250, 250
+    return c
+
+
 def vae_256() -> ConfigDict:
     c = base()
     c.steps, c.batch_size = 250_000, 128
@@ -100,7 +114,7 @@ def vae_256() -> ConfigDict:
 def get_config(spec: str) -> ConfigDict:
     """From "NAME[,key=value...]"."""
     name, pairs = parse_spec(spec, NAMES)
-    configs = {"digits": digits, "photos": photos, "cifar10": cifar10, "vae_256": vae_256}
-    config = configs[name]().lock()
+    configs = (digits, photos, cifar10, finetune, vae_256)
+    config = {make.__name__: make for make in configs}[name]().lock()
     override_all(config, pairs.items(), TASKS["tokenizer"].schema)
     return config

@@ -142,6 +142,25 @@ class ConfigSchema:
                 node[key] = declared.new if value is None else value
         return settled
 
+    def leave_empty(self, config: ConfigDict, names: Iterable[str]) -> None:
+        """Empties dotted keys of a config, to be filled in when a run starts from a model.
+
+        They still have a type and can be set, in config files and on the command line.
+        """
+        for name in names:
+            group, _, key = name.rpartition(".")
+            cls, field = self.fields(group)[key]
+            set_value(config, name, _empty(cls, field))
+
+    def empty_keys(self, config: ConfigDict) -> list[str]:
+        """Dotted keys that are empty and whose declaration allows no empty value."""
+        return [
+            _join(group, name)
+            for group in self.groups
+            for name, (_, field) in self.fields(group).items()
+            if field.default is not None and get_value(config, _join(group, name)) is None
+        ]
+
     def _kept(self) -> Iterator[tuple[str, settings.Declaration]]:
         """Dotted names of the keys that a run keeps from its start, and their declarations."""
         for group in self.groups:
@@ -373,7 +392,7 @@ def _convert(key: str, text: str, old: Any, kind: type) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise wrong
-    if kind is tuple and {type(item) for item in value} - {type(item) for item in old}:
+    if kind is tuple and old and {type(item) for item in value} - {type(item) for item in old}:
         raise wrong
     return value
 

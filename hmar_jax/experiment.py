@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from hmar_jax import families, settings
+from hmar_jax import families, initialization, settings
 from hmar_jax.autoencoders import models, reconstruction
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec
 from hmar_jax.config_files import ConfigSchema
@@ -27,12 +27,13 @@ from hmar_jax.data.records import (
 from hmar_jax.data.sources import SourceConfig, records_directory
 from hmar_jax.errors import InputError
 from hmar_jax.experiment_data import TrainingData, held_out_images, open_data, preview_images
+from hmar_jax.initialization import Start
 from hmar_jax.io import files, identity, runs
 from hmar_jax.io.identity import Inputs
 from hmar_jax.loading import is_copy, load_spec_and_params
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.progress import phase
-from hmar_jax.training import run_length
+from hmar_jax.training import run_length, weights_and_biases
 from hmar_jax.training.config import MAX_STEPS
 from hmar_jax.training.experiment import Experiment, FrozenModel
 from hmar_jax.training.step import init_state
@@ -59,7 +60,9 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
       InputError: something in the config does not fit together. Nothing has been written then.
     """
     trainable, kind = task_kind(config)
+    config, start = initialization.complete(config, trainable, kind, workdir)
     kind.schema.check(config)
+    weights_and_biases.check_project(config.get("wandb", ""))
     if not config.data.source:
         encoded = "tokens:DIR, " if kind.parent_key else ""
         raise InputError(
@@ -80,6 +83,11 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     saved = runs.saved_config(workdir, kind.schema) if workdir else None
     config, notes = run_length.fit_to_run(config, kind.schema, steps, saved)
     setup = trainable.make_task(config, parent, data.info)
+    initial = None
+    if start is not None:
+        initial = initialization.initial_params(config, trainable, setup, start)
+        notes += initialization.tokenizer_warnings(start, parent, parent_params)
+        setup = setup._replace(spec=initialization.with_provenance(setup.spec, start))
     task = setup.task
     if data.kind not in task.input_kinds:
         kinds = ", ".join(sorted(task.input_kinds))
@@ -89,7 +97,7 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     # Whatever only the networks and the optimizer can find out.
     state = jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
     if saved is None:
-        notes += _warnings(setup, data, parent, parent_params)
+        notes += _warnings(setup, data, parent, parent_params, from_scratch=start is None)
     kept = None
     if setup.parent_spec is not None:
         parts = _kept_parts(setup, parent_params)
@@ -110,10 +118,11 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         kept,
         Inputs(
             data.described,
-            _fingerprint_files(config, kind),
+            _fingerprint_files(config, kind) | _fingerprint_start(kind, start),
             parent_difference,
             labels_matter=not isinstance(setup.spec, AutoencoderSpec),
         ),
+        initial,
     )
 
 
@@ -132,14 +141,13 @@ def _overview(task: Any, data: TrainingData, mesh: Mesh, params: Any) -> str:
 
 
 def _warnings(
-    setup: Any, data: TrainingData, parent: Parent | None, parent_params: Any
+    setup: Any, data: TrainingData, parent: Parent | None, parent_params: Any, from_scratch: bool
 ) -> list[str]:
     """Why a new run may not work on its data, in words."""
-    task = setup.task
-    found = [
-        *run_length.warnings(task.steps, task.batch_size, data.info.num_images),
-        *setup.warnings,
-    ]
+    task, found = setup.task, []
+    if from_scratch:
+        found += run_length.warnings(task.steps, task.batch_size, data.info.num_images)
+    found += setup.warnings
     if parent is not None and processes.is_primary():
         images = held_out_images(data)
         with phase(f"trying {parent.name} on held-out images"):
@@ -210,13 +218,19 @@ def _parent_difference(key: str, former: str, name: str, kept: tuple[Any, Any]) 
 
 def _fingerprint_files(config: ConfigDict, kind: TaskKind) -> dict[str, str]:
     """Fingerprints of the files that a config names beside its data set and its parent."""
-    keys = kind.schema.inputs() - {"data.source", kind.parent_key}
+    keys = kind.schema.inputs() - {"data.source", kind.parent_key, kind.initial_key}
     paths = {key: config.get(key, "") for key in keys}
     return {
         key: hashlib.blake2b(epath.Path(path).read_bytes(), digest_size=8).hexdigest()
         for key, path in sorted(paths.items())
         if path and epath.Path(path).exists()
     }
+
+
+def _fingerprint_start(kind: TaskKind, start: Start | None) -> dict[str, str]:
+    if start is None or kind.initial_key is None:
+        return {}
+    return {kind.initial_key: initialization.fingerprint(start, kind.initial_key)}
 
 
 def recorded_source_config(model: str) -> SourceConfig | None:

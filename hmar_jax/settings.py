@@ -185,6 +185,16 @@ def kinds(cls: type | None, field: dataclasses.Field) -> tuple[type, ...]:
     return tuple(found)
 
 
+def differences(there: Any, here: Any, ignored: Iterable[str] = ()) -> list[str]:
+    """In words, how two instances of one class of settings differ."""
+    names = [f.name for f in dataclasses.fields(here) if f.name not in ignored]
+    return [
+        f"{name} is {getattr(there, name)!r} there and {getattr(here, name)!r} here"
+        for name in names
+        if getattr(there, name) != getattr(here, name)
+    ]
+
+
 # Config files
 
 

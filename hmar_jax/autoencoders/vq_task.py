@@ -85,8 +85,9 @@ class VQRecipe(OptimizerConfig):
 
     vq_start_step: int = setting(
         100,
-        "First step that quantizes; the codebook is initialized with data just before it.",
-        at_least=1,
+        "First step that quantizes; the codebook is initialized with data just before it. 0: the "
+        "codebook of config.init_from stays.",
+        at_least=0,
         share_of_run=0.1,
         former_name="unquantized_steps",
     )

@@ -6,10 +6,15 @@ parameters. Inputs of runs that have no fingerprints yet are known by their plac
 
 import collections
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from hmar_jax import config_files
 from hmar_jax.config_files import ConfigSchema
@@ -38,6 +43,20 @@ class Inputs:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     parent_difference: str | None = None
     labels_matter: bool = True
+
+
+def fingerprint_params(params: Any) -> str:
+    """16 hexadecimal digits of the names, shapes and values of parameters, nested dicts of arrays.
+
+    They do not depend on whether float32 values that float16 has too are stored as float16.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    leaves = jax.tree.leaves_with_path(params)
+    for name, x in sorted((jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves):
+        digest.update(f"{name}{x.shape}".encode())
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)  # also bfloat16
+        digest.update(np.ascontiguousarray(x, "<f4" if is_float else x.dtype).tobytes())
+    return digest.hexdigest()
 
 
 def shorten(items: Iterable[str]) -> str:
@@ -117,9 +136,12 @@ def class_conflicts(model: Sequence[str], data: Sequence[str]) -> list[str]:
 
     The ids of WordNet (n01440764) are no names of their own: ImageNet's classes have both.
     """
-    if any(all(map(_WORDNET_ID.fullmatch, names)) for names in (model, data)):  # also without any
-        return []
-    return class_differences(model, data)
+    return class_differences(model, data) if are_names(model) and are_names(data) else []
+
+
+def are_names(names: Sequence[str]) -> bool:
+    """Whether there are names, and not only ids of WordNet."""
+    return not all(map(_WORDNET_ID.fullmatch, names))
 
 
 def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

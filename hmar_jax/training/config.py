@@ -33,6 +33,12 @@ class TrainConfig(Settings):
     keep_best: int = setting(
         1, "How many checkpoints of least validation loss to keep.", at_least=0, harmless=True
     )
+    wandb: str = setting(
+        "",
+        "Project of Weights & Biases that metrics are sent to as well: PROJECT or ENTITY/PROJECT; "
+        "empty: none.",
+        harmless=True,
+    )
     ema_decay: float = setting(
         0.0,
         "Decay of a moving average of the parameters, which evaluation and sampling use; 0: none.",

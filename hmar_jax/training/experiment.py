@@ -13,6 +13,7 @@ from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.io.identity import Inputs
 from hmar_jax.training.task import Params, Task
+from hmar_jax.training.trainable import InitialParams
 
 
 class Spec(Protocol):
@@ -59,3 +60,5 @@ class Experiment:
     warnings: tuple[str, ...]  # what was changed, and why the recipe may not work
     parent: FrozenModel | None = None
     inputs: Inputs = Inputs()
+    # Of a run that starts from another model's parameters; called where there is no checkpoint.
+    initial: Callable[[], InitialParams] | None = None

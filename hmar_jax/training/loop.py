@@ -13,6 +13,7 @@ from clu import parameter_overview
 from etils import epath
 from ml_collections import ConfigDict
 
+from hmar_jax.config_files import to_dict
 from hmar_jax.data.agreement import check_same_data
 from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.data.loader import restore_loader_state
@@ -24,6 +25,7 @@ from hmar_jax.io.locks import DirectoryLock, lock_together
 from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.progress import announce
+from hmar_jax.training import weights_and_biases
 from hmar_jax.training.after_step import OwedWork
 from hmar_jax.training.batches import STEPS_TO_AGREE, Batches
 from hmar_jax.training.compiled_steps import compile_steps
@@ -31,6 +33,9 @@ from hmar_jax.training.experiment import Experiment
 from hmar_jax.training.metrics import LOGGER, log_to_file
 from hmar_jax.training.reporting import Reporter
 from hmar_jax.training.session import Session, follow_moved_run
+from hmar_jax.training.state import TrainState
+from hmar_jax.training.trainable import InitialParams
+from hmar_jax.training.weights_and_biases import WandbRun
 
 
 def run(
@@ -118,6 +123,8 @@ def _run(
         announce("compiling the initialization")
         with stop.immediate():  # nothing is lost, and compilation takes long
             state = steps.init(init_key, frozen)
+        if experiment.initial is not None:
+            state = _start_from(experiment.initial(), state)
     else:
         state = restored.state
         LOGGER.info("resuming from step %d", start)
@@ -125,6 +132,7 @@ def _run(
     LOGGER.debug("parameters\n%s", overview)
     LOGGER.debug("mesh %s of %s", dict(mesh.shape), mesh.devices.flat[0].device_kind)
     stop.check()
+    wandb = _start_wandb(config, directory)
 
     with contextlib.ExitStack() as closing:
         with stop.immediate():  # may encode all images
@@ -137,7 +145,7 @@ def _run(
         batches = Batches(iterator, task.steps - start, ahead, stop.ask)
         reporter = None
         if processes.is_primary():
-            reporter = Reporter(directory, start, task.steps, config.task)
+            reporter = Reporter(directory, start, task.steps, config.task, wandb)
             closing.callback(reporter.close)
         session = Session(
             config,
@@ -166,6 +174,25 @@ def _run(
             closing.enter_context(follow_moved_run(session.save_to))
         session.train()
     return session.state
+
+
+def _start_from(initial: InitialParams, state: TrainState) -> TrainState:
+    for note in initial.notes:
+        LOGGER.info("%s", note)
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    return state.starting_from(lambda: sharding.place(initial.params, places))
+
+
+def _start_wandb(config: ConfigDict, directory: epath.Path) -> WandbRun | None:
+    """In the first process; all raise if it cannot start for a reason that the user can mend."""
+    wandb, error = None, None
+    if config.get("wandb") and processes.is_primary():
+        try:
+            wandb = weights_and_biases.start(directory, config.wandb, to_dict(config))
+        except InputError as e:
+            error = e
+    processes.raise_on_all_processes(error)
+    return wandb
 
 
 def _check_same_errors(errors: DecodeErrorLog) -> None:

@@ -12,6 +12,7 @@ from hmar_jax.data.decode_errors import DecodeErrorLog
 from hmar_jax.progress import Progress
 from hmar_jax.training.metrics import LOGGER, MetricsWriter, average
 from hmar_jax.training.step import MAX_SKIPPED_IN_ROW
+from hmar_jax.training.weights_and_biases import WandbRun
 
 _IN_FLIGHT = 2  # steps the device may lag behind: it stays busy, and errors are known soon
 
@@ -24,6 +25,7 @@ class Reporter:
     start: int
     steps: int
     name: str
+    wandb: WandbRun | None = None
 
     def __post_init__(self):
         self._failed: set[str] = set()
@@ -54,6 +56,9 @@ class Reporter:
         if self._writer is not None:
             writer = self._writer
             self._try("writing metrics", lambda: writer.write(step, means))
+        if self.wandb is not None:
+            wandb = self.wandb
+            self._try("sending metrics to Weights & Biases", lambda: wandb.write(step, means))
         short = ("loss", "accuracy", "psnr", "usage/any", "images_per_second")
         words = [
             f"{name} {value:.4g}"
@@ -73,6 +78,8 @@ class Reporter:
         self._try("showing the progress", self._progress.close)
         if self._writer is not None:
             self._try("writing metrics", self._writer.close)
+        if self.wandb is not None:
+            self._try("sending metrics to Weights & Biases", self.wandb.close)
 
 
 def log_first_step(step: int, steps: int, metrics: dict) -> None:

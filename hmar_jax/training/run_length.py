@@ -68,7 +68,7 @@ def _counted(
 
 
 def warnings(steps: int, batch_size: int, num_images: int) -> list[str]:
-    """What speaks against a run of so many steps, in words."""
+    """What speaks against a run from scratch of so many steps, in words."""
     found = []
     if steps < _FEW_STEPS:
         found.append(

@@ -1,5 +1,6 @@
 """The state of a run: what every kind of training saves to resume exactly."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -31,6 +32,15 @@ class TrainState:
             skipped_in_row=zero,
             **more,
         )
+
+    def starting_from(self, place: Callable[[], Any]) -> "TrainState":
+        """The state before the first step with other parameters, and an average that begins there.
+
+        Args:
+          place: puts the parameters on the devices; each call makes its own copy, as a step donates
+            the buffers of its state.
+        """
+        return self.replace(params=place(), ema_params=place() if self.ema_params else {})
 
     @property
     def eval_params(self) -> Any:

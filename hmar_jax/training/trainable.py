@@ -36,6 +36,8 @@ class TaskKind(NamedTuple):
     command: str  # "train" or "train-tokenizer"
     parent_key: str | None = None  # the config key that names the parent
     parent_folder: str | None = None  # where a run directory keeps it
+    # The config key that names the model whose parameters a run starts from (fine-tuning).
+    initial_key: str | None = None
 
 
 class TaskSetup(NamedTuple):
@@ -45,6 +47,13 @@ class TaskSetup(NamedTuple):
     spec: Any  # of the model that comes out
     parent_spec: Any = None  # of the frozen copy in the run directory
     warnings: tuple[str, ...] = ()  # why the recipe may not work on these data
+
+
+class InitialParams(NamedTuple):
+    """The parameters that a run starts from, of another model."""
+
+    params: Params  # all that the task trains, on the host
+    notes: tuple[str, ...]  # what was taken, and what is new, in words
 
 
 class Trainable(Protocol):
@@ -67,6 +76,37 @@ class Trainable(Protocol):
 
         Args:
           kind: of its batches: "image", or a kind of records.
+        """
+        ...
+
+    def initial_values(self, config: Any, initial: Parent) -> Mapping[str, Any]:
+        """Values of the config keys that may be left empty where a run starts from a model.
+
+        Only of trainables with a TaskKind.initial_key.
+
+        Args:
+          initial: the model that the run starts from.
+
+        Returns:
+          Dotted keys and values: architecture, defaults of sampling, parent.
+
+        Raises:
+          InputError: the task cannot start from a model of this kind.
+        """
+        ...
+
+    def initial_params(
+        self, config: Any, setup: TaskSetup, initial: Parent, params: Params
+    ) -> InitialParams:
+        """The parameters that a run starts from.
+
+        Args:
+          config: complete.
+          setup: what is trained.
+          initial, params: the model to start from, by part.
+
+        Raises:
+          InputError: a parameter, but for those of classes, has another shape in that model.
         """
         ...
 

@@ -14,6 +14,7 @@ from hmar_jax.autoencoders.vq import TokenizerConfig, VQAutoencoder
 from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
+from hmar_jax.families.hmar import fine_tuning
 from hmar_jax.families.hmar.masked import MaskedTransformer
 from hmar_jax.families.hmar.masked_task import MaskedTask
 from hmar_jax.families.hmar.next_scale_task import NextScaleTask
@@ -34,7 +35,13 @@ from hmar_jax.parallel.sharding import MeshConfig
 from hmar_jax.settings import Settings, setting
 from hmar_jax.training.config import EncodedDataConfig, GenerativeTrainConfig
 from hmar_jax.training.task import Params
-from hmar_jax.training.trainable import DataInfo, Parent, TaskKind, TaskSetup
+from hmar_jax.training.trainable import (
+    DataInfo,
+    InitialParams,
+    Parent,
+    TaskKind,
+    TaskSetup,
+)
 
 __all__ = ["ConvertConfig", "EditingConfig", "NAME", "SamplingConfig", "TASKS", "convert"]
 
@@ -49,6 +56,12 @@ class _Stage1Keys(Settings):
 
     tokenizer: str = setting(
         "", "A run of train-tokenizer, a model directory or a bundled model.", is_input=True
+    )
+    init_from: str = setting(
+        "",
+        "The model whose parameters training starts from: a run, a model directory or a bundled "
+        "model. Empty: random parameters.",
+        is_input=True,
     )
 
 
@@ -90,6 +103,7 @@ TASKS = {
         command="train",
         parent_key="tokenizer",
         parent_folder="tokenizer",
+        initial_key="init_from",
     ),
     "masked": TaskKind(
         ConfigSchema(
@@ -245,6 +259,18 @@ def frozen_params(config: Any, parent: Parent, parent_params: Params, kind: str)
         tokenizer = VQAutoencoder(parent.spec.autoencoder)
         params[AUTOENCODER] = tokenizer.decoder_params(params[AUTOENCODER])
     return params
+
+
+def initial_values(config: Any, initial: Parent) -> dict[str, Any]:
+    """Values of config keys that may be empty where stage 1 starts from a model."""
+    del config
+    return fine_tuning.initial_values(initial)
+
+
+def initial_params(config: Any, setup: TaskSetup, initial: Parent, params: Params) -> InitialParams:
+    """The parameters that stage 1 starts from; new classes get new embeddings."""
+    rng = np.random.default_rng(config.seed)
+    return fine_tuning.initial_params(setup.spec, initial, params, rng)
 
 
 def planning_parent(config: Any, parent_config: Any = None) -> Any:
