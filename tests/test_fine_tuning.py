@@ -241,7 +241,7 @@ def test_converted_weights_are_fine_tuned(pattern, golden, images, tmp_path, cap
 
 @pytest.mark.slow
 def test_digits_under_other_names_in_a_fifth_of_the_steps(tmp_path, capfd):
-    """Five classes, renamed and reordered. From scratch, 240 steps give 26 % and 1,200 give 100 %."""
+    """Five classes, renamed and reordered; from scratch 240 steps give 26 %, and 1,200 100 %."""
     root, run, found = tmp_path / "five", tmp_path / "run", tmp_path / "found.json"
     names = {7: "a_seven", 2: "b_two", 9: "c_nine", 0: "d_zero", 4: "e_four"}
     for split, source in open_splits("digits").items():

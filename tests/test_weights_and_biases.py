@@ -1,0 +1,112 @@
+"""Metrics of a run in the files that `wandb sync` sends; nothing here needs the network."""
+
+import json
+import struct
+
+import pytest
+
+from hmar_jax.cli import main as cli
+from tests import tiny
+
+wandb = pytest.importorskip("wandb", reason="an optional package")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with tiny.cached():
+        yield
+    wandb.teardown()  # it has read the environment
+
+
+def records(run) -> list:
+    """What the offline files of a run directory hold, in order."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    paths = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    return [Record.FromString(data) for path in paths for data in logged(path.read_bytes())]
+
+
+def logged(data: bytes) -> list[bytes]:
+    """The records of a log in LevelDB's format, after a header of seven bytes."""
+    found, place, block = [], 7, 32768
+    while place + 7 <= len(data):
+        if block - place % block < 7:  # the rest of a block is padding
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        part = data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 2):  # whole, first; otherwise middle, last
+            found.append(part)
+        elif kind:
+            found[-1] += part
+    return found
+
+
+def losses(found) -> list[tuple[int, float]]:
+    rows = []
+    for record in found:
+        if record.WhichOneof("record_type") == "history":
+            row = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
+            if "loss" in row:
+                rows.append((row["step"], row["loss"]))
+    return rows
+
+
+def test_metrics_name_and_config_of_a_run_that_resumes(tmp_path, capfd, at_step):
+    run = tmp_path / "my_run"
+    arguments = tiny.train(run, wandb="team/flowers", steps=40, sample_every=40)
+
+    def fail():
+        raise RuntimeError("as if killed")
+
+    at_step(30, fail)
+    with pytest.raises(RuntimeError):
+        cli.main(arguments)
+    assert "Weights & Biases: offline, in " in capfd.readouterr().err
+    assert cli.main(arguments) == 0
+    found = records(run)
+    runs = [r.run for r in found if r.WhichOneof("record_type") == "run"]
+    assert {(r.entity, r.project, r.display_name) for r in runs} == {("team", "flowers", "my_run")}
+    assert {r.run_id for r in runs} == {(run / "wandb" / "run_id.txt").read_text().strip()}
+    config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    assert config["model"]["depth"] == 2 and config["steps"] == 40
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    by_step = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    # Steps 30 and 40: of the second start, from the checkpoint of step 20.
+    sent = losses(found)
+    assert [step for step, _ in sent][-2:] == [30, 40] and dict(sent) == by_step
+
+
+@pytest.mark.parametrize(
+    "project, words",
+    [
+        ("a/b/c", ["config.wandb must be PROJECT or ENTITY/PROJECT", "got 'a/b/c'"]),
+        ("what?", ["without / \\ # ? % :", "got 'what?'"]),
+    ],
+)
+def test_names_that_are_no_project(project, words, tmp_path, capfd):
+    assert cli.main(tiny.train(tmp_path / "run", wandb=project)) == 2
+    error = capfd.readouterr().err
+    assert all(word in error for word in words) and error.count("\n") == 1, error
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_login_is_needed_online(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))  # without ~/.netrc
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert cli.main(tiny.train(tmp_path / "run", wandb="flowers", steps=4)) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("hmar train: config.wandb=flowers needs a login: run wandb login")
+    assert "WANDB_MODE=offline" in error
+
+
+def test_without_the_package(tmp_path, capfd, monkeypatch):
+    find = "hmar_jax.training.weights_and_biases.importlib.util.find_spec"
+    monkeypatch.setattr(find, lambda name: None)
+    assert cli.main(tiny.train(tmp_path / "run", wandb="flowers")) == 2
+    error = capfd.readouterr().err
+    assert 'requires wandb: pip install "hmar_jax[wandb]"' in error and error.count("\n") == 1
