@@ -13,6 +13,7 @@ from hmar_jax import autoencoders, families, settings
 from hmar_jax.autoencoders.base import AUTOENCODER, AutoencoderSpec
 from hmar_jax.errors import InputError
 from hmar_jax.io import checkpoints, files, models, runs
+from hmar_jax.progress import phase
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent / "bundled"
 
@@ -58,8 +59,15 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
             f"directory with a config.json; got {name!r}"
         )
     jax.devices()  # without one, Orbax fails to read, and sound files would be called damaged
-    where = str(directory / "config.json")
     config = files.read_json(directory / "config.json", "the config of a model or a run")
+    with phase(f"reading the model {name}"):
+        return _load(name, directory, config, checkpoint)
+
+
+def _load(
+    name: str, directory: pathlib.Path | epath.Path, config: Any, checkpoint: int | str
+) -> tuple[Any, dict]:
+    where = str(directory / "config.json")
     if runs.is_run(config):
         spec = families.spec_from_json(config.get("model"), where)
         return _load_run(directory, spec, config["config"].get("task", ""), checkpoint)
@@ -142,4 +150,5 @@ def convert_torch_files(model: str | None = None, family: str = "", **options) -
         raise InputError(f"the family {module.NAME!r} has no published weights to read")
     given = settings.resolve_names(module.ConvertConfig, options)
     given = {name: value for name, value in given.items() if value is not None}
-    return module.convert(model, module.ConvertConfig(**given))
+    with phase("reading the weights"):
+        return module.convert(model, module.ConvertConfig(**given))

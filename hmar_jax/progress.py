@@ -25,15 +25,26 @@ def announce(what: str) -> None:
 
 
 @contextlib.contextmanager
-def phase(what: str) -> Iterator[None]:
-    """Around what may take long: the same line, once it has taken a few seconds."""
-    timer = threading.Timer(QUIET_SECONDS, announce, (what,))
+def phase(what: str, *, at_once: bool = False) -> Iterator[None]:
+    """Around what may take long: that line once it has taken a few seconds, then how long it took.
+
+    Args:
+      what: such as "compiling the training step".
+      at_once: the first line comes at once: the next line of the log is far away.
+    """
+    began, timer = time.monotonic(), threading.Timer(QUIET_SECONDS, announce, (what,))
     timer.daemon = True
-    timer.start()
+    if at_once:
+        announce(what)
+    else:
+        timer.start()
     try:
         yield
     finally:
         timer.cancel()
+    seconds = time.monotonic() - began
+    if seconds >= QUIET_SECONDS and processes.is_primary():
+        LOGGER.info("%s: %s", what, describe_seconds(seconds))
 
 
 class Progress:

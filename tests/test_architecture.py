@@ -24,7 +24,7 @@ FLOORS = (
     ("hmar_jax.autoencoders",),
     ("hmar_jax.families",),
     ("hmar_jax.loading",),
-    ("hmar_jax.experiment_data", "hmar_jax.pipeline"),
+    ("hmar_jax.experiment_data", "hmar_jax.initialization", "hmar_jax.pipeline"),
     ("hmar_jax.experiment", "hmar_jax.evaluation"),
     ("hmar_jax.planning",),
     ("hmar_jax.cli", "hmar_jax.__main__"),
@@ -36,6 +36,7 @@ NEUTRAL_FILES = (
     "pipeline.py",
     "experiment.py",
     "experiment_data.py",
+    "initialization.py",
     "settings.py",
     "config_files.py",
 )

@@ -79,7 +79,9 @@ def test_a_phase_is_named_when_it_takes_long(log, monkeypatch):
         pass
     with phase("long"):
         time.sleep(1)
-    assert log() == ["long ..."]
+    with phase("short", at_once=True):
+        pass
+    assert log() == ["long ...", "long: 1 s", "short ..."]
 
 
 @pytest.mark.parametrize(

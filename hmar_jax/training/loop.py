@@ -24,7 +24,7 @@ from hmar_jax.io.checkpoints import RunCheckpoints
 from hmar_jax.io.locks import DirectoryLock, lock_together
 from hmar_jax.io.models import save_model
 from hmar_jax.parallel import processes, sharding
-from hmar_jax.progress import announce
+from hmar_jax.progress import phase
 from hmar_jax.training import weights_and_biases
 from hmar_jax.training.after_step import OwedWork
 from hmar_jax.training.batches import STEPS_TO_AGREE, Batches
@@ -110,7 +110,8 @@ def _run(
     keys = jax.random.split(jax.random.key(config.seed), 3)
     init_key, run_key, preview_key = (sharding.place_key(key, mesh) for key in keys)
     steps = compile_steps(task, mesh, experiment.frozen, config.ema_decay)
-    restored = checkpoints.restore_latest(steps.state)
+    with phase("reading the latest checkpoint"):
+        restored = checkpoints.restore_latest(steps.state)
     start = 0 if restored is None else restored.step
     owed = OwedWork(directory)
     resumes_work = restored is not None and owed.is_owed(start)
@@ -120,8 +121,8 @@ def _run(
     stop.check()
     frozen = sharding.place(experiment.frozen, jax.tree.map(lambda x: x.sharding, steps.frozen))
     if restored is None:
-        announce("compiling the initialization")
-        with stop.immediate():  # nothing is lost, and compilation takes long
+        # Nothing is lost, and compilation takes long.
+        with phase("compiling the initialization", at_once=True), stop.immediate():
             state = steps.init(init_key, frozen)
         if experiment.initial is not None:
             state = _start_from(experiment.initial(), state)

@@ -16,7 +16,7 @@ from hmar_jax.io.checkpoints import RunCheckpoints
 from hmar_jax.io.locks import DirectoryLock, MovedDirectoryError
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.parallel.chips import peak_flops
-from hmar_jax.progress import announce
+from hmar_jax.progress import phase
 from hmar_jax.training.after_step import AfterStep, OwedWork
 from hmar_jax.training.batches import Batches
 from hmar_jax.training.compiled_steps import CompiledSteps
@@ -74,8 +74,8 @@ class Session:
         """
         self.report_decode_errors()  # also those of cached crops
         if self.step < self._total:
-            announce("reading the first images")
-            self.batches.fill()
+            with phase("reading the first images", at_once=True):
+                self.batches.fill()
             processes.raise_on_all_processes(self.batches.failure)
         while self.step < self._total and not self.stop.stopped:
             with self._meter.time("data"):
@@ -91,9 +91,7 @@ class Session:
     def _train_step(self, batch: Any) -> None:
         self.step += 1
         first = self.step == self.start + 1
-        if first:
-            announce("compiling the training step")
-        with self.stop.immediate() if first else contextlib.nullcontext():
+        with self._compiling() if first else contextlib.nullcontext():
             self.state, metrics = self.steps.train_step(
                 self.state, self.frozen, batch, self.run_key
             )
@@ -105,6 +103,11 @@ class Session:
         if self.step % self.config.log_every == 0 or self.step == self._total:
             self.report(self.step, self._meter.read())
             self.report_decode_errors()
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        with phase("compiling the training step", at_once=True), self.stop.immediate():
+            yield
 
     def _save_and_evaluate(self) -> None:
         """What is due after the step; a checkpoint is on disk before an evaluation begins."""
