@@ -1,8 +1,9 @@
-"""Arguments of `hmar sample`, `edit` and `evaluate`; what they do with them is in sampling.py."""
+"""Arguments of `hmar sample`, `edit` and `evaluate`; what they do with them is in
+sampling.py and editing.py."""
 
 import argparse
 
-from hmar_jax.cli import arguments, sampling
+from hmar_jax.cli import arguments, editing, sampling
 
 
 def add_sample(command) -> None:
@@ -42,7 +43,7 @@ def add_sample(command) -> None:
 def add_edit(command) -> None:
     sub = command(
         "edit",
-        sampling.edit,
+        editing.edit,
         "regenerate a region of an image, without extra training",
         "hmar edit --model=digits --image=seven.png --box=0,11,32,21 --class=7 --out=edited.png "
         "--show=before_and_after.png",
