@@ -3,6 +3,7 @@
 Nothing heavy is imported before the arguments have been checked.
 """
 
+import dataclasses
 import os
 import sys
 
@@ -10,10 +11,14 @@ from hmar_jax import settings
 from hmar_jax.cli import arguments, outputs
 from hmar_jax.errors import InputError
 
+_SHOWN_SIDE = 640  # pixels: larger images are reduced to it in --show
+_LISTED = 10  # squares that are listed in full
+_OUTLINE = (255, 0, 80)
+
 
 def edit(args) -> None:
     """Regenerates a region of an image."""
-    from hmar_jax.io import images, masks
+    from hmar_jax.io import images
 
     endings = tuple(images.FORMATS)
     outputs.check(
@@ -29,35 +34,87 @@ def edit(args) -> None:
 
     from hmar_jax import pipeline
     from hmar_jax.data.decoding import DecodeConfig, decode_image
+    from hmar_jax.io import crops, masks
+    from hmar_jax.progress import phase
 
     decoding = settings.from_arguments(DecodeConfig(), args)
     image = _read("--image", args.image, decode_image, decoding)  # uint8 (h, w, 3)
     mask = _read_mask(args, image, decoding)
+    blending = settings.from_arguments(masks.CompositeConfig(), args)
+    cropping = settings.from_arguments(crops.CropConfig(), args)
     options = arguments.given_options(args, "EditingConfig")
-    for name in ("paste", "feather"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
     if args.coarse:
         settings.warn_renamed("--coarse", "--keep_coarse or --no_keep_coarse")
         options["keep_coarse"] = args.coarse == "keep"
+    if not cropping.resize:
+        images.check_size(args.out, *mask.shape)
     pipe = pipeline.load(args.model, checkpoint=args.checkpoint)
-    with warnings.catch_warnings(record=True) as notices:
+    side = pipe.image_side
+    is_cropped = not cropping.resize and mask.shape != (side, side)
+    windows = crops.find_windows(mask, side, cropping.context) if is_cropped else []
+    own = {**dataclasses.asdict(blending), **dataclasses.asdict(cropping)}
+    with warnings.catch_warnings(record=True) as notices, phase("compiling, then editing"):
         warnings.simplefilter("always", UserWarning)
         key = jax.random.key(args.seed)
-        edited = np.asarray(pipe.edit(key, image, mask, args.class_id, **options))
-    for notice in notices:
-        print(f"hmar edit: {notice.message}", file=sys.stderr)
+        edited = np.asarray(pipe.edit(key, image, mask, args.class_id, **own, **options))
+    messages = [str(notice.message) for notice in notices]
+    if images.is_lossy(args.out) and blending.paste and edited.shape == image.shape:
+        messages.append(
+            f"{args.out}: JPEG changes pixels outside the mask a little; .png and .webp keep them"
+        )
+    for message in messages:
+        print(f"hmar edit: {message}", file=sys.stderr)
     images.save_image(args.out, edited)
     if args.show:
-        side = edited.shape[0]
-        before = images.resize_image(image / np.float32(255), side)
-        shown = masks.resize_mask(mask[None], side)[0]
-        sheet = np.stack([before, np.repeat(shown[..., None], 3, -1), edited])
-        titles = ["before", "mask", "after"]
-        images.save_image(args.show, images.make_grid(sheet, columns=3, titles=titles))
+        images.save_image(args.show, _before_and_after(image, mask, edited, windows))
     written = args.out + (f"; {args.show}" if args.show else "")
     words = f"{written}: new content in {mask.sum():,} of {mask.size:,} pixels"
+    words = "\n".join([words, *_describe_windows(windows, mask.shape, side)])
     print(words, file=outputs.stream_for_words(args.out, args.show))
+
+
+def _describe_windows(windows, shape, side: int) -> list[str]:
+    """A line for each square that was edited: where, and at which scale."""
+    lines = []
+    for top, left, length in windows[:_LISTED]:
+        scale = "at its own scale"
+        if length != side:
+            change, factor = (
+                ("enlarged", length / side) if length > side else ("reduced", side / length)
+            )
+            scale = f"generated at {side}x{side} and {change} {factor:.3g} times"
+        beyond = min(top, left) < 0 or top + length > shape[0] or left + length > shape[1]
+        note = ", of which the part inside the image is used" if beyond else ""
+        lines.append(f"  square {left},{top},{left + length},{top + length}: {scale}{note}")
+    if len(windows) > _LISTED:
+        lines.append(f"  and {len(windows) - _LISTED} more")
+    return lines
+
+
+def _before_and_after(image, mask, edited, windows):
+    """Image, mask and result side by side; what was edited is outlined in the mask."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from hmar_jax.io import images, masks
+
+    height, width = edited.shape[:2]
+    before = image / np.float32(255)
+    if before.shape != edited.shape:  # the model is square, and the result has its size
+        before, mask = images.resize_image(before, width), masks.resize_mask(mask[None], width)[0]
+    selected = np.repeat(mask[..., None], 3, -1).astype(np.float32)
+    factor = min(1, _SHOWN_SIDE / max(height, width))
+    shown = max(1, round(factor * height)), max(1, round(factor * width))
+    panels = np.stack([images.resize_to(x, *shown) for x in (before, selected, edited)])
+    outlined = Image.fromarray(images.to_uint8(panels[1]))
+    draw = ImageDraw.Draw(outlined)
+    for top, left, length in windows:
+        corners = (left, top, left + length, top + length)
+        x0, y0, x1, y1 = (round(factor * c) for c in corners)
+        limits = (max(x0, 0), max(y0, 0), min(x1, shown[1]) - 1, min(y1, shown[0]) - 1)
+        draw.rectangle(limits, outline=_OUTLINE, width=2)
+    panels[1] = np.asarray(outlined) / np.float32(255)
+    return images.make_grid(panels, columns=3, titles=["before", "mask", "after"])
 
 
 def _read_mask(args, image, decoding):

@@ -53,7 +53,8 @@ def add_edit(command) -> None:
         "--image",
         type=arguments.path,
         required=True,
-        help="an image file; of another size than the model's: resized",
+        help="an image file of any size, which it keeps: the model sees and edits a square around "
+        "the mask",
     )
     region = sub.add_mutually_exclusive_group(required=True)
     region.add_argument(
@@ -89,10 +90,11 @@ def add_edit(command) -> None:
         "--show",
         type=arguments.path,
         default=None,
-        help="an image file: before, mask and after, side by side",
+        help="an image file: before, mask and after, side by side; the squares that the model saw "
+        "are outlined",
     )
     sub.add_argument("--coarse", choices=["keep", "free"], default=None, help=argparse.SUPPRESS)
-    arguments.add_composite_options(sub)
+    arguments.add_editing_options(sub)
     arguments.add_decode_options(sub)
     arguments.add_options(sub, "EditingConfig")
 

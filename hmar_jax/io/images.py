@@ -66,6 +66,16 @@ def _kind(path: os.PathLike | str) -> str:
     return FORMATS.get(os.path.splitext(os.fspath(path))[1].lower(), "PNG")
 
 
+def check_size(path: os.PathLike | str, height: int, width: int) -> None:
+    """Raises InputError if a file of this name cannot hold an image of this size."""
+    _check_sides(_kind(path), width, height)
+
+
+def is_lossy(path: os.PathLike | str) -> bool:
+    """Whether pixels change when they are saved to a file of this name."""
+    return _kind(path) == "JPEG"
+
+
 def save_image(path: os.PathLike | str, image: Image.Image | np.ndarray) -> None:
     """Writes an image file, which a reader sees complete or not at all.
 
@@ -204,7 +214,12 @@ def draw_grid(layout: GridLayout, images: np.ndarray) -> Image.Image:
 
 def resize_image(image: np.ndarray, side: int) -> np.ndarray:
     """(h, w, 3) float in [0, 1] -> (side, side, 3), by Lanczos, each channel in full precision."""
-    size, method = (side, side), Image.Resampling.LANCZOS
+    return resize_to(image, side, side)
+
+
+def resize_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(h, w, 3) float in [0, 1] -> (height, width, 3); as resize_image."""
+    size, method = (width, height), Image.Resampling.LANCZOS
     channels = [
         Image.fromarray(image[..., c].astype(np.float32)).resize(size, method) for c in range(3)
     ]

@@ -18,8 +18,12 @@ class CompositeConfig(Settings):
     paste: bool = setting(
         True, "Return the pixels outside the mask unchanged, in place of the decoder's."
     )
-    feather: float = setting(
-        0.0, "With paste: pixels inside the mask's border over which both are mixed.", at_least=0
+    feather: float | None = setting(
+        None,
+        "With paste: pixels inside the mask's border over which new content blends into its "
+        "surroundings. Default: 0 for an image of the model's size; otherwise as many as one pixel "
+        "of the model covers.",
+        at_least=0,
     )
 
 
