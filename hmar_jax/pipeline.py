@@ -472,8 +472,7 @@ def _warn_of_coarse_detail(windows: Sequence[crops.Window], side: int) -> None:
     if largest > _COARSE * side:
         warnings.warn(
             f"new content will be coarse: {largest}x{largest} pixels of the image are generated at "
-            f"{side}x{side} and enlarged {largest / side:.3g} times; mask less at once, or lower "
-            "context",
+            f"{side}x{side} and enlarged {largest / side:.3g} times; smaller regions become finer",
             stacklevel=3,
         )
 

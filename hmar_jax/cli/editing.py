@@ -11,7 +11,6 @@ from hmar_jax import settings
 from hmar_jax.cli import arguments, outputs
 from hmar_jax.errors import InputError
 
-_SHOWN_SIDE = 640  # pixels: larger images are reduced to it in --show
 _LISTED = 10  # squares that are listed in full
 _OUTLINE = (255, 0, 80)
 
@@ -66,7 +65,7 @@ def edit(args) -> None:
         print(f"hmar edit: {message}", file=sys.stderr)
     images.save_image(args.out, edited)
     if args.show:
-        images.save_image(args.show, _before_and_after(image, mask, edited, windows))
+        images.save_image(args.show, before_and_after(image, mask, edited, windows))
     written = args.out + (f"; {args.show}" if args.show else "")
     words = f"{written}: new content in {mask.sum():,} of {mask.size:,} pixels"
     words = "\n".join([words, *_describe_windows(windows, mask.shape, side)])
@@ -91,8 +90,16 @@ def _describe_windows(windows, shape, side: int) -> list[str]:
     return lines
 
 
-def _before_and_after(image, mask, edited, windows):
-    """Image, mask and result side by side; what was edited is outlined in the mask."""
+def before_and_after(image, mask, edited, windows, shown_side: int = 640):
+    """Image, mask and result side by side, as a PIL image.
+
+    Args:
+      image: (h, w, 3) uint8.
+      mask: (h, w) bool.
+      edited: (h, w, 3) float in [0, 1], or of the model's size.
+      windows: squares of the image that were edited; they are outlined in the mask.
+      shown_side: pixels; larger images are reduced to it.
+    """
     import numpy as np
     from PIL import Image, ImageDraw
 
@@ -103,7 +110,7 @@ def _before_and_after(image, mask, edited, windows):
     if before.shape != edited.shape:  # the model is square, and the result has its size
         before, mask = images.resize_image(before, width), masks.resize_mask(mask[None], width)[0]
     selected = np.repeat(mask[..., None], 3, -1).astype(np.float32)
-    factor = min(1, _SHOWN_SIDE / max(height, width))
+    factor = min(1, shown_side / max(height, width))
     shown = max(1, round(factor * height)), max(1, round(factor * width))
     panels = np.stack([images.resize_to(x, *shown) for x in (before, selected, edited)])
     outlined = Image.fromarray(images.to_uint8(panels[1]))

@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from hmar_jax.io import masks
-from hmar_jax.io.images import resize_image
+from hmar_jax.io.images import resize_image, resize_to
 from hmar_jax.settings import Settings, setting
 
 # A crop reaches this far beyond the box of its mask, relative to the box, wherever the image does:
 # if need be, beyond the image on the other axis. Without context, new content would fit to nothing.
 _LEAST_CONTEXT = 1.25
+_SOFT = 2.0  # default of feather, in pixels of the model
 _CELLS = 8  # masked pixels that are closer than a model's side / _CELLS belong to one region
 
 
@@ -135,9 +137,8 @@ def put_back(
 ) -> np.ndarray:
     """Puts edited crops into their images; pixels outside the mask come back bit for bit.
 
-    With paste, pixels inside the mask's border are mixed with the surroundings continued inwards,
-    not with the masked content: that is to disappear. By default over as many pixels as one pixel
-    of the model covers, which is all that it can say about where an edge is.
+    With paste, new content blends into its surroundings inside the mask's border: not into the
+    masked content, which is to disappear. By default over the width of two of the model's pixels.
 
     Args:
       images, mask: as given to cut_out.
@@ -150,24 +151,34 @@ def put_back(
     """
     results = np.array(np.broadcast_to(images, (crops.count, *images.shape[1:])))
     for i, window, content in zip(crops.owner, crops.windows, generated):
-        rows, columns = window.within(*mask.shape[1:])
-        large = resize_image(content, window.side)[
-            rows.start - window.top : rows.stop - window.top,
-            columns.start - window.left : columns.stop - window.left,
-        ]
-        result = results[i, rows, columns]  # a view
-        if not blending.paste:
-            result[:] = large
-            continue
-        inside = mask[i % len(mask), rows, columns]
+        selected = mask[i % len(mask)]
         feather = blending.feather
         if feather is None:
-            feather = max(1, window.side / len(content))
-        if feather and not inside.all():
-            surroundings = _continue_inwards(result, inside)
-            large = masks.composite(surroundings[None], large[None], inside[None], feather)[0]
-        result[inside] = large[inside]
+            feather = max(1, _SOFT * window.side / len(content))
+        if not blending.paste:
+            selected, feather = np.ones_like(selected), 0
+        _put(results[i], selected, window, resize_image(content, window.side), feather)
     return results
+
+
+def _put(
+    result: np.ndarray, mask: np.ndarray, window: Window, content: np.ndarray, feather: float
+) -> None:
+    """Writes content (side, side, 3) into the masked pixels of a square of `result` (h, w, 3)."""
+    if feather:  # one more pixel on each side: where the mask fills the square, it ends there
+        window = Window(window.top - 1, window.left - 1, window.side + 2)
+        content = np.pad(content, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows, columns = window.within(*mask.shape)
+    content = content[
+        rows.start - window.top : rows.stop - window.top,
+        columns.start - window.left : columns.stop - window.left,
+    ]
+    inside, before = mask[rows, columns], result[rows, columns]
+    if feather and not inside.all():
+        # At the border, what is missing to the surroundings is added; further in, less of it.
+        fitted = content + _continue_inwards(before - content, inside)
+        content = masks.composite(fitted[None], content[None], inside[None], feather)[0].clip(0, 1)
+    before[inside] = content[inside]
 
 
 def _region_boxes(mask: np.ndarray, cell: int) -> np.ndarray:
@@ -249,9 +260,23 @@ def _cut(
     return resize_image(filled, side), masks.resize_mask(hidden[None], side)[0]
 
 
-def _continue_inwards(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """An image (h, w, 3) whose masked pixels have the colour of the nearest one outside."""
-    from scipy import ndimage
+def _continue_inwards(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Fills the masked part of (h, w, C) smoothly from its surroundings.
 
-    nearest = ndimage.distance_transform_edt(mask, return_distances=False, return_indices=True)
-    return image[tuple(nearest)]
+    Pull-push (Gortler et al., The Lumigraph, 1996): averages of 2 x 2 known pixels, until nothing
+    is unknown; from there back, each unknown pixel is interpolated between the coarser ones.
+
+    Args:
+      mask: (h, w) bool, True where values are unknown, but not everywhere.
+    """
+    if not mask.any():
+        return values
+    height, width = mask.shape
+    even = ((0, height % 2), (0, width % 2))
+    known = np.pad(~mask, even).astype(np.float32)[..., None]
+    known = np.concatenate([np.pad(values, (*even, (0, 0))) * known, known], -1)
+    sums = known.reshape(len(known) // 2, 2, known.shape[1] // 2, 2, -1).sum((1, 3))
+    coarse = sums[..., :-1] / np.maximum(sums[..., -1:], 1)
+    coarse = _continue_inwards(coarse, sums[..., -1] == 0)
+    fine = resize_to(coarse, known.shape[0], known.shape[1], Image.Resampling.BILINEAR)
+    return np.where(mask[..., None], fine[:height, :width], values)

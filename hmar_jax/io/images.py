@@ -214,13 +214,18 @@ def draw_grid(layout: GridLayout, images: np.ndarray) -> Image.Image:
 
 def resize_image(image: np.ndarray, side: int) -> np.ndarray:
     """(h, w, 3) float in [0, 1] -> (side, side, 3), by Lanczos, each channel in full precision."""
-    return resize_to(image, side, side)
+    return resize_to(image, side, side).clip(0, 1)
 
 
-def resize_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(h, w, 3) float in [0, 1] -> (height, width, 3); as resize_image."""
-    size, method = (width, height), Image.Resampling.LANCZOS
+def resize_to(
+    values: np.ndarray,
+    height: int,
+    width: int,
+    method: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
+    """(h, w, C) float of any range -> (height, width, C) float32, each channel by itself."""
     channels = [
-        Image.fromarray(image[..., c].astype(np.float32)).resize(size, method) for c in range(3)
+        Image.fromarray(values[..., c].astype(np.float32)).resize((width, height), method)
+        for c in range(values.shape[-1])
     ]
-    return np.stack([np.asarray(c) for c in channels], -1).clip(0, 1)
+    return np.stack([np.asarray(c) for c in channels], -1)

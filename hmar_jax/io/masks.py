@@ -20,9 +20,9 @@ class CompositeConfig(Settings):
     )
     feather: float | None = setting(
         None,
-        "With paste: pixels inside the mask's border over which new content blends into its "
-        "surroundings. Default: 0 for an image of the model's size; otherwise as many as one pixel "
-        "of the model covers.",
+        "With paste: pixels inside the mask's border over which new content blends into what is "
+        "there. Default: 0 for an image of the model's size; otherwise the width of two pixels of "
+        "the model.",
         at_least=0,
     )
 
