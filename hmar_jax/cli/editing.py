@@ -32,7 +32,7 @@ def edit(args) -> None:
     import numpy as np
 
     from hmar_jax import pipeline
-    from hmar_jax.data.decoding import DecodeConfig, decode_image
+    from hmar_jax.data.decoding import DecodeConfig, decode_image, read_profile
     from hmar_jax.io import crops, masks
     from hmar_jax.progress import phase
 
@@ -63,7 +63,7 @@ def edit(args) -> None:
         )
     for message in messages:
         print(f"hmar edit: {message}", file=sys.stderr)
-    images.save_image(args.out, edited)
+    images.save_image(args.out, edited, _read("--image", args.image, read_profile, decoding))
     if args.show:
         images.save_image(args.show, before_and_after(image, mask, edited, windows))
     written = args.out + (f"; {args.show}" if args.show else "")
