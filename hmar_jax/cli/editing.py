@@ -76,14 +76,14 @@ def _describe_windows(windows, shape, side: int) -> list[str]:
     """A line for each square that was edited: where, and at which scale."""
     lines = []
     for top, left, length in windows[:_LISTED]:
-        scale = "at its own scale"
+        scale = "generated at its own scale"
         if length != side:
             change, factor = (
                 ("enlarged", length / side) if length > side else ("reduced", side / length)
             )
             scale = f"generated at {side}x{side} and {change} {factor:.3g} times"
         beyond = min(top, left) < 0 or top + length > shape[0] or left + length > shape[1]
-        note = ", of which the part inside the image is used" if beyond else ""
+        note = "; the part inside the image is used" if beyond else ""
         lines.append(f"  square {left},{top},{left + length},{top + length}: {scale}{note}")
     if len(windows) > _LISTED:
         lines.append(f"  and {len(windows) - _LISTED} more")
