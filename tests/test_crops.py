@@ -1,5 +1,7 @@
 """Squares around masks: where they lie, what is cut out, and what putting back changes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -176,6 +178,22 @@ def test_new_content_blends_into_its_surroundings_and_not_into_what_it_replaces(
     assert cut.windows == (Window(20, 20, 40),) and cut.masks.all()
     found = crops.put_back(image, mask[None], cut, generated, SOFT)[0]
     assert found[40, 20, 0] < 0.6 and np.array_equal(found[~mask], image[0][~mask])
+
+
+def test_a_square_that_touches_another_region_does_not_change_it():
+    image, mask = (
+        np.zeros((1, 40, 60, 3), np.float32),
+        boxes_mask(40, 60, (0, 10, 8, 18), (16, 6, 32, 22)),
+    )
+    cut = crops.cut_out(image, mask[None], 1, 8, 2.0)
+    assert cut.windows == (Window(0, 8, 32), Window(6, 0, 16))
+    for order in ([0, 1], [1, 0]):
+        reordered = dataclasses.replace(cut, windows=[cut.windows[i] for i in order])
+        generated = np.zeros((2, 8, 8, 3), np.float32)
+        generated[order.index(1)] = 1  # in the first region alone
+        blending = masks.CompositeConfig(feather=0.01)
+        found = crops.put_back(image, mask[None], reordered, generated, blending)[0, ..., 0]
+        assert (found[10:18, :8] > 0.9).all() and (found[:, 8:] == 0).all()
 
 
 def test_the_border_of_the_image_is_no_border_of_the_mask():

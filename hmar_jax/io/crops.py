@@ -57,6 +57,13 @@ class Window(NamedTuple):
             slice(max(self.left, 0), min(self.left + self.side, width)),
         )
 
+    def slices_of(self, rows: slice, columns: slice) -> tuple[slice, slice]:
+        """Rows and columns of the image, counted from the square's corner."""
+        return (
+            slice(rows.start - self.top, rows.stop - self.top),
+            slice(columns.start - self.left, columns.stop - self.left),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
@@ -165,20 +172,31 @@ def _put(
     result: np.ndarray, mask: np.ndarray, window: Window, content: np.ndarray, feather: float
 ) -> None:
     """Writes content (side, side, 3) into the masked pixels of a square of `result` (h, w, 3)."""
-    if feather:  # one more pixel on each side: where the mask fills the square, it ends there
-        window = Window(window.top - 1, window.left - 1, window.side + 2)
-        content = np.pad(content, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    if feather:
+        content = _fit_to_surroundings(result, mask, window, content, feather)
     rows, columns = window.within(*mask.shape)
-    content = content[
-        rows.start - window.top : rows.stop - window.top,
-        columns.start - window.left : columns.stop - window.left,
-    ]
-    inside, before = mask[rows, columns], result[rows, columns]
-    if feather and not inside.all():
-        # At the border, what is missing to the surroundings is added; further in, less of it.
-        fitted = content + _continue_inwards(before - content, inside)
-        content = masks.composite(fitted[None], content[None], inside[None], feather)[0].clip(0, 1)
-    before[inside] = content[inside]
+    inside = mask[rows, columns]
+    result[rows, columns][inside] = content[window.slices_of(rows, columns)][inside]
+
+
+def _fit_to_surroundings(
+    image: np.ndarray, mask: np.ndarray, window: Window, content: np.ndarray, feather: float
+) -> np.ndarray:
+    """Content (side, side, 3) that equals the surroundings at the border of the mask.
+
+    What is missing there to the surroundings is added to it; further in, less.
+    """
+    # One more pixel on each side: a mask that fills the square ends there.
+    wide = Window(window.top - 1, window.left - 1, window.side + 2)
+    content = np.pad(content, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows, columns = wide.within(*mask.shape)
+    place, inside = wide.slices_of(rows, columns), mask[rows, columns]
+    if not inside.all():
+        part = content[place]
+        fitted = part + _continue_inwards(image[rows, columns] - part, inside)
+        mixed = masks.composite(fitted[None], part[None], inside[None], feather)[0]
+        content[place] = mixed.clip(0, 1)
+    return content[1:-1, 1:-1]
 
 
 def _region_boxes(mask: np.ndarray, cell: int) -> np.ndarray:
