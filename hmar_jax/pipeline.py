@@ -192,7 +192,8 @@ class Pipeline:
                 result = masks.composite(images, np.asarray(result), mask, feather)
         else:
             cut = crops.cut_out(images, mask, count, self.image_side, cropping.context)
-            _warn_of_coarse_detail(cut.windows, self.image_side)
+            if mask.any():
+                _warn_of_coarse_detail(cut.windows, self.image_side)
             keys = jax.vmap(jax.random.fold_in)(keys[cut.owner], cut.number)
             generated, latents = regenerate(keys, ids[cut.owner], cut.images, cut.masks)
             result = crops.put_back(images, mask, cut, np.asarray(generated), blending)
