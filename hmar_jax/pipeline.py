@@ -8,7 +8,7 @@ import functools
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,12 @@ from hmar_jax.class_names import resolve_class
 from hmar_jax.data.record_spec import RecordSpec
 from hmar_jax.errors import InputError
 from hmar_jax.families.base import image_keys
-from hmar_jax.io import masks
+from hmar_jax.io import crops, masks
 from hmar_jax.io.images import resize_image
 
+# Beside a family's own, options of editing.
+_EDITING_CONFIGS = (masks.CompositeConfig, crops.CropConfig)
+_COARSE = 2  # how many times new content is enlarged before it is reported
 _MAX_BATCH = 64  # images of one device in one call of the compiled sampler
 
 
@@ -140,19 +143,22 @@ class Pipeline:
 
         Args:
           rng: a key or a seed; result i depends on rng, i, its image, mask and class alone.
-          image: (h, w, 3) or (B, h, w, 3), float in [0, 1] or uint8. Another size than the model's
-            is resized, with a warning.
+          image: (h, w, 3) or (B, h, w, 3), float in [0, 1] or uint8. It keeps its size: of an image
+            of another size than the model's, squares around the masked regions are edited, see
+            io.crops.find_windows. With resize=True, it is resized to the model's size.
           mask: (h, w) or (B, h, w) of the image's size, True (or at least 128, in uint8) where new
             content goes.
           class_id: of the new content: an id or name, a list of B, or None for no class. One image
             and a list of classes gives one edit for each class.
           return_tokens: also return the latents.
-          **options: of the family's EditingConfig and io.masks.CompositeConfig; None: the model's
-            own value. See help(pipe.edit) of a loaded model.
+          **options: of the family's EditingConfig, io.masks.CompositeConfig and
+            io.crops.CropConfig; None: the model's own value. See help(pipe.edit) of a loaded model.
 
         Returns:
-          float32 images in [0, 1], (h, w, 3) for one image and one class, otherwise (B, h, w, 3);
-          with return_tokens also the latents.
+          float32 images in [0, 1], (h, w, 3) for one image and one class, otherwise (B, h, w, 3).
+          Pixels outside the mask are equal to the image's (uint8: divided by 255), unless
+          paste=False. With return_tokens also the latents: of images of the model's size (L,) or
+          (B, L), otherwise those of the squares (N, L), edit after edit.
 
         Raises:
           InputError: as `sample`; or image, mask and classes do not fit together.
@@ -160,38 +166,46 @@ class Pipeline:
         family = self._family()
         if family.EditingConfig is None:
             raise InputError(f"this model cannot edit: {self.spec.kind}")
-        known = {field.name for field in dataclasses.fields(masks.CompositeConfig)}
-        given = {k: v for k, v in options.items() if k in known and v is not None}
-        blending = masks.CompositeConfig(**given)
-        rest = {name: value for name, value in options.items() if name not in known}
-        config = self.sampling_config(family.EditingConfig, rest)
+        blending, options = _take(masks.CompositeConfig, options)
+        cropping, options = _take(crops.CropConfig, options)
+        config = self.sampling_config(family.EditingConfig, options)
         ids, one_class = self._classes(class_id)
         image = _as_array("image", image)
-        images, one_image = self._images(image)
+        images, one_image = _as_float(image), image.ndim == 3
         mask, one_mask = _as_mask(mask, image.shape)
         _warn_of_useless_masks(mask)
-        mask = masks.resize_mask(mask, self.image_side)
         count = max(len(images), len(ids), len(mask))
         for name, rows in (("images", images), ("classes", ids), ("masks", mask)):
             if len(rows) not in (1, count):
                 raise InputError(f"{count} edits need 1 or {count} {name}; got {len(rows)}")
-        images, ids, mask = (np.broadcast_to(x, (count, *x.shape[1:])) for x in (images, ids, mask))
-
-        latents = self._encode_all(masks.fill_masked(images, mask))
-        kept = self._sampler.make_known(latents, mask, config, class_id is not None)
-        generated, latents = self._in_turns(
-            lambda keys, ids, kept: self._sampler(self.params, keys, ids, config, kept),
-            image_keys(_as_key(rng), count),
-            ids,
-            kept,
-        )
-        result = generated
-        if blending.paste:
-            generated = np.asarray(generated)
-            result = jnp.asarray(masks.composite(images, generated, mask, blending.feather))
-        if one_image and one_class and one_mask:
-            result, latents = result[0], latents[0]
+        if cropping.resize:
+            images, mask = self._resize(images), masks.resize_mask(mask, self.image_side)
+        keys, ids = image_keys(_as_key(rng), count), np.broadcast_to(ids, count)
+        regenerate = functools.partial(self._regenerate, config, class_id is not None)
+        single = one_image and one_class and one_mask
+        if images.shape[1:3] == (self.image_side, self.image_side):
+            images, mask = (np.broadcast_to(x, (count, *x.shape[1:])) for x in (images, mask))
+            result, latents = regenerate(keys, ids, images, mask)
+            latents = latents[0] if single else latents
+            if blending.paste:
+                feather = blending.feather or 0
+                result = masks.composite(images, np.asarray(result), mask, feather)
+        else:
+            cut = crops.cut_out(images, mask, count, self.image_side, cropping.context)
+            if mask.any():
+                _warn_of_coarse_detail(cut.windows, self.image_side)
+            keys = jax.vmap(jax.random.fold_in)(keys[cut.owner], cut.number)
+            generated, latents = regenerate(keys, ids[cut.owner], cut.images, cut.masks)
+            result = crops.put_back(images, mask, cut, np.asarray(generated), blending)
+        result = jnp.asarray(result[0] if single else result)
         return (result, latents) if return_tokens else result
+
+    def _regenerate(self, config, has_class: bool, keys, ids, images, mask):
+        """Images of the model's size with new content, and their latents; rows as in `edit`."""
+        latents = self._encode_all(masks.fill_masked(images, mask))
+        kept = self._sampler.make_known(latents, mask, config, has_class)
+        sample = lambda keys, ids, kept: self._sampler(self.params, keys, ids, config, kept)
+        return self._in_turns(sample, keys, ids, kept)
 
     def sampling_config(self, cls: type, options: Mapping[str, Any]) -> Any:
         """Options as a checked instance of the family's class, the model's own where None.
@@ -258,16 +272,19 @@ class Pipeline:
     def _images(self, image) -> tuple[np.ndarray, bool]:
         """(B, h, w, 3) float32 in [0, 1] of the model's size, and whether one image was given."""
         image = _as_array("image", image)
-        images, single = _as_float(image), image.ndim == 3
+        return self._resize(_as_float(image)), image.ndim == 3
+
+    def _resize(self, images: np.ndarray) -> np.ndarray:
+        """(B, h, w, 3) float32 -> of the model's size, with a warning if that is another."""
         side = self.image_side
-        if images.shape[1:3] != (side, side):
-            warnings.warn(
-                f"resizing an image of {images.shape[2]}x{images.shape[1]} to {side}x{side}, the "
-                "model's size",
-                stacklevel=3,
-            )
-            images = np.stack([resize_image(x, side) for x in images])
-        return images, single
+        if images.shape[1:3] == (side, side):
+            return images
+        warnings.warn(
+            f"resizing an image of {images.shape[2]}x{images.shape[1]} to {side}x{side}, the "
+            "model's size",
+            stacklevel=4,
+        )
+        return np.stack([resize_image(x, side) for x in images])
 
     def _in_turns(self, function: Callable, *rows):
         """function(*rows) for a limited number of images a device at a time.
@@ -433,6 +450,13 @@ def _as_mask(mask, image_shape) -> tuple[np.ndarray, bool]:
     return rows, single
 
 
+def _take(cls: type, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """An instance of a class of settings from those options that it has; and the other options."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    given = {k: v for k, v in options.items() if k in names and v is not None}
+    return cls(**given), {k: v for k, v in options.items() if k not in names}
+
+
 def _warn_of_useless_masks(mask: np.ndarray) -> None:
     """Says where masks (B, h, w) bool leave nothing to regenerate, or nothing to keep."""
     for selected, effect in ((mask, "nothing is kept"), (~mask, "nothing is regenerated")):
@@ -441,6 +465,17 @@ def _warn_of_useless_masks(mask: np.ndarray) -> None:
             warnings.warn(
                 f"a mask selects {count:,} of {mask[0].size:,} pixels: {effect}", stacklevel=3
             )
+
+
+def _warn_of_coarse_detail(windows: Sequence[crops.Window], side: int) -> None:
+    """Says how much the largest square is enlarged, if that is visible."""
+    largest = max(window.side for window in windows)
+    if largest > _COARSE * side:
+        warnings.warn(
+            f"new content will be coarse: {largest}x{largest} pixels of the image are generated at "
+            f"{side}x{side} and enlarged {largest / side:.3g} times; smaller regions become finer",
+            stacklevel=3,
+        )
 
 
 def load(
@@ -488,7 +523,7 @@ def _documented(cls: Any, family_name: str, own: Any) -> type[Pipeline]:
     family = families.get_family(family_name)
     methods = {"sample": _with_options(cls.sample, own, family.SamplingConfig)}
     if family.EditingConfig is not None:
-        methods["edit"] = _with_options(cls.edit, own, family.EditingConfig, masks.CompositeConfig)
+        methods["edit"] = _with_options(cls.edit, own, family.EditingConfig, *_EDITING_CONFIGS)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), {**names, **methods, "_is_documented": True})
 

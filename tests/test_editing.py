@@ -11,6 +11,7 @@ from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
 from hmar_jax.families.hmar.editing import kept_tokens
 from hmar_jax.io import masks
+from hmar_jax.io.images import resize_image
 from tests import tiny
 
 KEY = jax.random.key(3)
@@ -255,13 +256,18 @@ def test_invalid_arguments(pipe, sample_images, options, message):
     assert str(error.value) == message
 
 
-def test_another_size_is_resized_with_a_warning(pipe, sample_images):
+def test_another_size_is_resized_on_request(pipe, sample_images):
     large = np.kron(sample_images[0], np.ones((3, 4, 1), np.uint8))
     mask = np.zeros(large.shape[:2], bool)
     mask[0, 0] = True
     with pytest.warns(UserWarning, match="resizing an image of 32x24 to 8x8, the model's size"):
-        edited, tokens = pipe.edit(KEY, large, mask, return_tokens=True)
+        edited, tokens = pipe.edit(KEY, large, mask, resize=True, return_tokens=True)
     assert edited.shape == (8, 8, 3) and tokens.shape == (tiny.LENGTH,)
+    small = resize_image(large / np.float32(255), 8)
+    small_mask = masks.resize_mask(mask[None], 8)[0]
+    expected = pipe.edit(KEY, small, small_mask, resize=True)
+    assert np.array_equal(edited, expected)
+    assert np.array_equal(expected, pipe.edit(KEY, small, small_mask))
 
 
 # The command
@@ -308,8 +314,8 @@ def test_edit_by_box_and_by_mask(here, sample_images, capsys):
     assert not np.array_equal(pixels("out.png")[outside], sample_images[0][outside])
 
 
-def test_edit_of_another_size(here, capsys):
-    assert edit("--box=0,0,10,15", image="large.png") == 0
+def test_edit_of_another_size_that_is_resized(here, capsys):
+    assert edit("--box=0,0,10,15", "--resize", image="large.png") == 0
     err = capsys.readouterr().err
     assert err == "hmar edit: resizing an image of 20x30 to 8x8, the model's size\n"
     assert pixels("out.png").shape == (8, 8, 3)

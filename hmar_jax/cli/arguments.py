@@ -102,11 +102,13 @@ def add_options(sub, kind: str, several: tuple[str, ...] = ()) -> None:
         settings.add_arguments(group, cls, several=several)
 
 
-def add_composite_options(parser) -> None:
+def add_editing_options(parser) -> None:
     """Options of editing that every family has."""
+    from hmar_jax.io.crops import CropConfig
     from hmar_jax.io.masks import CompositeConfig
 
-    settings.add_arguments(parser, CompositeConfig)
+    for cls in (CropConfig, CompositeConfig):
+        settings.add_arguments(parser, cls)
 
 
 def add_source_options(parser) -> None:

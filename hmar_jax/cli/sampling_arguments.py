@@ -1,8 +1,9 @@
-"""Arguments of `hmar sample`, `edit` and `evaluate`; what they do with them is in sampling.py."""
+"""Arguments of `hmar sample`, `edit` and `evaluate`; what they do with them is in
+sampling.py and editing.py."""
 
 import argparse
 
-from hmar_jax.cli import arguments, sampling
+from hmar_jax.cli import arguments, editing, sampling
 
 
 def add_sample(command) -> None:
@@ -42,7 +43,7 @@ def add_sample(command) -> None:
 def add_edit(command) -> None:
     sub = command(
         "edit",
-        sampling.edit,
+        editing.edit,
         "regenerate a region of an image, without extra training",
         "hmar edit --model=digits --image=seven.png --box=0,11,32,21 --class=7 --out=edited.png "
         "--show=before_and_after.png",
@@ -52,7 +53,8 @@ def add_edit(command) -> None:
         "--image",
         type=arguments.path,
         required=True,
-        help="an image file; of another size than the model's: resized",
+        help="an image file of any size, which it keeps: the model sees and edits a square around "
+        "the mask",
     )
     region = sub.add_mutually_exclusive_group(required=True)
     region.add_argument(
@@ -88,10 +90,11 @@ def add_edit(command) -> None:
         "--show",
         type=arguments.path,
         default=None,
-        help="an image file: before, mask and after, side by side",
+        help="an image file: before, mask and after, side by side; the squares that the model saw "
+        "are outlined",
     )
     sub.add_argument("--coarse", choices=["keep", "free"], default=None, help=argparse.SUPPRESS)
-    arguments.add_composite_options(sub)
+    arguments.add_editing_options(sub)
     arguments.add_decode_options(sub)
     arguments.add_options(sub, "EditingConfig")
 

@@ -4,7 +4,7 @@ import contextlib
 import struct
 import warnings
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -85,12 +85,23 @@ def decode_image(
     return decode(file, lambda image: _to_array(_to_rgb(image)), path, max_pixels)
 
 
+def read_profile(path: str, max_pixels: int = MAX_PIXELS) -> bytes | None:
+    """The ICC profile of what `decode_image` returns, if the file has one for RGB.
+
+    Raises:
+      ImageDecodeError: the file is no image, or has more pixels.
+    """
+    is_rgb = lambda image: image.mode in ("RGB", "RGBA", "P")
+    convert = lambda image: image.info.get("icc_profile") if is_rgb(image) else None
+    return decode(path, convert, max_pixels=max_pixels)
+
+
 def decode(
     file: str | BinaryIO,
-    convert: Callable[[Image.Image], np.ndarray],
+    convert: Callable[[Image.Image], Any],
     path: str | None = None,
     max_pixels: int = MAX_PIXELS,
-) -> np.ndarray:
+) -> Any:
     """Decodes an image as `decode_image` does, with another conversion of the upright image.
 
     Raises:

@@ -35,12 +35,15 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return (images.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def encode_image(image: Image.Image | np.ndarray, kind: str = "PNG") -> bytes:
+def encode_image(
+    image: Image.Image | np.ndarray, kind: str = "PNG", profile: bytes | None = None
+) -> bytes:
     """An image as the bytes of a file.
 
     Args:
       image: a PIL image, or (h, w, 3): uint8, or floating-point in [0, 1].
       kind: "PNG" and "WEBP" are lossless, "JPEG" is of high quality.
+      profile: the ICC profile that says which colours the values stand for; None: sRGB's.
 
     Raises:
       InputError: the image is larger than files of this kind can be.
@@ -49,7 +52,7 @@ def encode_image(image: Image.Image | np.ndarray, kind: str = "PNG") -> bytes:
         image = Image.fromarray(to_uint8(image))
     _check_sides(kind, *image.size)
     buffer = io.BytesIO()
-    image.save(buffer, format=kind, **_SAVE_OPTIONS.get(kind, {}))
+    image.save(buffer, format=kind, icc_profile=profile, **_SAVE_OPTIONS.get(kind, {}))
     return buffer.getvalue()
 
 
@@ -66,18 +69,30 @@ def _kind(path: os.PathLike | str) -> str:
     return FORMATS.get(os.path.splitext(os.fspath(path))[1].lower(), "PNG")
 
 
-def save_image(path: os.PathLike | str, image: Image.Image | np.ndarray) -> None:
+def check_size(path: os.PathLike | str, height: int, width: int) -> None:
+    """Raises InputError if a file of this name cannot hold an image of this size."""
+    _check_sides(_kind(path), width, height)
+
+
+def is_lossy(path: os.PathLike | str) -> bool:
+    """Whether pixels change when they are saved to a file of this name."""
+    return _kind(path) == "JPEG"
+
+
+def save_image(
+    path: os.PathLike | str, image: Image.Image | np.ndarray, profile: bytes | None = None
+) -> None:
     """Writes an image file, which a reader sees complete or not at all.
 
     Args:
       path: local, or gs://. Its ending decides the format, see FORMATS; PNG without one of these.
-      image: as `encode_image` takes it.
+      image, profile: as `encode_image` takes them.
 
     Raises:
       InputError: the image is too large for the format.
       OSError: it cannot be written.
     """
-    write_atomically(path, encode_image(image, _kind(path)))
+    write_atomically(path, encode_image(image, _kind(path), profile))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +219,18 @@ def draw_grid(layout: GridLayout, images: np.ndarray) -> Image.Image:
 
 def resize_image(image: np.ndarray, side: int) -> np.ndarray:
     """(h, w, 3) float in [0, 1] -> (side, side, 3), by Lanczos, each channel in full precision."""
-    size, method = (side, side), Image.Resampling.LANCZOS
+    return resize_to(image, side, side).clip(0, 1)
+
+
+def resize_to(
+    values: np.ndarray,
+    height: int,
+    width: int,
+    method: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
+    """(h, w, C) float of any range -> (height, width, C) float32, each channel by itself."""
     channels = [
-        Image.fromarray(image[..., c].astype(np.float32)).resize(size, method) for c in range(3)
+        Image.fromarray(values[..., c].astype(np.float32)).resize((width, height), method)
+        for c in range(values.shape[-1])
     ]
-    return np.stack([np.asarray(c) for c in channels], -1).clip(0, 1)
+    return np.stack([np.asarray(c) for c in channels], -1)

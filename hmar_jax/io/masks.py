@@ -18,8 +18,12 @@ class CompositeConfig(Settings):
     paste: bool = setting(
         True, "Return the pixels outside the mask unchanged, in place of the decoder's."
     )
-    feather: float = setting(
-        0.0, "With paste: pixels inside the mask's border over which both are mixed.", at_least=0
+    feather: float | None = setting(
+        None,
+        "With paste: pixels inside the mask's border over which new content blends into what is "
+        "there. Default: 0 for an image of the model's size; otherwise the width of two pixels of "
+        "the model.",
+        at_least=0,
     )
 
 
