@@ -175,7 +175,8 @@ def masked(name: str, stage1: ConfigDict) -> ConfigDict:
         c[key] = stage1[key]
     for group in ("model", "recipe", "sampling"):
         for key in set(c[group]) & set(stage1[group]) - {"loss_weights"}:
-            c[group][key] = stage1[group][key]
+            if stage1[group][key] is not None:
+                c[group][key] = stage1[group][key]
     c.task, c.stage1_config = "masked", name
     if stage1.model.depth is not None:
         c.model.masked_depth = max(1, stage1.model.depth // 2)
@@ -186,6 +187,7 @@ def masked(name: str, stage1: ConfigDict) -> ConfigDict:
         c.steps = 1000
     elif name == "finetune":
         c.model.masked_depth = TASKS["masked"].schema.default_config().model.masked_depth
+        c.sampling.guidance = base().sampling.guidance
     elif name == "cifar10":
         c.epochs = 50
     else:

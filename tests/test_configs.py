@@ -186,8 +186,14 @@ def test_found_from_any_directory(tmp_path, monkeypatch):
         ("README.md:digits", "no such Python file"),
         ("x" * 300, "no such"),
         ("a\0b.py:digits", "no such"),
-        ("configs/hmar.py:nope", "'nope' must be one of digits, photos, cifar10, finetune, d16_256"),
-        ("configs/tokenizer.py:nope", "'nope' must be one of digits, photos, cifar10, finetune, vae_256"),
+        (
+            "configs/hmar.py:nope",
+            "'nope' must be one of digits, photos, cifar10, finetune, d16_256",
+        ),
+        (
+            "configs/tokenizer.py:nope",
+            "'nope' must be one of digits, photos, cifar10, finetune, vae_256",
+        ),
         ("configs/hmar.py", "config name ''"),
         ("configs/hmar.py:digits,seed", "'seed' after the config name"),
         ("configs/hmar.py:digits,nope=1", "unknown config key 'nope'; known: batch_size, "),

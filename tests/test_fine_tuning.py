@@ -193,6 +193,15 @@ def test_a_tokenizer_is_fine_tuned(images, tmp_path, capfd):
         assert words in error and error.count("\n") == 1, error
 
 
+def test_stage_2_of_a_fine_tuned_stage_1(capsys):
+    """Its config has no empty keys, although that of its stage 1 has."""
+    base = ["plan", "--topology=h100:1", "--config.init_from=digits"]
+    assert cli.main([*base, "--config=configs/hmar.py:finetune"]) == 0
+    masked = "--config=configs/hmar.py:finetune,stage=masked"
+    assert cli.main([*base, masked, "--config.model.masked_depth=2"]) == 0
+    assert "1,260,944 trained" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "old, new, expected",
     [

@@ -29,6 +29,7 @@ def plan(args, overrides) -> int:
     from hmar_jax.planning import topology
 
     target = topology.parse(args.topology)
+    from hmar_jax import experiment, initialization
     from hmar_jax.io import files
     from hmar_jax.planning import advice, plan, report
 
@@ -37,6 +38,7 @@ def plan(args, overrides) -> int:
 
     plan.prepare_environment()
     config = _config(args, overrides)
+    config, _ = initialization.complete(config, *experiment.task_kind(config))
     name = " ".join([args.config, *overrides])
     parent_config = _parent_config(args, config)
     found = plan.make_plan(config, target, name=name, parent_config=parent_config)
