@@ -1,5 +1,6 @@
 """Images: files, and grids of images with labels."""
 
+import collections
 import dataclasses
 import functools
 import io
@@ -78,6 +79,32 @@ def save_image(path: os.PathLike | str, image: Image.Image | np.ndarray) -> None
       OSError: it cannot be written.
     """
     write_atomically(path, encode_image(image, _kind(path)))
+
+
+def save_numbered(
+    directory: os.PathLike | str, images: np.ndarray, stems: Sequence[str]
+) -> list[str]:
+    """Writes each image to a PNG file of its own, numbered among those of the same stem.
+
+    Args:
+      directory: local; made if it does not exist.
+      images: (B, h, w, 3), uint8 or floating-point in [0, 1].
+      stems: B beginnings of names, such as "3_cat".
+
+    Returns:
+      The names: 3_cat_00.png, 3_cat_01.png, ...
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    digits = max(2, len(str(max(collections.Counter(stems).values()) - 1)))
+    os.makedirs(directory, exist_ok=True)
+    names, counts = [], collections.Counter[str]()
+    for image, stem in zip(images, stems, strict=True):
+        names.append(f"{stem}_{counts[stem]:0{digits}d}.png")
+        counts[stem] += 1
+        save_image(os.path.join(directory, names[-1]), image)
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
