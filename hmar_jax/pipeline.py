@@ -303,9 +303,13 @@ class Pipeline:
         """Ids (B,) int32, and whether one was given rather than a list."""
         single = not isinstance(class_id, list | tuple | range) and np.ndim(class_id) == 0
         null = self.spec.null_class
-        given = [class_id] if single else list(class_id)
-        if not given:
+        given = [class_id] if single else class_id
+        if not len(given):
             raise InputError("class_id must name at least one class; got an empty list")
+        if isinstance(class_id, np.ndarray) and class_id.ndim == 1 and class_id.dtype.kind in "iu":
+            for extreme in (class_id.min(), class_id.max()):  # millions of them take no time
+                self.resolve_class(extreme)
+            return class_id.astype(np.int32), False
         ids = [null if c is None else self.resolve_class(c) for c in given]
         return np.array(ids, np.int32), single
 

@@ -15,6 +15,7 @@ from hmar_jax.errors import InputError
 
 _DEFAULT_FORMAT = "npz"
 _IMAGES_OF_A_DEVICE = 64  # in a batch, without --batch_size
+_MAX_NUM = 100_000_000  # of which labels and names still fit into any memory
 _FINISH_LOCK = ".lock-finish.tmp"  # of those that share a directory, one completes it
 
 
@@ -33,6 +34,11 @@ def check_options(args) -> None:
         raise InputError(
             "--num writes to the directory --out and excludes --npz; for an .npz file give "
             "--format=npz --out=DIR"
+        )
+    if args.num > _MAX_NUM:
+        raise InputError(
+            f"--num must be at most {_MAX_NUM:,}; got {args.num}; take several directories, each "
+            "with a --seed of its own"
         )
     if args.n is not None:
         raise InputError("--num and --n exclude each other: --num is the number of all images")
@@ -70,7 +76,7 @@ def sample_many(args, load_sampler) -> None:
     job, options = _describe(args, pipe, found)
     sample_sets.check(args.out, job)
     batch_size, classes = job["batch_size"], job["classes"]
-    labels = np.resize(np.asarray(classes, np.int64), args.num)  # the classes in turns
+    labels = np.asarray(classes, np.int32)[np.arange(args.num) % len(classes)]
     part, count = args.part or (0, 1)
     what = f"part {part}/{count} of --out" if args.part else "--out"
     file = f".lock-{part}-of-{count}.tmp" if args.part else locks.LOCK_FILE
@@ -128,7 +134,8 @@ def _describe(args, pipe, found: dict[str, Any] | None) -> tuple[dict[str, Any],
     if "schedule" in options:
         (options["schedule"],) = options["schedule"]
     config = pipe.sampling_config(families.get_family(spec.family).SamplingConfig, options)
-    classes = resolve_classes(args.classes or "id:all", spec.num_classes, spec.class_names)
+    given = "id:all" if args.classes is None else args.classes
+    classes = resolve_classes(given, spec.num_classes, spec.class_names)
     if twice := [c for c, times in collections.Counter(classes).items() if times > 1]:
         raise InputError(
             f"--classes must name each class once with --num, which takes equal numbers; class "

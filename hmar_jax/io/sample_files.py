@@ -28,6 +28,7 @@ NPZ_FILE = "samples.npz"
 LABEL_FILE = "dataset.json"  # as in the data sets of StyleGAN and EDM
 _PIECES_FOLDER = "pieces"
 _THREADS = min(8, os.cpu_count() or 1)
+_BLOCK = 4096  # bytes that file systems allocate at once
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG file
 
 
@@ -132,7 +133,7 @@ class PngFiles:
         def write_one(i: int) -> int:
             data = images.encode_image(pixels[i])
             files.write_atomically(os.path.join(self._directory, self._name(start + i)), data)
-            return len(data)
+            return -(-len(data) // _BLOCK) * _BLOCK
 
         sizes = list(self._pool.map(write_one, range(len(pixels))))
         self._num_written += len(sizes)
@@ -145,11 +146,16 @@ class PngFiles:
             _check_space(self._directory, needed, f"{num_left:,} more PNG files")
 
     def finish(self, check: Callable[[], None] = lambda: None) -> None:
-        rows = [[self._name(i), int(label)] for i, label in enumerate(self._labels)]
-        text = json.dumps({"labels": rows}) + "\n"
         path = os.path.join(self._directory, LABEL_FILE)
-        if not os.path.exists(path) or files.read_text(path, "the labels") != text:
-            files.write_atomically(path, text)
+        files.remove_leftovers(path)
+        if os.path.exists(path):
+            return
+        with files.open_atomically(path) as file:
+            file.write(b'{"labels": [')
+            for i, label in enumerate(self._labels.tolist()):
+                comma = "," if i else ""
+                file.write(f"{comma}\n{json.dumps([self._name(i), label])}".encode())
+            file.write(b"\n]}\n")
 
     def close(self) -> None:
         self._pool.shutdown()
