@@ -134,6 +134,20 @@ def test_arrays_alone(here, capfd):
     assert os.listdir() == ["x.npz"] and np.load("x.npz")["labels"].tolist() == [0, 1, 2]
 
 
+def test_a_failure_leaves_no_single_file(here, monkeypatch, capfd):
+    replace = os.replace
+
+    def full(source, target):
+        if target.endswith("2_stripes_00.png"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    assert cli.main(sample("--n=1", out="new")) == 2
+    assert "cannot write new/2_stripes_00.png: No space left" in capfd.readouterr().err
+    assert os.listdir("new") == []
+
+
 # Many samples
 
 

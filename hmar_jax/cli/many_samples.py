@@ -43,8 +43,10 @@ def check_options(args) -> None:
     if args.n is not None:
         raise InputError("--num and --n exclude each other: --num is the number of all images")
     check_one_schedule("--num", args)
+    from hmar_jax.io.images import FORMATS
+
     ending = os.path.splitext(args.out)[1].lower()
-    if ending in (".npz", ".png", ".jpg", ".jpeg", ".webp") and not os.path.isdir(args.out):
+    if ending in (".npz", *FORMATS) and not os.path.isdir(args.out):
         raise InputError(f"--out must be a directory with --num; got {args.out}")
 
 

@@ -21,7 +21,7 @@ def sample(args) -> None:
     """Samples images of classes: a grid, single files, or arrays; or many of them (--num)."""
     many_samples.check_options(args)
     if args.num is not None:
-        many_samples.sample_many(args, load_sampler)
+        many_samples.sample_many(args, _load_sampler)
         return
     from hmar_jax.io import files, images
 
@@ -39,7 +39,7 @@ def sample(args) -> None:
     from hmar_jax.class_names import file_stem, label_of, resolve_classes
     from hmar_jax.progress import Progress, phase
 
-    pipe = load_sampler(args)
+    pipe = _load_sampler(args)
     spec, n = pipe.spec, args.n or _IMAGES_OF_EACH_CLASS
     options = arguments.given_options(args, "SamplingConfig")
     schedules = options.pop("schedule", None) or [None]
@@ -80,12 +80,8 @@ def sample(args) -> None:
         images.save_numbered(directory, pixels[0], stems)
     if args.npz:
         arrays = io.BytesIO()
-        np.savez(
-            arrays,
-            images=images.to_uint8(pixels[0]),
-            labels=ids,
-            tokens=np.asarray(results[0][1]),
-        )
+        tokens = np.asarray(results[0][1])
+        np.savez(arrays, images=images.to_uint8(pixels[0]), labels=ids, tokens=tokens)
         files.write_atomically(args.npz, arrays.getvalue())
     written = "; ".join(path for path in (args.out, args.npz) if path)
     count = f"{total} images of {len(classes)} classes"
@@ -106,7 +102,7 @@ def _check_memory(count: int, side: int, cure: str = "") -> None:
         )
 
 
-def load_sampler(args):
+def _load_sampler(args):
     """The pipeline of --model on all devices; InputError if it cannot sample."""
     import jax
 
@@ -237,7 +233,7 @@ def evaluate(args) -> None:
     from hmar_jax.io.identity import class_conflicts
     from hmar_jax.progress import phase
 
-    pipe = load_sampler(args)
+    pipe = _load_sampler(args)
     options = arguments.given_options(args, "SamplingConfig")
     pipe.sampling_config(families.get_family(pipe.spec.family).SamplingConfig, options)
     _check_samples_of_each_class(args.n, pipe.spec.num_classes)

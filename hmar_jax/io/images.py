@@ -1,6 +1,7 @@
 """Images: files, and grids of images with labels."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
@@ -86,8 +87,10 @@ def save_numbered(
 ) -> list[str]:
     """Writes each image to a PNG file of its own, numbered among those of the same stem.
 
+    If one cannot be written, none stays.
+
     Args:
-      directory: local; made if it does not exist.
+      directory: local, new or empty.
       images: (B, h, w, 3), uint8 or floating-point in [0, 1].
       stems: B beginnings of names, such as "3_cat".
 
@@ -98,12 +101,19 @@ def save_numbered(
       OSError: a file cannot be written.
     """
     digits = max(2, len(str(max(collections.Counter(stems).values()) - 1)))
-    os.makedirs(directory, exist_ok=True)
     names, counts = [], collections.Counter[str]()
-    for image, stem in zip(images, stems, strict=True):
+    for stem in stems:
         names.append(f"{stem}_{counts[stem]:0{digits}d}.png")
         counts[stem] += 1
-        save_image(os.path.join(directory, names[-1]), image)
+    os.makedirs(directory, exist_ok=True)
+    try:
+        for name, image in zip(names, images, strict=True):
+            save_image(os.path.join(directory, name), image)
+    except BaseException:
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, name))
+        raise
     return names
 
 

@@ -140,6 +140,8 @@ def prepare(directory: os.PathLike | str, job: Mapping[str, Any]) -> None:
       InputError: as `check`.
     """
     found = check(directory, job)
+    path = os.path.join(directory, INFO_FILE)
+    files.remove_leftovers(path)
     contents = dict(job)
     if found is not None:
         before = found.get("devices") or []
@@ -155,4 +157,4 @@ def prepare(directory: os.PathLike | str, job: Mapping[str, Any]) -> None:
         contents = found | {"devices": [*before, *([] if now in before else [now])]}
     if contents != found:
         text = json.dumps(contents, indent=1) + "\n"
-        files.write_atomically(os.path.join(directory, INFO_FILE), text)
+        files.write_atomically(path, text)
