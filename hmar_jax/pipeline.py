@@ -182,10 +182,14 @@ class Pipeline:
         """
         config = self.sampling_config(self._family().SamplingConfig, options)
         key, (ids, _) = _as_key(rng), self._classes(class_id)
-        numbers = range(-(-len(ids) // batch_size)) if which is None else which
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise InputError(f"batch_size must be an integer of at least 1; got {batch_size!r}")
+        every = range(-(-len(ids) // batch_size))
         padded = -(-batch_size // len(self._devices)) * len(self._devices)
 
         def compute(number: int) -> SampleBatch:
+            if number not in every:
+                raise InputError(f"batches have numbers in [0, {every[-1]}]; got {number!r}")
             start = number * batch_size
             some = ids[start : start + batch_size]
             rows = np.pad(some, (0, padded - len(some)), mode="edge")
@@ -197,7 +201,7 @@ class Pipeline:
 
         def batches() -> Iterator[SampleBatch]:
             previous = None
-            for number in numbers:
+            for number in every if which is None else which:
                 following = compute(number)  # returns before the devices have finished
                 if previous is not None:
                     yield previous

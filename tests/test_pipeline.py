@@ -146,6 +146,10 @@ def test_batches_are_checked_at_once_and_sampled_when_they_are_needed(pipe, monk
     assert calls == [] and next(batches).start == 0
     assert calls == [0, 4], "the devices compute one batch ahead"
     assert list(pipe.sample_batches(KEY, [0], which=[])) == []
+    with pytest.raises(InputError, match=r"numbers in \[0, 1\]; got 2"):
+        next(pipe.sample_batches(KEY, [0] * 5, batch_size=4, which=[2]))
+    with pytest.raises(InputError, match="batch_size must be an integer of at least 1; got 0"):
+        pipe.sample_batches(KEY, [0], batch_size=0)
 
 
 def test_progress_of_sampling_is_reported(pipe):
