@@ -41,9 +41,8 @@ def add_sample(command) -> None:
     )
     many = sub.add_argument_group(
         "many images",
-        "Image i is of the i-th class of --classes, which are taken in turns, so that their "
-        "numbers differ by one at most. Memory does not depend on --num. Safe to interrupt: rerun "
-        "the same command to resume.",
+        "classes are taken in turns, so that their numbers differ by one at most; memory does\n"
+        "  not depend on --num; safe to interrupt: rerun the same command to resume",
     )
     many.add_argument(
         "--num",
