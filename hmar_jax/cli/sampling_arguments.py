@@ -42,7 +42,7 @@ def add_sample(command) -> None:
     many = sub.add_argument_group(
         "many images",
         "classes are taken in turns, so that their numbers differ by one at most; memory does\n"
-        "  not depend on --num; safe to interrupt: rerun the same command to resume",
+        "not depend on --num; safe to interrupt: rerun the same command to resume",
     )
     many.add_argument(
         "--num",
