@@ -12,7 +12,10 @@ import numpy as np
 from hmar_jax.errors import InputError
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+_RANGE = re.compile(r"([0-9]+)\s*-\s*([0-9]+)")
 _BY_ID, _BY_NAME = "id:", "name:"
+_ALL = "all"
+_MAX_NAME = 40  # characters of a class name in the name of a file
 
 
 def resolve_class(given: Any, num_classes: int, class_names: Sequence[str] = ()) -> int:
@@ -133,6 +136,79 @@ def split_classes(text: str, class_names: Sequence[str] = ()) -> list[str]:
                 f"quotes: --classes='\"{whole}\"'"
             )
     return items
+
+
+def resolve_classes(text: str, num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
+    """The ids of several classes in one text, in the order given.
+
+    The text is split as `split_classes` does. Beside a name or an id, an item may be a range of
+    ids, "0-9", or "all". Names come first: "golden-retriever" is no range, and an item that is the
+    name of one class and stands for others too is refused, as such numbers are. "id:0-9" and
+    "id:all" are always ids, and "name:all" is always a name.
+
+    Raises:
+      InputError: there is no such class, or an item has two readings.
+    """
+    found: list[int] = []
+    for item in split_classes(text, class_names):
+        found += _resolve_item(item, num_classes, class_names)
+    return found
+
+
+def _resolve_item(item: str, num_classes: int, class_names: Sequence[str]) -> list[int]:
+    by_id = item.startswith(_BY_ID) and item not in class_names
+    text = item.removeprefix(_BY_ID).strip() if by_id else item
+    named = [] if by_id else find_names(item, class_names)
+    several = _ids_of(text, num_classes, is_name=bool(named))
+    if several is None:
+        return [resolve_class(item, num_classes, class_names)]
+    if named and list(several) != named:
+        raise InputError(
+            f"{item!r} is the name of class {named[0]} ({class_names[named[0]]!r}) and stands for "
+            f"the ids {several[0]} to {several[-1]}; give name:{item} or id:{item}"
+        )
+    if by_id or text.casefold() == _ALL:
+        return list(several)
+    try:  # each number as if it stood alone: class folders may be numbered otherwise than ids
+        return [resolve_class(str(i), num_classes, class_names) for i in several]
+    except InputError as error:
+        reason = str(error).partition(";")[0]
+        raise InputError(f"classes {item!r}: {reason}; give id:{item} for ids") from None
+
+
+def _ids_of(text: str, num_classes: int, is_name: bool) -> range | None:
+    """The ids that "all" or a range stands for; None for anything else.
+
+    Raises:
+      InputError: the range does not ascend within the ids, and is no name either.
+    """
+    if text.casefold() == _ALL:
+        return range(num_classes)
+    match = _RANGE.fullmatch(text)
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2])
+    if first <= last < num_classes:
+        return range(first, last + 1)
+    if is_name:
+        return None
+    raise InputError(
+        f"a range of classes must be FIRST-LAST with ids in [0, {num_classes - 1}], the smaller "
+        f"first; got {text!r}"
+    )
+
+
+def file_stem(class_id: int, num_classes: int, class_names: Sequence[str] = ()) -> str:
+    """A class at the beginning of a file's name: "207_golden_retriever"; ids of equal length.
+
+    Letters and digits of every script stay; what has a meaning in paths and shells does not.
+    """
+    number = f"{class_id:0{len(str(num_classes - 1))}d}"
+    name = _exact(class_names[class_id]) if class_names else ""
+    if _value(name) == str(class_id):
+        name = ""
+    words = re.sub(r"\W+", "_", name)[:_MAX_NAME].strip("_")
+    return f"{number}_{words}" if words else number
 
 
 def label_of(class_id: int, class_names: Sequence[str] = ()) -> str:

@@ -1,6 +1,8 @@
 """Reading models: by a bundled name, from a run or model directory, or from published weights."""
 
 import functools
+import hashlib
+import json
 import os
 import pathlib
 from typing import Any
@@ -129,6 +131,26 @@ def is_copy(copy: tuple[Any, dict], model: tuple[Any, dict]) -> bool:
         and all(map(np.array_equal, jax.tree.leaves(tree), jax.tree.leaves(other_params[part])))
         for part, tree in params.items()
     )
+
+
+def fingerprint(spec: Any, params: dict) -> str:
+    """16 hexadecimal digits that differ where a model samples, or its classes mean, another thing.
+
+    A hash of the networks, the class names and every number of the parameters. Neither the place of
+    the model counts, nor its default sampling options, nor the type that it computes in.
+
+    Args:
+      spec, params: as `load_spec_and_params` returns them; the parameters may be on devices.
+    """
+    described = spec.with_dtype("float32").to_json()
+    left_out = ("format", "origin", "licence", "sampling")
+    counted = {name: value for name, value in described.items() if name not in left_out}
+    digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode())
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+        digest.update(f"{path}{np.shape(leaf)}".encode())
+        digest.update(np.ascontiguousarray(leaf, "<f4"))
+    return digest.hexdigest()[:16]
 
 
 def convert_torch_files(model: str | None = None, family: str = "", **options) -> tuple[Any, dict]:

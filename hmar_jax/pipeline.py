@@ -8,8 +8,8 @@ import functools
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,16 @@ from hmar_jax.io.images import resize_image
 _EDITING_CONFIGS = (masks.CompositeConfig, crops.CropConfig)
 _COARSE = 2  # how many times new content is enlarged before it is reported
 _MAX_BATCH = 64  # images of one device in one call of the compiled sampler
+
+
+class SampleBatch(NamedTuple):
+    """Some images of a long list, as `Pipeline.sample_batches` gives them."""
+
+    number: int  # of the batch, from 0
+    start: int  # index of its first image
+    class_ids: np.ndarray  # (b,) int32
+    images: jax.Array  # (b, h, w, 3) float32 in [0, 1]
+    latents: Any  # tokens (b, L) int32, or what the family has in their place
 
 
 class Pipeline:
@@ -81,6 +91,11 @@ class Pipeline:
         return own, (self.spec, jax.device_get(self.params), self._dtype)
 
     @property
+    def dtype(self) -> str:
+        """Of matrix products and convolutions."""
+        return self._dtype
+
+    @property
     def can_sample(self) -> bool:
         """False for an autoencoder alone."""
         return self.spec.sampling is not None
@@ -96,7 +111,15 @@ class Pipeline:
 
     # Sampling
 
-    def sample(self, rng: jax.Array, class_id=None, *, return_tokens: bool = False, **options):
+    def sample(
+        self,
+        rng: jax.Array,
+        class_id=None,
+        *,
+        return_tokens: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+        **options,
+    ):
         """Samples images of classes.
 
         Args:
@@ -106,6 +129,7 @@ class Pipeline:
             one image without a class. A text is looked up as a name first and as an id second, see
             class_names.resolve_class; "id:2" and "name:2" say which.
           return_tokens: also return the latents: tokens, or what the family has in their place.
+          on_progress: called with a number of images whenever so many more are finished.
           **options: of the family's SamplingConfig; None: the model's own value. See
             help(pipe.sample) of a loaded model.
 
@@ -124,10 +148,71 @@ class Pipeline:
             lambda keys, ids: self._sampler(self.params, keys, ids, config),
             image_keys(_as_key(rng), len(ids)),
             ids,
+            on_progress=on_progress,
         )
         if single:
             images, latents = images[0], latents[0]
         return (images, latents) if return_tokens else images
+
+    def sample_batches(
+        self,
+        rng: jax.Array,
+        class_id,
+        *,
+        batch_size: int = _MAX_BATCH,
+        which: Iterable[int] | None = None,
+        **options,
+    ) -> Iterator[SampleBatch]:
+        """Samples a long list of images batch by batch, without keeping them.
+
+        Image i is that of `sample` with the same list, up to rounding. Every batch is computed in
+        the same shape, the last one included, so a batch has the same bits whichever others are
+        sampled: what was interrupted can be resumed. While the caller uses a batch, the devices
+        compute the next one.
+
+        Args:
+          rng: as `sample`'s.
+          class_id: a class for each image, as `sample`'s.
+          batch_size: images of a batch, on all devices together. Another size may round otherwise.
+          which: numbers of the batches to sample, in this order; None: all.
+          **options: as `sample`'s.
+
+        Returns:
+          An iterator of SampleBatch.
+
+        Raises:
+          InputError: as `sample`.
+        """
+        config = self.sampling_config(self._family().SamplingConfig, options)
+        key, (ids, _) = _as_key(rng), self._classes(class_id)
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise InputError(f"batch_size must be an integer of at least 1; got {batch_size!r}")
+        every = range(-(-len(ids) // batch_size))
+        padded = -(-batch_size // len(self._devices)) * len(self._devices)
+
+        def compute(number: int) -> SampleBatch:
+            if number not in every:
+                raise InputError(f"batches have numbers in [0, {every[-1]}]; got {number!r}")
+            start = number * batch_size
+            some = ids[start : start + batch_size]
+            rows = np.pad(some, (0, padded - len(some)), mode="edge")
+            keys = image_keys(key, padded, start)
+            placed = jax.device_put((keys, rows), self._by_image)
+            results = self._sampler(self.params, *placed, config)
+            images, latents = jax.tree.map(lambda x: x[: len(some)], results)
+            return SampleBatch(number, start, some, images, latents)
+
+        def batches() -> Iterator[SampleBatch]:
+            previous = None
+            for number in every if which is None else which:
+                following = compute(number)  # returns before the devices have finished
+                if previous is not None:
+                    yield previous
+                previous = following
+            if previous is not None:
+                yield previous
+
+        return batches()
 
     def edit(
         self,
@@ -236,9 +321,13 @@ class Pipeline:
         """Ids (B,) int32, and whether one was given rather than a list."""
         single = not isinstance(class_id, list | tuple | range) and np.ndim(class_id) == 0
         null = self.spec.null_class
-        given = [class_id] if single else list(class_id)
-        if not given:
+        given = [class_id] if single else class_id
+        if not len(given):
             raise InputError("class_id must name at least one class; got an empty list")
+        if isinstance(class_id, np.ndarray) and class_id.ndim == 1 and class_id.dtype.kind in "iu":
+            for extreme in (class_id.min(), class_id.max()):  # millions of them take no time
+                self.resolve_class(extreme)
+            return class_id.astype(np.int32), False
         ids = [null if c is None else self.resolve_class(c) for c in given]
         return np.array(ids, np.int32), single
 
@@ -286,7 +375,7 @@ class Pipeline:
         )
         return np.stack([resize_image(x, side) for x in images])
 
-    def _in_turns(self, function: Callable, *rows):
+    def _in_turns(self, function: Callable, *rows, on_progress=None):
         """function(*rows) for a limited number of images a device at a time.
 
         Each turn is divided among the devices; the last one is padded to a power of two, to compile
@@ -294,6 +383,7 @@ class Pipeline:
 
         Args:
           function: from trees of arrays with one row an image to such trees.
+          on_progress: called with the number of images of each turn, when it is finished.
         """
         turns, devices = [], len(self._devices)
         total = len(jax.tree.leaves(rows)[0])
@@ -305,6 +395,9 @@ class Pipeline:
             placed = jax.tree.map(place, rows)
             results = function(*placed)
             turns.append(jax.tree.map(lambda x: x[:count], results))
+            if on_progress is not None:
+                jax.block_until_ready(turns[-1])
+                on_progress(count)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *turns)
 
 
@@ -521,7 +614,10 @@ def _documented(cls: Any, family_name: str, own: Any) -> type[Pipeline]:
       own: the model's own values of the sampling options.
     """
     family = families.get_family(family_name)
-    methods = {"sample": _with_options(cls.sample, own, family.SamplingConfig)}
+    methods = {
+        name: _with_options(getattr(cls, name), own, family.SamplingConfig)
+        for name in ("sample", "sample_batches")
+    }
     if family.EditingConfig is not None:
         methods["edit"] = _with_options(cls.edit, own, family.EditingConfig, *_EDITING_CONFIGS)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}

@@ -9,7 +9,13 @@ import pytest
 from PIL import Image
 
 import hmar_jax
-from hmar_jax.class_names import label_of, resolve_class, split_classes
+from hmar_jax.class_names import (
+    file_stem,
+    label_of,
+    resolve_class,
+    resolve_classes,
+    split_classes,
+)
 from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
 from tests import tiny
@@ -97,6 +103,67 @@ def test_several_classes_in_one_text():
             split_classes(text)
     with pytest.raises(InputError, match=r"""--classes='"white, shark"'"""):
         split_classes("white, shark", ("tench", "white, shark"))
+
+
+PETS = ("golden-retriever", "all", "0-2", "cat", "name:0-1")
+
+
+@pytest.mark.parametrize(
+    "given, names, expected",
+    [
+        ("all", (), list(range(10))),
+        ("All", ("cat", "dog"), [0, 1]),
+        ("0-3,7", (), [0, 1, 2, 3, 7]),
+        ("7, 1 - 2", (), [7, 1, 2]),
+        ("3-3", (), [3]),
+        ("0-1,cat", ("cat", "dog"), [0, 1, 0]),
+        ("golden-retriever,golden retriever", PETS, [0, 0]),
+        ("name:all", PETS, [1]),
+        ("id:all", PETS, [0, 1, 2, 3, 4]),
+        ("name:0-2,id:0-2", PETS, [2, 0, 1, 2]),
+        ("name:0-1", PETS, [4]),
+        ("1990-1999", ("1980-1989", "1990-1999"), [1]),  # no ids
+        ("0-0", ("0-0", "x"), [0]),  # the same class
+        ("all", ("all",), [0]),
+        ("0-2", ("0", "1", "2", "x"), [0, 1, 2]),  # names and ids agree
+        ("id:0-2", TWELVE, [0, 1, 2]),
+        ("3,id:1", (), [3, 1]),
+    ],
+)
+def test_ranges_and_all(given, names, expected):
+    assert resolve_classes(given, len(names) or 10, names) == expected
+
+
+@pytest.mark.parametrize(
+    "given, names, words",
+    [
+        ("all", PETS, "'all' is the name of class 1 .'all'. and .*; give name:all or id:all"),
+        ("3,0-2", PETS, "'0-2' is the name of class 2 .* the ids 0 to 2; give name:0-2 or id:0-2"),
+        (
+            "0-1",
+            ("a", "b", "0_1"),
+            "'0-1' is the name of class 2 .'0_1'. and stands for the ids 0 to 1",
+        ),
+        ("0-3", TWELVE, "classes '0-3': class '2' is the name of class 4 .*; give id:0-3 for ids"),
+        ("3-1", (), r"FIRST-LAST with ids in \[0, 9\], the smaller first; got '3-1'"),
+        ("5-10", (), "FIRST-LAST .* got '5-10'"),
+        ("id:5-10", (), "FIRST-LAST .* got '5-10'"),
+        ("1-", (), "got '1-'"),
+        ("cat-dog", ("cat", "dog"), "got 'cat-dog'"),
+        ("", (), "each class must be"),
+    ],
+)
+def test_ranges_with_two_readings_or_none(given, names, words):
+    with pytest.raises(InputError, match=words):
+        resolve_classes(given, len(names) or 10, names)
+
+
+def test_classes_in_names_of_files():
+    names = ("great white shark, Carcharodon", "../etc/passwd", "\u732b", "3", "03", "a\nb" * 40)
+    stems = [file_stem(i, 6, names) for i in range(6)]
+    assert stems[:5] == ["0_great_white_shark_Carcharodon", "1_etc_passwd", "2_\u732b", "3", "4_03"]
+    assert len(stems[5]) <= 42 and "\n" not in stems[5]
+    assert file_stem(7, 1000) == "007"
 
 
 def test_labels_say_the_id_where_the_name_would_mislead():

@@ -541,7 +541,8 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(refused, elsew
         ("full", "names a folder"),
         ("file/x.png", "is a file"),
     ):
-        refused(*sample(out=out), words=[out, words])
+        if out != "full":  # there, single files would be written
+            refused(*sample(out=out), words=[out, words])
         refused(*sample(f"--npz={out}"), words=[out, words])
         refused("evaluate", "--model=nope", f"--json={out}", words=[out, words])
     for out, words in (("full", "not empty"), ("file", "is a file"), ("file/m", "cannot write")):

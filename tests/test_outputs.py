@@ -44,7 +44,7 @@ ENDINGS = "must end in .png, .jpg, .jpeg or .webp; got "
     "arguments, words",
     [
         ([*SAMPLE, "--out=a.gif"], "--out " + ENDINGS + "a.gif"),
-        ([*SAMPLE, "--out=a"], "--out " + ENDINGS + "a"),
+        ([*SAMPLE, "--out=image.png/"], "image.png is a file, not a folder"),
         ([*SAMPLE, "--out=a.png.bak"], "--out " + ENDINGS + "a.png.bak"),
         ([*SAMPLE, "--out=a.png", "--npz=a.png"], "--npz must end in .npz; got a.png"),
         ([*SAMPLE, "--out=a.png", "--npz=."], "it names a folder"),

@@ -1,5 +1,6 @@
 """Pipelines: images do not depend on their neighbours, and what was saved comes back."""
 
+import dataclasses
 import gc
 import inspect
 import shutil
@@ -113,6 +114,60 @@ def test_more_than_one_batch(pipe, monkeypatch):
         some_images, some_tokens = pipe.sample(KEY, ids[part], return_tokens=True)
         assert np.array_equal(some_tokens, tokens[part])
         assert np.allclose(some_images, images[part], atol=1e-5)
+
+
+def test_a_batch_has_the_same_bits_whichever_others_are_sampled(pipe):
+    ids = np.arange(11) % 3
+    batches = list(pipe.sample_batches(KEY, ids, batch_size=4))
+    assert [(b.number, b.start, len(b.images)) for b in batches] == [
+        (0, 0, 4),
+        (1, 4, 4),
+        (2, 8, 3),
+    ]
+    assert np.array_equal(np.concatenate([b.class_ids for b in batches]), ids)
+    again = list(pipe.sample_batches(KEY, ids.tolist(), batch_size=4, which=[2, 0]))
+    for ours, theirs in zip(again, (batches[2], batches[0]), strict=True):
+        assert np.array_equal(ours.images, theirs.images)
+    images, tokens = pipe.sample(KEY, ids, return_tokens=True)
+    assert np.array_equal(np.concatenate([b.latents for b in batches]), tokens)
+    assert np.allclose(np.concatenate([b.images for b in batches]), images, atol=1e-5)
+    hot = next(pipe.sample_batches(KEY, ids, batch_size=4, temperature=50.0))
+    assert not np.array_equal(hot.latents, batches[0].latents)
+
+
+def test_batches_are_checked_at_once_and_sampled_when_they_are_needed(pipe, monkeypatch):
+    for options in (dict(class_id=[0, 7]), dict(class_id=np.array([0, 7])), dict(top_k=99)):
+        with pytest.raises(InputError):
+            pipe.sample_batches(KEY, **{"class_id": [0], **options})
+    calls, keys = [], pipeline.image_keys
+    count = lambda rng, count, start: calls.append(start) or keys(rng, count, start)
+    monkeypatch.setattr(pipeline, "image_keys", count)
+    batches = pipe.sample_batches(KEY, np.zeros(10**6, int), batch_size=4)
+    assert calls == [] and next(batches).start == 0
+    assert calls == [0, 4], "the devices compute one batch ahead"
+    assert list(pipe.sample_batches(KEY, [0], which=[])) == []
+    with pytest.raises(InputError, match=r"numbers in \[0, 1\]; got 2"):
+        next(pipe.sample_batches(KEY, [0] * 5, batch_size=4, which=[2]))
+    with pytest.raises(InputError, match="batch_size must be an integer of at least 1; got 0"):
+        pipe.sample_batches(KEY, [0], batch_size=0)
+
+
+def test_progress_of_sampling_is_reported(pipe):
+    done = []
+    pipe.sample(KEY, np.zeros(70, int), on_progress=done.append)
+    assert done == [64, 6]
+
+
+def test_the_fingerprint_of_a_model(pipe):
+    whole = loading.fingerprint(pipe.spec, pipe.params)
+    spec, params = loading.load_spec_and_params(str(tiny.model_run()))
+    assert loading.fingerprint(spec.with_dtype("bfloat16"), params) == whole
+    leaf = jax.tree.leaves(params)[-1]
+    changed = jax.tree.map(lambda x: x + (x is leaf), params)
+    assert loading.fingerprint(spec, changed) != whole
+    renamed = dataclasses.replace(spec, class_names=("a", "b", "c"))
+    assert loading.fingerprint(renamed, params) != whole
+    assert loading.fingerprint(dataclasses.replace(spec, origin="x"), params) == whole
 
 
 def test_other_numbers_compile_nothing(pipe):

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TextIO
 
 from hmar_jax.errors import InputError
@@ -39,6 +39,18 @@ def check(outputs: Paths, inputs: Paths | None = None, **endings: tuple[str, ...
             raise InputError(
                 f"--{first} and --{name} must be different files; got {given[first]} and {path}"
             )
+
+
+def is_directory(path: str, endings: Iterable[str]) -> bool:
+    """Whether --out names a directory rather than a file.
+
+    It does if it ends with a slash or has no ending; an existing directory also with another ending
+    than those of files.
+    """
+    if _is_device(path):
+        return False
+    ending = os.path.splitext(path)[1].lower()
+    return path.endswith(os.sep) or not ending or (os.path.isdir(path) and ending not in endings)
 
 
 def stream_for_words(*paths: str | None) -> TextIO:

@@ -6,77 +6,88 @@ Nothing heavy is imported before the arguments have been checked.
 import json
 import logging
 import os
-from collections.abc import Sequence
 
 from hmar_jax import families, settings
-from hmar_jax.cli import arguments, outputs
+from hmar_jax.cli import arguments, many_samples, outputs
 from hmar_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
 
+_IMAGES_OF_EACH_CLASS = 8  # without --n
+
 
 def sample(args) -> None:
-    """Samples images of classes into an image file, and their arrays into an .npz file."""
+    """Samples images of classes: a grid, single files, or arrays; or many of them (--num)."""
+    many_samples.check_options(args)
+    if args.num is not None:
+        many_samples.sample_many(args, _load_sampler)
+        return
     from hmar_jax.io import files, images
 
-    outputs.check({"out": args.out, "npz": args.npz}, out=tuple(images.FORMATS), npz=(".npz",))
+    directory = args.out if args.out and outputs.is_directory(args.out, images.FORMATS) else None
+    if directory:
+        many_samples.check_one_schedule("--out=DIR", args)
+        files.check_new_directory(directory)
+    grid = None if directory else args.out
+    outputs.check({"out": grid, "npz": args.npz}, out=tuple(images.FORMATS), npz=(".npz",))
     import io
 
     import jax
     import numpy as np
 
-    from hmar_jax.class_names import label_of, split_classes
-    from hmar_jax.progress import phase
+    from hmar_jax.class_names import file_stem, label_of, resolve_classes
+    from hmar_jax.progress import Progress, phase
 
     pipe = _load_sampler(args)
-    spec = pipe.spec
+    spec, n = pipe.spec, args.n or _IMAGES_OF_EACH_CLASS
     options = arguments.given_options(args, "SamplingConfig")
     schedules = options.pop("schedule", None) or [None]
-    given: Sequence[int | str] = range(min(10, spec.num_classes))
+    classes = list(range(min(10, spec.num_classes)))
     if args.classes is not None:
-        given = split_classes(args.classes, spec.class_names)
-    classes = [pipe.resolve_class(c) for c in given]
-    if args.npz and len(schedules) > 1:
-        raise InputError(
-            f"--npz takes the samples of one schedule; got --schedule {len(schedules)} times"
-        )
+        classes = resolve_classes(args.classes, spec.num_classes, spec.class_names)
     variants = [options | ({"schedule": s} if s is not None else {}) for s in schedules]
     for variant in variants:  # all are checked before the first is sampled
         pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
-    _check_memory(len(variants) * len(classes) * args.n, pipe.image_side)
-    # Whether it fits into the file is known before the first image is sampled.
+    ids = np.repeat(classes, n)
+    total = len(variants) * len(ids)
+    _check_memory(total, pipe.image_side, "; --num keeps none in memory")
     layout = images.GridLayout(
-        len(variants) * len(classes) * args.n,
+        total,
         (pipe.image_side, pipe.image_side),
-        columns=len(schedules) * args.n,
+        columns=len(schedules) * n,
         labels=[label_of(c, spec.class_names) for c in classes],
         titles=[f"schedule {s}" for s in schedules] if len(schedules) > 1 else (),
         substitutes=list(map(str, classes)),
     )
-    layout.check_file(args.out)
-    ids = np.repeat(classes, args.n)
+    if grid:  # whether it fits into the file is known before the first image is sampled
+        layout.check_file(grid)
     key = jax.random.key(args.seed)
-    with phase(f"compiling, then sampling {len(variants) * len(ids)} images"):
-        results = [pipe.sample(key, ids, return_tokens=True, **variant) for variant in variants]
+    with (
+        phase(f"compiling, then sampling {total} images"),
+        Progress("sampling", total, "image", opening=False) as done,
+    ):
+        results = [
+            pipe.sample(key, ids, return_tokens=True, on_progress=done.advance, **variant)
+            for variant in variants
+        ]
     pixels = np.stack([np.asarray(pixels) for pixels, _ in results])  # (schedules, B, h, w, 3)
-    rows = pixels.reshape(len(schedules), len(classes), args.n, *pixels.shape[2:]).swapaxes(0, 1)
-    grid = images.draw_grid(layout, rows.reshape(-1, *pixels.shape[2:]))
-    images.save_image(args.out, grid)
+    if grid:
+        rows = pixels.reshape(len(schedules), len(classes), n, *pixels.shape[2:]).swapaxes(0, 1)
+        images.save_image(grid, images.draw_grid(layout, rows.reshape(-1, *pixels.shape[2:])))
+    if directory:
+        stems = [file_stem(c, spec.num_classes, spec.class_names) for c in ids]
+        images.save_numbered(directory, pixels[0], stems)
     if args.npz:
         arrays = io.BytesIO()
-        np.savez(
-            arrays,
-            images=(pixels[0] * 255).round().astype(np.uint8),
-            labels=ids,
-            tokens=np.asarray(results[0][1]),
-        )
+        tokens = np.asarray(results[0][1])
+        np.savez(arrays, images=images.to_uint8(pixels[0]), labels=ids, tokens=tokens)
         files.write_atomically(args.npz, arrays.getvalue())
-    written = f"{args.out}; {args.npz}" if args.npz else args.out
-    count = f"{len(schedules) * len(ids)} images of {len(classes)} classes"
-    print(f"{written}: {count}", file=outputs.stream_for_words(args.out, args.npz))
+    written = "; ".join(path for path in (args.out, args.npz) if path)
+    count = f"{total} images of {len(classes)} classes"
+    print(f"{written}: {count}", file=outputs.stream_for_words(grid, args.npz))
 
 
-def _check_memory(count: int, side: int) -> None:
+def _check_memory(count: int, side: int, cure: str = "") -> None:
     """Raises InputError if the float32 pixels of so many images exceed this machine's memory."""
     needed = count * side * side * 3 * 4
     try:
@@ -86,7 +97,7 @@ def _check_memory(count: int, side: int) -> None:
     if needed > memory:
         raise InputError(
             f"--n must be less: {count:,} images of {side} x {side} pixels need "
-            f"{needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB of memory"
+            f"{needed / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB of memory{cure}"
         )
 
 

@@ -17,25 +17,60 @@ def add_sample(command) -> None:
     sub.add_argument(
         "--classes",
         default=None,
-        help="names or ids, separated by commas (default: the first ten). A text is looked up as a "
-        "name first; id:2 and name:2 say which. A name with a comma stands between double quotes: "
-        "'\"great white, shark\",3'",
+        help="names, ids, ranges of ids such as 0-9, or all; separated by commas (default: the "
+        "first ten; with --num, all). A text is looked up as a name first; id:2 and name:2 say "
+        "which. A name with a comma stands between double quotes: '\"great white, shark\",3'",
     )
     sub.add_argument(
-        "--n", type=arguments.positive, default=8, help="images of each class (default 8)"
+        "--n", type=arguments.positive, default=None, help="images of each class (default 8)"
     )
     sub.add_argument("--seed", type=arguments.seed, default=0, help=arguments.SEED_HELP)
     sub.add_argument(
         "--out",
         type=arguments.path,
-        required=True,
-        help="a .png, .jpg or .webp file: a grid with a labelled row for each class",
+        default=None,
+        help="a .png, .jpg or .webp file: a grid with a labelled row for each class. A directory, "
+        "new or empty (a name without ending, or with / at its end): a PNG file for each image, "
+        "such as 3_cat_00.png",
     )
     sub.add_argument(
         "--npz",
         type=arguments.path,
         default=None,
-        help="also write images (uint8), labels and tokens to this .npz file (of one schedule)",
+        help="write images (uint8), labels and tokens to this .npz file (of one schedule); also "
+        "beside --out",
+    )
+    many = sub.add_argument_group(
+        "many images",
+        "classes are taken in turns, so that their numbers differ by one at most; memory does\n"
+        "not depend on --num; safe to interrupt: rerun the same command to resume",
+    )
+    many.add_argument(
+        "--num",
+        type=arguments.positive,
+        default=None,
+        help="images in all, written to the directory --out, without a grid",
+    )
+    many.add_argument(
+        "--format",
+        choices=["npz", "png"],
+        default=None,
+        help="npz (default): samples.npz with arr_0 (pixels, uint8) and arr_1 (class ids), as "
+        "ADM's evaluator reads; until it is complete, twice its size is needed. png: 000000.png, "
+        "... in one folder, and the class ids in dataset.json",
+    )
+    many.add_argument(
+        "--batch_size",
+        type=arguments.positive,
+        default=None,
+        help="images sampled at once, on all devices together (default 64 for each device)",
+    )
+    many.add_argument(
+        "--part",
+        type=arguments.part,
+        default=None,
+        help="I/N, from 0/N to N-1/N: sample every N-th batch, where N commands share the work on "
+        "one directory",
     )
     arguments.add_options(sub, "SamplingConfig", several=("schedule",))
 

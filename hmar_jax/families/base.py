@@ -126,7 +126,10 @@ class Family(Trainable, Protocol):
         ...
 
 
-def image_keys(rng: jax.Array, count: int) -> jax.Array:
-    """Splits a key by index: (count,) keys, where key i is the same for every count above i."""
+def image_keys(rng: jax.Array, count: int, start: int = 0) -> jax.Array:
+    """Splits a key by index: (count,) keys, those of images start, start + 1, ...
+
+    The key of an image depends on rng and its index alone.
+    """
     keys = jnp.repeat(rng[None], count, 0)
-    return jax.vmap(jax.random.fold_in)(keys, jnp.arange(count))
+    return jax.vmap(jax.random.fold_in)(keys, jnp.arange(start, start + count))

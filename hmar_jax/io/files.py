@@ -5,7 +5,9 @@ written directly: an object store shows an object only when it is complete.
 """
 
 import codecs
+import contextlib
 import errno
+import glob
 import io
 import json
 import math
@@ -14,11 +16,14 @@ import secrets
 import shlex
 import stat
 import time
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from etils import epath
 
-from hmar_jax.errors import InputError
+from hmar_jax.errors import InputError, printable
+
+_NAME_IN_TEMPORARY = 64  # characters of a file's name in that of its temporary file
 
 
 def is_local(path: os.PathLike | str) -> bool:
@@ -75,11 +80,25 @@ def write_atomically(path: os.PathLike | str, data: bytes | str) -> None:
         with _open_special(path) as file:
             file.write(data)
         return
+    with open_atomically(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def open_atomically(path: os.PathLike | str) -> Iterator[BinaryIO]:
+    """Opens a local file for a `with` block that writes what is too large for the memory.
+
+    Every reader finds either the old contents or, after the block, the new ones. If the block
+    raises an error, the old contents stay. Symbolic links are followed.
+
+    Raises:
+      OSError: it cannot be written, for example on a full disk. Its filename is `path`.
+    """
     target = os.path.realpath(path)
     temporary = _create_temporary_file(target)
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -88,6 +107,15 @@ def write_atomically(path: os.PathLike | str, data: bytes | str) -> None:
         if isinstance(error, OSError) and error.errno is not None:
             error.filename, error.filename2 = os.fspath(path), None  # not the temporary file's name
         raise
+
+
+def remove_leftovers(path: os.PathLike | str) -> None:
+    """Removes temporary files of a local file whose writer was killed."""
+    folder, name = os.path.split(os.path.realpath(path))
+    pattern = f".{glob.escape(name[:_NAME_IN_TEMPORARY])}.{'[0-9a-f]' * 8}.tmp"
+    for leftover in glob.glob(os.path.join(glob.escape(folder), pattern)):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(leftover)
 
 
 class AppendedFile:
@@ -167,6 +195,40 @@ def check_writable(path: os.PathLike | str) -> None:
         raise InputError(f"cannot write {name}: {folder} is a file, not a folder")
     try:
         os.unlink(_create_temporary_file(target))
+    except OSError as error:
+        raise InputError(f"cannot write {name}: {error.strerror}") from error
+
+
+def check_new_directory(path: os.PathLike | str) -> None:
+    """Raises InputError unless a local path is a new or an empty directory that can be written.
+
+    Nothing stays of the attempt. Hidden files (.DS_Store) do not count.
+    """
+    name = os.fspath(path)
+    if not is_local(name):
+        raise InputError(f"cannot write {name}: it must be a local directory")
+    folder = os.path.realpath(name)
+    if os.path.isdir(folder):
+        found = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise InputError(
+                f"{name} must be a new or an empty directory; it contains {printable(found[0])}"
+                f"{more}; choose another one"
+            )
+    check_directory_writable(name)
+
+
+def check_directory_writable(path: os.PathLike | str) -> None:
+    """Raises InputError unless files can be created in a local directory, which need not exist."""
+    name = os.fspath(path)
+    folder = os.path.realpath(name)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise InputError(f"cannot write {name}: {folder} is a file, not a folder")
+    try:
+        os.unlink(_create_temporary_file(os.path.join(folder, "new")))
     except OSError as error:
         raise InputError(f"cannot write {name}: {error.strerror}") from error
 
@@ -270,7 +332,8 @@ def _create_temporary_file(target: str) -> str:
     with that of the target, so that a leftover can be recognised.
     """
     temporary = os.path.join(
-        os.path.dirname(target), f".{os.path.basename(target)[:64]}.{secrets.token_hex(4)}.tmp"
+        os.path.dirname(target),
+        f".{os.path.basename(target)[:_NAME_IN_TEMPORARY]}.{secrets.token_hex(4)}.tmp",
     )
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return temporary

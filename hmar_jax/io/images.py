@@ -1,5 +1,7 @@
 """Images: files, and grids of images with labels."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import io
@@ -93,6 +95,41 @@ def save_image(
       OSError: it cannot be written.
     """
     write_atomically(path, encode_image(image, _kind(path), profile))
+
+
+def save_numbered(
+    directory: os.PathLike | str, images: np.ndarray, stems: Sequence[str]
+) -> list[str]:
+    """Writes each image to a PNG file of its own, numbered among those of the same stem.
+
+    If one cannot be written, none stays.
+
+    Args:
+      directory: local, new or empty.
+      images: (B, h, w, 3), uint8 or floating-point in [0, 1].
+      stems: B beginnings of names, such as "3_cat".
+
+    Returns:
+      The names: 3_cat_00.png, 3_cat_01.png, ...
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    digits = max(2, len(str(max(collections.Counter(stems).values()) - 1)))
+    names, counts = [], collections.Counter[str]()
+    for stem in stems:
+        names.append(f"{stem}_{counts[stem]:0{digits}d}.png")
+        counts[stem] += 1
+    os.makedirs(directory, exist_ok=True)
+    try:
+        for name, image in zip(names, images, strict=True):
+            save_image(os.path.join(directory, name), image)
+    except BaseException:
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, name))
+        raise
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
