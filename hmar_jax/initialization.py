@@ -11,12 +11,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from hmar_jax import loading
 from hmar_jax.autoencoders import make_autoencoder
 from hmar_jax.autoencoders.base import AUTOENCODER
 from hmar_jax.config_files import flatten, set_value
 from hmar_jax.errors import InputError
 from hmar_jax.io import checkpoints, files, identity, runs
-from hmar_jax.loading import load_spec_and_params
 from hmar_jax.training.trainable import InitialParams, Parent, TaskKind, TaskSetup, Trainable
 
 
@@ -68,7 +68,7 @@ def complete(
     saved = runs.read(workdir) if workdir else None
     if saved is not None and not checkpoints.steps_of_run(files.absolute(workdir or "")):
         saved = None  # it has to start from the model again
-    start = Start(name, functools.cache(lambda: load_spec_and_params(name)), saved)
+    start = Start(name, functools.cache(lambda: loading.load_spec_and_params(name)), saved)
     if saved is not None:
         values = dict(flatten(kind.schema.upgrade(saved.get("config", {}))))
     else:
@@ -88,7 +88,7 @@ def fingerprint(start: Start, key: str) -> str:
         former = start.saved.get("config", {}).get(key, "")
         if known and identity.same_place(former, start.name):
             return known
-    return identity.fingerprint_params(start.load()[1])
+    return loading.fingerprint(*start.load())
 
 
 def with_provenance(spec: Any, start: Start) -> Any:

@@ -6,15 +6,10 @@ parameters. Inputs of runs that have no fingerprints yet are known by their plac
 
 import collections
 import dataclasses
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 
 from hmar_jax import config_files
 from hmar_jax.config_files import ConfigSchema
@@ -43,20 +38,6 @@ class Inputs:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     parent_difference: str | None = None
     labels_matter: bool = True
-
-
-def fingerprint_params(params: Any) -> str:
-    """16 hexadecimal digits of the names, shapes and values of parameters, nested dicts of arrays.
-
-    They do not depend on whether float32 values that float16 has too are stored as float16.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    leaves = jax.tree.leaves_with_path(params)
-    for name, x in sorted((jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves):
-        digest.update(f"{name}{x.shape}".encode())
-        is_float = jnp.issubdtype(x.dtype, jnp.floating)  # also bfloat16
-        digest.update(np.ascontiguousarray(x, "<f4" if is_float else x.dtype).tobytes())
-    return digest.hexdigest()
 
 
 def shorten(items: Iterable[str]) -> str:
