@@ -23,11 +23,12 @@ import zipfile
 import numpy as np
 
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
+from hmar_jax.data.digits import ArraySource
 from hmar_jax.data.encoding import write_record_set
 from hmar_jax.data.loader import make_loader
 from hmar_jax.data.record_spec import RecordField, RecordSpec
 from hmar_jax.data.records import RecordSetInfo, SplitInfo, make_record_loader, open_records
-from hmar_jax.data.sources import ArraySource, open_source
+from hmar_jax.data.sources import open_source
 from hmar_jax.data.transforms import Transform
 from hmar_jax.training import trainable
 

@@ -11,7 +11,8 @@ from hmar_jax.cli import main as cli
 from hmar_jax.data.agreement import check_same_data
 from hmar_jax.data.fingerprint import describe_data
 from hmar_jax.data.records import open_records, read_info
-from hmar_jax.data.sources import TfdsSource, open_source
+from hmar_jax.data.sources import open_source
+from hmar_jax.data.tfds import TfdsSource
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io import identity, runs
