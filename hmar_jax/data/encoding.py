@@ -41,10 +41,10 @@ from hmar_jax.data.records import (
 )
 from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.data.source_config import FOLDER_RULES
-from hmar_jax.data.sources import ImageDecodeError, Source, SourceConfig
+from hmar_jax.data.sources import ImageDecodeError, Source, SourceConfig, absolute_spec
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
+from hmar_jax.io.files import is_local, read_json, write_atomically
 from hmar_jax.io.identity import class_differences, same_place
 from hmar_jax.progress import Progress
 
@@ -154,9 +154,6 @@ def describe(
       config: what is read of the data; None: the defaults.
     """
     config = SourceConfig() if config is None else config
-    kind, _, place = spec.partition(":")
-    if kind == "folder":  # the same from any current directory
-        spec = f"folder:{absolute(place)}"
     splits = {
         split: SplitInfo(
             len(source),
@@ -170,7 +167,7 @@ def describe(
         fingerprint=fingerprint,
         record_spec=record_spec,
         autoencoder=dict(autoencoder),
-        source=spec,
+        source=absolute_spec(spec),
         class_names=next(iter(sources.values())).class_names,
         transform=dataclasses.asdict(transform),
         seed=seed,

@@ -4,6 +4,8 @@ A source is what a loader shuffles, shards and batches. A string names one:
 
     digits              scikit-learn's 1,797 handwritten digits at 32x32; requires no download
     folder:DIR          a folder of images, with class folders as ImageNet has them, or without
+    zip:FILE            a zip archive of such a folder, read in place
+    hf:NAME_OR_DIR      a data set of the Hugging Face library `datasets`, from the Hub or local
     tfds:NAME[@DIR]     a TensorFlow Datasets data set, prepared on disk as array_record
 
 Opening a source lists file names and reads no image. Reading an unreadable image raises
@@ -19,11 +21,14 @@ from typing import Protocol, runtime_checkable
 
 from hmar_jax.data.decoding import ImageDecodeError, decode_image
 from hmar_jax.data.digits import open_digits
-from hmar_jax.data.folder import is_among_images, open_folder
+from hmar_jax.data.folder import is_among_images, is_below, open_folder
+from hmar_jax.data.hf_source import open_hf, parse_hf
 from hmar_jax.data.source_config import SourceConfig
+from hmar_jax.data.suggestion import suggest
 from hmar_jax.data.tfds import open_tfds
+from hmar_jax.data.zip_source import open_zip
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import expand, is_local
+from hmar_jax.io.files import absolute, expand, is_local
 
 __all__ = [
     "SPLITS",
@@ -39,7 +44,7 @@ __all__ = [
 
 SPLITS = ("train", "validate")
 _RECORD_PREFIXES = ("records", "tokens")  # of encoded data sets; see data/records.py
-_KNOWN_SPECS = "digits, folder:DIR, tfds:NAME, tfds:NAME@DATA_DIR"
+_KNOWN_SPECS = "digits, folder:DIR, zip:FILE, hf:NAME_OR_DIR, tfds:NAME, tfds:NAME@DATA_DIR"
 
 
 @runtime_checkable
@@ -95,6 +100,17 @@ def open_source(
           of folder and name); the readable part of its file names
           (n01440764/n01440764_tench.jpg is "tench"); the folder's name. Without a validation
           folder, a share of each class is held out (`hmar_jax.data.held_out`).
+          A file DIR/dataset.json, as StyleGAN and EDM have it, labels the images of all folders
+          below DIR instead.
+        `zip:FILE`: a local zip archive of a folder as above, or of one with another folder around
+          it. Images, order, names and held-out images are those of the folder.
+        `hf:NAME_OR_DIR`: what `datasets.load_dataset` or `load_from_disk` opens: a name on the
+          Hugging Face Hub, or a folder of Parquet files, WebDataset shards (.tar), class folders or
+          of `save_to_disk`; also one .parquet or .tar file. Options follow after commas, as in
+          `hf:NAME,config=NAME,revision=NAME,train=SPLIT,validate=SPLIT,image=COLUMN,label=COLUMN`.
+          Validation uses the split validation, or else test; without one that has labels, a share
+          of each class is held out. Labels are class labels, integers or strings; classes of the
+          last two are sorted.
         `tfds:NAME` or `tfds:NAME@DATA_DIR`: a TensorFlow Datasets data set with features `image`
           and `label`, prepared with file format array_record. Validation uses its validation split,
           or else its test split.
@@ -131,6 +147,10 @@ def open_splits(
         sources: dict[str, Source] = {split: open_digits(split) for split in splits}
     elif kind == "folder" and rest:
         sources = dict(open_folder(rest, splits, need_classes, config))
+    elif kind == "zip" and rest:
+        sources = dict(open_zip(rest, splits, need_classes, config))
+    elif kind == "hf" and rest:
+        sources = dict(open_hf(rest, splits, need_classes, config))
     elif kind == "tfds" and rest:
         sources = {split: open_tfds(rest, split, config.max_pixels) for split in splits}
     elif records_directory(spec):
@@ -138,7 +158,7 @@ def open_splits(
             f"{spec} is an encoded data set, but images are required here: {_KNOWN_SPECS}"
         )
     else:
-        hint = f"did you mean folder:{spec}? It " if spec.strip() and os.path.isdir(spec) else ""
+        hint = f"did you mean {suggest(spec)}? It " if suggest(spec) else ""
         raise InputError(
             f"unknown data {spec!r}; {hint}must be one of {_KNOWN_SPECS}, or, where a model trains "
             "on encoded images, records:DIR (also written tokens:DIR)"
@@ -149,7 +169,8 @@ def open_splits(
 def check_outside(spec: str, path: os.PathLike | str, what: str) -> None:
     """Raises InputError if a directory to write to lies among the images of `folder:DIR`.
 
-    It would be a class of its own at the next start.
+    It would be a class of its own at the next start. The same holds for `hf:DIR`, whose library
+    takes every file below it for data.
 
     Args:
       spec: a data set, as `open_source` takes it.
@@ -157,13 +178,28 @@ def check_outside(spec: str, path: os.PathLike | str, what: str) -> None:
       what: names it in the error.
     """
     kind, _, root = spec.partition(":")
-    if kind != "folder" or not is_local(root) or not is_local(path) or not root:
+    if not root or not is_local(root) or not is_local(path):
         return
-    if is_among_images(root, path):
+    if kind == "folder" and is_among_images(root, path):
         raise InputError(
             f"{what} must not lie among the images of {spec}, where it would be taken for a class; "
             f"got {path}"
         )
+    if kind == "hf" and is_below(parse_hf(root)[0], path):
+        raise InputError(
+            f"{what} must not lie in {spec}, where it would be taken for data; got {path}"
+        )
+
+
+def absolute_spec(spec: str) -> str:
+    """A data set by the same name from any current directory, if it lies in files."""
+    kind, _, place = spec.partition(":")
+    if kind in ("folder", "zip"):
+        return f"{kind}:{absolute(place)}"
+    if kind == "hf" and os.path.exists(local := parse_hf(place)[0]):
+        options = (f",{key}={value}" for key, value in parse_hf(place)[1].items())
+        return f"hf:{absolute(local)}{''.join(options)}"
+    return spec
 
 
 def records_directory(spec: str) -> str | None:
