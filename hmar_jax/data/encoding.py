@@ -366,9 +366,8 @@ def finish(directory: os.PathLike | str, info: RecordSetInfo) -> RecordSetInfo:
             return dataclasses.replace(info, complete=False)
         broken = {item[0]: tuple(item) for entry in entries for item in entry["broken"]}
         _check_unreadable(folder, info.source, list(broken.values()), split.num_images)
-        splits[name] = SplitInfo(
-            split.num_images,
-            split.crops,
+        splits[name] = dataclasses.replace(
+            split,
             broken=tuple(broken[i] for i in sorted(broken)),
             shards=tuple(
                 {key: entry[key] for key in ("file", "records", "bytes", "sha256")}
