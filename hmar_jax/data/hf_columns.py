@@ -21,6 +21,7 @@ class Rows:
     """The rows of one split.
 
     Attributes:
+      split: its name.
       table: datasets.Dataset of the column of images alone, not decoded.
       classes: class to what its rows are called, sorted: "CLASS/FILE", "CLASS/NUMBER", or "FILE"
         and "NUMBER" of the one class "" where there are no labels. Declared classes may be empty.
@@ -29,6 +30,7 @@ class Rows:
       unlabeled: rows without label, none of which is in `classes`.
     """
 
+    split: str
     table: Any
     classes: Mapping[str, Sequence[str]]
     numbers: Mapping[str, int]
@@ -116,11 +118,11 @@ def _choose(
     return None
 
 
-def read_rows(spec: str, table: Any, image: str, label: str | None) -> Rows:
+def read_rows(spec: str, split: str, table: Any, image: str, label: str | None) -> Rows:
     """Reads labels, names and sizes of all rows, and no image.
 
     Args:
-      spec: names the data set in errors.
+      spec, split: name the data set in errors.
       table: datasets.Dataset.
       image, label: its columns; label None: no classes.
 
@@ -130,7 +132,7 @@ def read_rows(spec: str, table: Any, image: str, label: str | None) -> Rows:
     import datasets
 
     if missing := [name for name in (image, label) if name and name not in table.features]:
-        raise InputError(f"the split {table.split} of {spec} must have a column {missing[0]}")
+        raise InputError(f"the split {split} of {spec} must have a column {missing[0]}")
     keys: list[str] = [""]
     labels = [""] * len(table)
     if label is not None:
@@ -148,8 +150,8 @@ def read_rows(spec: str, table: Any, image: str, label: str | None) -> Rows:
         if key is not None:
             classes[key].append(name)
     numbers = {name: row for row, name in enumerate(names)}
-    unlabeled = labels.count(None)
-    return Rows(table, {k: sorted(v) for k, v in classes.items()}, numbers, sizes, unlabeled)
+    classes = {key: sorted(names) for key, names in classes.items()}
+    return Rows(split, table, classes, numbers, sizes, labels.count(None))
 
 
 def _read_labels(table: Any, column: str) -> tuple[list[str], list[str | None]]:

@@ -43,6 +43,7 @@ class HfSource:
 
     name: str
     class_names: tuple[str, ...]
+    split: str  # the data set's name of the split
     files: tuple[str, ...]  # what the rows are called, in label order and sorted within a class
     labels: np.ndarray  # (N,) int32
     rows: np.ndarray  # (N,) int64: where they are in the table
@@ -59,7 +60,7 @@ class HfSource:
 
     def __getitem__(self, index: int) -> dict:
         row = int(self.rows[index])
-        path = f"{self.name}/{self.table.split or 'train'}[{row}]"
+        path = f"{self.name}/{self.split}[{row}]"
         (value,) = self.table[row].values()
         found = value if isinstance(value, Mapping) else {"bytes": value, "path": None}
         data, file = found.get("bytes"), found.get("path")
@@ -102,17 +103,17 @@ def open_hf(
             f"{', '.join(tables[train_split].features)}; if one has labels, give "
             f"hf:{text},label=COLUMN"
         )
-    train = read_rows(spec, tables[train_split], image, label)
+    train = read_rows(spec, train_split, tables[train_split], image, label)
     validate = None
     if validate_split:
-        validate = read_rows(spec, tables[validate_split], image, label)
+        validate = read_rows(spec, validate_split, tables[validate_split], image, label)
         if validate.unlabeled and "validate" not in options:
             validate = None  # such as the test split of a contest
     for rows in (train, validate):
         if rows is not None and rows.unlabeled:
             raise InputError(
                 f"each row of {spec} must have a label; {rows.unlabeled} of the {len(rows.sizes)} "
-                f"in its split {rows.table.split} have none"
+                f"in its split {rows.split} have none"
             )
     return _make_sources(spec, place, splits, config, train, validate)
 
@@ -221,7 +222,7 @@ def _make_sources(
     validate: Rows | None,
 ) -> dict[str, HfSource]:
     if not any(train.classes.values()):
-        raise InputError(f"no images in {spec}: its split {train.table.split} has no rows")
+        raise InputError(f"no images in {spec}: its split {train.split} has no rows")
     check_empty_classes(f"each class of {spec}", train.classes, config.allow_empty_classes)
     root = epath.Path(place) if os.path.isdir(place) else None
     names = find_class_names(root, train.classes, config.folder_rules or FOLDER_RULES)
@@ -231,8 +232,8 @@ def _make_sources(
     else:
         if unknown := sorted(set(validate.classes) - set(train.classes)):
             raise InputError(
-                f"{spec}: its split {validate.table.split} has class {unknown[0]!r} and its split "
-                f"{train.table.split} does not; both must have the same classes"
+                f"{spec}: its split {validate.split} has class {unknown[0]!r} and its split "
+                f"{train.split} does not; both must have the same classes"
             )
         held_out = {name: list(validate.classes.get(name, ())) for name in train.classes}
         found = {"train": (train, train.classes), "validate": (validate, held_out)}
@@ -251,6 +252,7 @@ def _make_source(
     return HfSource(
         spec,
         class_names,
+        rows.split,
         files,
         labels,
         numbers,
