@@ -94,6 +94,8 @@ def test_a_data_set_may_move(images, resumes, tmp_path, monkeypatch):
     for place in (images, f"{images}/", "images", "./images//"):
         resumes(tiny.train_tokenizer(run, data__source=f"folder:{place}"))
         assert config_of(run)["config"]["data"]["source"] == f"folder:{place}"
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", images)
+    resumes(tiny.train_tokenizer(run, data__source=f"zip:{archive}"))
     assert config_of(run)["data"] == recorded
 
 
