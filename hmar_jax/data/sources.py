@@ -31,6 +31,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.io.files import absolute, expand, is_local
 
 __all__ = [
+    "KNOWN_SPECS",
     "SPLITS",
     "ImageDecodeError",
     "InMemory",
@@ -44,7 +45,7 @@ __all__ = [
 
 SPLITS = ("train", "validate")
 _RECORD_PREFIXES = ("records", "tokens")  # of encoded data sets; see data/records.py
-_KNOWN_SPECS = "digits, folder:DIR, zip:FILE, hf:NAME_OR_DIR, tfds:NAME, tfds:NAME@DATA_DIR"
+KNOWN_SPECS = "digits, folder:DIR, zip:FILE, hf:NAME_OR_DIR, tfds:NAME, tfds:NAME@DATA_DIR"
 
 
 @runtime_checkable
@@ -155,12 +156,12 @@ def open_splits(
         sources = {split: open_tfds(rest, split, config.max_pixels) for split in splits}
     elif records_directory(spec):
         raise InputError(
-            f"{spec} is an encoded data set, but images are required here: {_KNOWN_SPECS}"
+            f"{spec} is an encoded data set, but images are required here: {KNOWN_SPECS}"
         )
     else:
         hint = f"did you mean {suggest(spec)}? It " if suggest(spec) else ""
         raise InputError(
-            f"unknown data {spec!r}; {hint}must be one of {_KNOWN_SPECS}, or, where a model trains "
+            f"unknown data {spec!r}; {hint}must be one of {KNOWN_SPECS}, or, where a model trains "
             "on encoded images, records:DIR (also written tokens:DIR)"
         )
     return {split: InMemory(s) if in_memory else s for split, s in sources.items()}
