@@ -275,6 +275,8 @@ def test_what_is_no_archive_of_images(tmp_path):
     refused("must be a complete zip archive: File is not", data=b"")
     shutil.make_archive(str(tmp_path / "b"), "tar", tmp_path)
     refused("must be a complete zip archive: it is a tar", spec=f"zip:{tmp_path / 'b.tar'}")
+    (tmp_path / "a.z01").touch()
+    refused("the last part of a split one; zip -s 0 .*a.zip --out WHOLE.zip", data=whole[60:])
     refused("does not exist", spec=f"zip:{tmp_path / 'c.zip'}")
     refused("must be a local file", spec="zip:gs://bucket/a.zip")
     refused(f"is a folder.*did you mean folder:{tiny.images()}", spec=f"zip:{tiny.images()}")

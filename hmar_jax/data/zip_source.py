@@ -125,7 +125,10 @@ def open_zip(
 def _read_table(path: str) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.infolist()
+            members = archive.infolist()
+        if any(member.header_offset < 0 for member in members):
+            raise zipfile.BadZipFile("its beginning is missing")
+        return members
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, ValueError) as error:
         with open(path, "rb") as file:
             is_cut = file.read(4) == b"PK\3\4"
@@ -133,6 +136,8 @@ def _read_table(path: str) -> list[zipfile.ZipInfo]:
             reason = "its table of contents is missing, so it is incomplete; copy it again"
         elif tarfile.is_tarfile(path):
             reason = "it is a tar archive"
+        elif os.path.exists(os.path.splitext(path)[0] + ".z01"):
+            reason = f"it is the last part of a split one; zip -s 0 {path} --out WHOLE.zip joins it"
         else:
             reason = str(error)
         raise InputError(f"{path} must be a complete zip archive: {reason}") from error
