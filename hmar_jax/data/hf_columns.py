@@ -13,7 +13,7 @@ from hmar_jax.errors import InputError
 # Names that decide where several columns could be meant; all are in use on the Hub.
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "class", "cls", "category", "target", "y")
-_UNKNOWN_LABELS = (None, -1)  # of test splits whose labels are secret
+_UNKNOWN_LABELS = (None, -1, "")  # of test splits whose labels are secret
 
 
 @dataclasses.dataclass(frozen=True)
