@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "hmar_jax/__init__.py").read_text())[1]
 
+HF = ["datasets>=4,<6"]  # hf: data sets
 GCS = ["gcsfs>=2025.1"]  # gs:// paths where TensorFlow is not installed
 DEMO = ["scikit-learn>=1.5,<2"]
 LINT = [
@@ -60,10 +61,12 @@ setup(
         "torch": TORCH,
         "demo": DEMO,
         "gcs": GCS,
+        "hf": HF,
         "lint": LINT,
         "dev": [
             *DEMO,
             *GCS,
+            *HF,
             *LINT,
             *WANDB,
             "gcp-storage-emulator>=2024.8.3",

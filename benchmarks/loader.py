@@ -1,11 +1,14 @@
-"""Measures how fast training data is read, in images/s per core: from a folder and from records.
+"""Measures how fast training data is read, in images/s per core: from images and from records.
 
     python benchmarks/loader.py --data=IMAGES [--side=256] [--images=200000] [--workers=2]
 
 IMAGES is a folder in the ImageNet layout, or a .zip of one. Its images are decoded, resized
-(Lanczos), cropped at random and batched. The encoded data set has random tokens, as many per image
-and of the same vocabulary as the published tokenizer at 256 pixels. It lies in a temporary folder
-and, once written, in the page cache.
+(Lanczos), cropped at random and batched: from the folder, from a zip archive of it and, if the
+library `datasets` is installed, from Parquet files and WebDataset shards.
+
+The encoded data set has random tokens, as many per image and of the same vocabulary as the
+published tokenizer at 256 pixels. It lies in a temporary folder and, once written, in the page
+cache.
 
 "per core" counts seconds of CPU time of this process and its threads, whatever else the machine
 does; the rate by wall time follows it. The CPU time of worker processes is not visible here, so
@@ -14,8 +17,10 @@ measurements with workers have only the rate by wall time.
 
 import argparse
 import contextlib
+import io
 import os
 import pathlib
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -23,11 +28,12 @@ import zipfile
 import numpy as np
 
 from hmar_jax.autoencoders.scales import PUBLISHED_SIDES
+from hmar_jax.data.digits import ArraySource
 from hmar_jax.data.encoding import write_record_set
 from hmar_jax.data.loader import make_loader
 from hmar_jax.data.record_spec import RecordField, RecordSpec
 from hmar_jax.data.records import RecordSetInfo, SplitInfo, make_record_loader, open_records
-from hmar_jax.data.sources import ArraySource, open_source
+from hmar_jax.data.sources import open_source
 from hmar_jax.data.transforms import Transform
 from hmar_jax.training import trainable
 
@@ -56,7 +62,9 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         with contextlib.suppress(KeyboardInterrupt):
-            measure_folder(unpack(args.data, scratch), args)
+            root = unpack(args.data, scratch)
+            for spec in (f"folder:{root}", *write_others(root, scratch)):
+                measure_images(spec, args)
             measure_records(os.path.join(scratch, "records"), args)
 
 
@@ -74,12 +82,41 @@ def unpack(data: str, scratch: str) -> str:
     )
 
 
-def measure_folder(root: str, args) -> None:
-    source, transform = open_source(f"folder:{root}"), Transform(args.side, "resize_crop")
+def write_others(root: str, scratch: str) -> list[str]:
+    """Writes the images that are trained on in other forms; returns these as data sources."""
+    folder = open_source(f"folder:{root}")
+    archive, shards = pathlib.Path(scratch, "images.zip"), pathlib.Path(scratch, "shards")
+    files = [pathlib.Path(folder.root, file) for file in folder.files]
+    with zipfile.ZipFile(archive, "w") as members:
+        for file, name in zip(files, folder.files):
+            members.write(file, name)
+    try:
+        import datasets
+    except ImportError:
+        return [f"zip:{archive}"]
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = pathlib.Path(scratch, "cache")
+    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    columns = {"image": rows, "label": folder.labels.tolist()}
+    parquet = pathlib.Path(scratch, "train.parquet")
+    datasets.Dataset.from_dict(columns).to_parquet(parquet)
+    shards.mkdir()
+    with tarfile.open(shards / "train-000000.tar", "w") as tar:
+        for number, (file, label) in enumerate(zip(files, folder.labels)):
+            tar.add(file, f"{number:08d}{file.suffix.lower()}")
+            member = tarfile.TarInfo(f"{number:08d}.cls")
+            member.size = len(text := b"%d" % label)
+            tar.addfile(member, io.BytesIO(text))
+    return [f"zip:{archive}", f"hf:{parquet}", f"hf:{shards}"]
+
+
+def measure_images(spec: str, args) -> None:
+    source, transform = open_source(spec), Transform(args.side, "resize_crop")
+    kind = spec.partition(":")[0]
     batch_size = min(32, len(source))
     print(
-        f"folder: {len(source)} images, resized to {transform.resize_ratio} x {args.side} pixels, "
-        f"random crop; batches of {batch_size}"
+        f"{kind}:{os.path.basename(spec)}: {len(source)} images, resized to "
+        f"{transform.resize_ratio} x {args.side} pixels, random crop; batches of {batch_size}"
     )
     for threads, workers in ((0, 0), (1, 0), (2, 0), (1, args.workers)):
         loader = make_loader(

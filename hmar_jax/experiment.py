@@ -24,7 +24,7 @@ from hmar_jax.data.records import (
     has_info,
     read_info,
 )
-from hmar_jax.data.sources import SourceConfig, records_directory
+from hmar_jax.data.sources import KNOWN_SPECS, SourceConfig, records_directory
 from hmar_jax.errors import InputError
 from hmar_jax.experiment_data import TrainingData, held_out_images, open_data, preview_images
 from hmar_jax.initialization import Start
@@ -64,10 +64,10 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     kind.schema.check(config)
     weights_and_biases.check_project(config.get("wandb", ""))
     if not config.data.source:
-        encoded = "tokens:DIR, " if kind.parent_key else ""
+        encoded = ", or tokens:DIR" if kind.parent_key else ""
         raise InputError(
-            "config.data.source is empty; give --config.data.source=folder:DIR, tfds:NAME, "
-            f"{encoded}or digits"
+            "config.data.source is empty; give --config.data.source with one of "
+            f"{KNOWN_SPECS}{encoded}"
         )
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch_size, config.get("grad_accum_steps", 1))

@@ -624,7 +624,9 @@ def test_in_memory_decodes_once(digits):
 
 @pytest.mark.parametrize("spec", ["mnist", "folder", "folder:", "tfds:", "", "digits:x"])
 def test_unknown_spec(spec):
-    with pytest.raises(InputError, match="unknown data .*digits, folder:DIR, tfds:NAME"):
+    with pytest.raises(
+        InputError, match="unknown data .*digits, folder:DIR, zip:FILE, hf:NAME_OR_DIR, tfds:"
+    ):
         open_source(spec)
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hmar_jax.data.sources import ArraySource, open_source
+from hmar_jax.data.digits import ArraySource
+from hmar_jax.data.sources import open_source
 from hmar_jax.errors import InputError
 from hmar_jax.evaluation.classifier import (
     accuracy,

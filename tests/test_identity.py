@@ -11,7 +11,8 @@ from hmar_jax.cli import main as cli
 from hmar_jax.data.agreement import check_same_data
 from hmar_jax.data.fingerprint import describe_data
 from hmar_jax.data.records import open_records, read_info
-from hmar_jax.data.sources import TfdsSource, open_source
+from hmar_jax.data.sources import open_source
+from hmar_jax.data.tfds import TfdsSource
 from hmar_jax.errors import InputError
 from hmar_jax.experiment import build_experiment
 from hmar_jax.io import identity, runs
@@ -93,6 +94,8 @@ def test_a_data_set_may_move(images, resumes, tmp_path, monkeypatch):
     for place in (images, f"{images}/", "images", "./images//"):
         resumes(tiny.train_tokenizer(run, data__source=f"folder:{place}"))
         assert config_of(run)["config"]["data"]["source"] == f"folder:{place}"
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", images)
+    resumes(tiny.train_tokenizer(run, data__source=f"zip:{archive}"))
     assert config_of(run)["data"] == recorded
 
 

@@ -225,7 +225,9 @@ def _add_tokenize(command) -> None:
         "added.",
     )
     sub.add_argument("--tokenizer", type=arguments.path, required=True, help=arguments.MODEL_HELP)
-    sub.add_argument("--data", required=True, help="folder:DIR, tfds:NAME or digits")
+    sub.add_argument(
+        "--data", required=True, help="folder:DIR, zip:FILE, hf:NAME_OR_DIR, tfds:NAME or digits"
+    )
     sub.add_argument(
         "--out", type=arguments.path, required=True, help="the directory to make, also gs://"
     )

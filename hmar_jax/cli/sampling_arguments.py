@@ -145,7 +145,8 @@ def add_evaluate(command) -> None:
     sub.add_argument(
         "--reference",
         default="digits",
-        help="the data set of real images: digits, folder:DIR, tfds:NAME (default digits)",
+        help="the data set of real images: digits, folder:DIR, zip:FILE, hf:NAME_OR_DIR, tfds:NAME "
+        "(default digits)",
     )
     sub.add_argument(
         "--features",

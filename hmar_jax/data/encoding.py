@@ -41,10 +41,10 @@ from hmar_jax.data.records import (
 )
 from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.data.source_config import FOLDER_RULES
-from hmar_jax.data.sources import ImageDecodeError, Source, SourceConfig
+from hmar_jax.data.sources import ImageDecodeError, Source, SourceConfig, absolute_spec
 from hmar_jax.data.transforms import Transform
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import absolute, is_local, read_json, write_atomically
+from hmar_jax.io.files import is_local, read_json, write_atomically
 from hmar_jax.io.identity import class_differences, same_place
 from hmar_jax.progress import Progress
 
@@ -154,9 +154,6 @@ def describe(
       config: what is read of the data; None: the defaults.
     """
     config = SourceConfig() if config is None else config
-    kind, _, place = spec.partition(":")
-    if kind == "folder":  # the same from any current directory
-        spec = f"folder:{absolute(place)}"
     splits = {
         split: SplitInfo(
             len(source),
@@ -170,7 +167,7 @@ def describe(
         fingerprint=fingerprint,
         record_spec=record_spec,
         autoencoder=dict(autoencoder),
-        source=spec,
+        source=absolute_spec(spec),
         class_names=next(iter(sources.values())).class_names,
         transform=dataclasses.asdict(transform),
         seed=seed,
@@ -369,9 +366,8 @@ def finish(directory: os.PathLike | str, info: RecordSetInfo) -> RecordSetInfo:
             return dataclasses.replace(info, complete=False)
         broken = {item[0]: tuple(item) for entry in entries for item in entry["broken"]}
         _check_unreadable(folder, info.source, list(broken.values()), split.num_images)
-        splits[name] = SplitInfo(
-            split.num_images,
-            split.crops,
+        splits[name] = dataclasses.replace(
+            split,
             broken=tuple(broken[i] for i in sorted(broken)),
             shards=tuple(
                 {key: entry[key] for key in ("file", "records", "bytes", "sha256")}

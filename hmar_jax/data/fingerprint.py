@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -65,13 +65,20 @@ def fingerprint_files(root: str, files: Sequence[str], labels: Sequence[int] | n
     Raises:
       InputError: the sizes cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     try:
-        for name, label, size in zip(files, labels, _sizes(root, files), strict=True):
-            digest.update(b"%d %d %b\0" % (label, size, os.fsencode(name)))
+        return fingerprint_listed(files, labels, _sizes(root, files))
     except OSError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the sizes of the files in {root} cannot be read: {reason}") from error
+
+
+def fingerprint_listed(
+    files: Sequence[str], labels: Sequence[int] | np.ndarray, sizes: Iterable[int]
+) -> str:
+    """Returns the digits of `fingerprint_files` for files whose sizes in bytes are known."""
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for name, label, size in zip(files, labels, sizes, strict=True):
+        digest.update(b"%d %d %b\0" % (label, size, os.fsencode(name)))
     return digest.hexdigest()
 
 
@@ -83,10 +90,12 @@ def fingerprint_values(*values: Any) -> str:
 
 def _sizes(root: str, files: Sequence[str]) -> Iterator[int]:
     """Bytes of each file."""
-    return _local_sizes(root, files) if is_local(root) else _remote_sizes(root, files)
+    return local_sizes(root, files) if is_local(root) else _remote_sizes(root, files)
 
 
-def _local_sizes(root: str, files: Sequence[str]) -> Iterator[int]:
+def local_sizes(root: str, files: Sequence[str]) -> Iterator[int]:
+    """Bytes of each file in the file system; -1 for those that are not there."""
+
     def sizes_of(start: int) -> list[int]:
         return [_local_size(os.path.join(root, f)) for f in files[start : start + _FILES_PER_TASK]]
 

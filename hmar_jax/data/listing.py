@@ -1,13 +1,15 @@
-"""Lists the image files of class folders, on disk or in an object store."""
+"""Lists the image files of class folders, on disk, in an object store or in an archive."""
 
 import collections
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 
 from etils import epath
 
+from hmar_jax.data.archives import ArchiveFolder
+from hmar_jax.data.dataset_json import LABELS_FILE, classes_of
 from hmar_jax.data.decoding import image_endings
 from hmar_jax.errors import InputError, printable
 from hmar_jax.io.files import is_local
@@ -33,10 +35,13 @@ CLASS_NAME_FILES = (
     "synset_words.txt",
 )
 _BROKEN_LINK, _SPECIAL, _NO_ENDING = "broken link", "pipe or device", "without ending"
+_ARCHIVED_LINK = "link in an archive"
 _CURES = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
     ".avif": "pip install --upgrade pillow",  # read since Pillow 11.3
 }
+
+Folder = epath.Path | ArchiveFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,24 +52,36 @@ class Listing:
       classes: class folder to its files, relative to the listed folder, all sorted. If that folder
         itself holds the images: {"": files}.
       skipped: how many files are not images, by ending (such as ".txt"), or by what they are.
+      labels_file: the file that the classes come from, in place of folders; or "".
     """
 
     classes: dict[str, list[str]]
     skipped: Mapping[str, int]
+    labels_file: str = ""
 
 
-def list_class_folders(root: epath.Path, rules: int) -> Listing:
-    """Lists the files of each class folder.
+def listed_endings(rules: int) -> frozenset[str]:
+    """The endings of files that are listed as images; rules: see source_config.FOLDER_RULES."""
+    return _FIRST_ENDINGS if rules == 1 else image_endings()
+
+
+def list_class_folders(root: Folder, rules: int) -> Listing:
+    """Lists the files of each class folder, or those that dataset.json gives labels.
 
     Args:
       root: the folder that holds the class folders, or the images.
       rules: see source_config.FOLDER_RULES.
 
     Raises:
-      InputError: a folder cannot be listed; images are next to class folders; or a class folder is
-        a broken symbolic link.
+      InputError: a folder cannot be listed; images are next to class folders; a class folder is a
+        broken symbolic link; or there is a dataset.json that does not fit the images.
     """
-    walk = _Walk(_FIRST_ENDINGS if rules == 1 else image_endings(), rules)
+    walk = _Walk(listed_endings(rules), rules)
+    if rules > 1 and (labels_file := root / LABELS_FILE).exists():
+        files, skipped = walk.images(root, "", ())
+        skipped[".json"] -= 1
+        classes = classes_of(labels_file, sorted(files or []))
+        return Listing(classes, +skipped, str(labels_file))
     entries, skipped = walk.entries(root)
     if rules > 1 and skipped.get(_BROKEN_LINK):
         raise InputError(
@@ -73,8 +90,9 @@ def list_class_folders(root: epath.Path, rules: int) -> Listing:
         )
     loose = [name for name, is_folder in entries if not is_folder]
     folders = [name for name, is_folder in entries if is_folder]
+    is_quick = isinstance(root, ArchiveFolder) or is_local(root)
     # Object stores answer slowly, but to many requests at once.
-    with futures.ThreadPoolExecutor(1 if is_local(root) else _LISTING_THREADS) as pool:
+    with futures.ThreadPoolExecutor(1 if is_quick else _LISTING_THREADS) as pool:
         found = pool.map(lambda name: walk.images(root / name, name, (_resolve(root),)), folders)
         results = dict(zip(folders, found))
     classes = {}
@@ -116,7 +134,7 @@ class _Walk:
         self._endings, self._rules = endings, rules
 
     def images(
-        self, folder: epath.Path, relative: str, parents: tuple[str, ...]
+        self, folder: Folder, relative: str, parents: tuple[str, ...]
     ) -> tuple[list[str] | None, collections.Counter]:
         """The images below a folder, sorted, and what was passed over.
 
@@ -132,19 +150,20 @@ class _Walk:
             return None, collections.Counter({_NO_ENDING: 1})
         found = []
         for name, is_folder in entries:
+            path = f"{relative}/{name}" if relative else name
             if is_folder:
-                files, below = self.images(
-                    folder / name, f"{relative}/{name}", (*parents, resolved)
-                )
+                files, below = self.images(folder / name, path, (*parents, resolved))
                 found += files or []
                 skipped.update(below)
             else:
-                found.append(f"{relative}/{name}")
+                found.append(path)
         return found, skipped
 
-    def entries(self, folder: epath.Path) -> tuple[list[tuple[str, bool]], collections.Counter]:
+    def entries(self, folder: Folder) -> tuple[list[tuple[str, bool]], collections.Counter]:
         """Names of images and folders, sorted, whether each is a folder, and what else is there."""
         skipped: collections.Counter = collections.Counter()
+        if isinstance(folder, ArchiveFolder):
+            return sorted(self._archived(folder, skipped)), skipped
         try:
             found = (
                 self._local(folder, skipped) if is_local(folder) else self._remote(folder, skipped)
@@ -198,6 +217,22 @@ class _Walk:
                     self._skip(name, skipped)
         return found
 
+    def _archived(
+        self, folder: ArchiveFolder, skipped: collections.Counter
+    ) -> Iterator[tuple[str, bool]]:
+        for name, is_folder, is_file in folder.children():
+            if name.startswith("."):
+                continue
+            if is_folder:
+                if self._is_own(name):
+                    yield name, True
+            elif not is_file:
+                skipped[_ARCHIVED_LINK] += 1
+            elif name[name.rfind(".") :].lower() in self._endings:
+                yield name, False
+            else:
+                self._skip(name, skipped)
+
     def _is_own(self, name: str) -> bool:
         """Whether a name was given by the user, not by a system."""
         return self._rules == 1 or name.lower() not in _SYSTEM_NAMES
@@ -229,7 +264,8 @@ def _is_readable_kind(entry: os.DirEntry) -> bool:
     return entry.is_symlink() or entry.is_file()
 
 
-def _first_broken_link(folder: epath.Path) -> str:
+def _first_broken_link(folder: Folder) -> str:
+    assert isinstance(folder, epath.Path)
     names = sorted(os.listdir(folder))
     return next(
         name
@@ -238,5 +274,7 @@ def _first_broken_link(folder: epath.Path) -> str:
     )
 
 
-def _resolve(folder: epath.Path) -> str:
+def _resolve(folder: Folder) -> str:
+    if isinstance(folder, ArchiveFolder):  # which follows no links
+        return folder.where
     return os.path.realpath(folder) if is_local(folder) else os.fspath(folder)

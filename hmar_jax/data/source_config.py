@@ -32,16 +32,16 @@ class DecodeConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig(DecodeConfig):
-    """What is read of a data set. All but max_pixels concerns folders alone."""
+    """What is read of a data set. All but max_pixels concerns folders, archives and hf: alone."""
 
     held_out: float = setting(
         0.02,
-        "Share of each class that is held out of a folder without validation images.",
+        "Share of each class that is held out of data without validation images.",
         above=0,
         below=1,
     )
     allow_empty_classes: bool = setting(
-        False, "Accept class folders without images; they stay classes.", harmless=True
+        False, "Accept classes without images; they stay classes.", harmless=True
     )
     folder_rules: int | None = setting(
         None,

@@ -4,6 +4,8 @@ A source is what a loader shuffles, shards and batches. A string names one:
 
     digits              scikit-learn's 1,797 handwritten digits at 32x32; requires no download
     folder:DIR          a folder of images, with class folders as ImageNet has them, or without
+    zip:FILE            a zip archive of such a folder, read in place
+    hf:NAME_OR_DIR      a data set of the Hugging Face library `datasets`, from the Hub or local
     tfds:NAME[@DIR]     a TensorFlow Datasets data set, prepared on disk as array_record
 
 Opening a source lists file names and reads no image. Reading an unreadable image raises
@@ -12,31 +14,29 @@ Opening a source lists file names and reads no image. Reading an unreadable imag
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import numpy as np
-from PIL import Image
-
-from hmar_jax.data.decoding import MAX_PIXELS, ImageDecodeError, decode_image
-from hmar_jax.data.fingerprint import fingerprint_values
-from hmar_jax.data.folder import is_among_images, open_folder
+from hmar_jax.data.decoding import ImageDecodeError, decode_image
+from hmar_jax.data.digits import open_digits
+from hmar_jax.data.folder import is_among_images, is_below, open_folder
+from hmar_jax.data.hf_source import open_hf, parse_hf
 from hmar_jax.data.source_config import SourceConfig
+from hmar_jax.data.suggestion import suggest
+from hmar_jax.data.tfds import open_tfds
+from hmar_jax.data.zip_source import open_zip
 from hmar_jax.errors import InputError
-from hmar_jax.io.files import expand, is_local
+from hmar_jax.io.files import absolute, expand, is_local
 
 __all__ = [
+    "KNOWN_SPECS",
     "SPLITS",
-    "ArraySource",
     "ImageDecodeError",
     "InMemory",
     "Source",
     "SourceConfig",
-    "TfdsSource",
     "decode_image",
     "open_source",
     "open_splits",
@@ -45,11 +45,7 @@ __all__ = [
 
 SPLITS = ("train", "validate")
 _RECORD_PREFIXES = ("records", "tokens")  # of encoded data sets; see data/records.py
-_KNOWN_SPECS = "digits, folder:DIR, tfds:NAME, tfds:NAME@DATA_DIR"
-
-_TFDS_VALIDATE_SPLITS = ("validation", "validate", "val", "test")
-_NUM_VALIDATE_DIGITS = 360  # leaves 1,437 for training
-_DIGITS_SPLIT_SEED = 0  # fixed, so that runs with different seeds validate on the same digits
+KNOWN_SPECS = "digits, folder:DIR, zip:FILE, hf:NAME_OR_DIR, tfds:NAME, tfds:NAME@DATA_DIR"
 
 
 @runtime_checkable
@@ -105,6 +101,17 @@ def open_source(
           of folder and name); the readable part of its file names
           (n01440764/n01440764_tench.jpg is "tench"); the folder's name. Without a validation
           folder, a share of each class is held out (`hmar_jax.data.held_out`).
+          A file DIR/dataset.json, as StyleGAN and EDM have it, labels the images of all folders
+          below DIR instead.
+        `zip:FILE`: a local zip archive of a folder as above, or of one with another folder around
+          it. Images, order, names and held-out images are those of the folder.
+        `hf:NAME_OR_DIR`: what `datasets.load_dataset` or `load_from_disk` opens: a name on the
+          Hugging Face Hub, or a folder of Parquet files, WebDataset shards (.tar), class folders or
+          of `save_to_disk`; also one .parquet or .tar file. Options follow after commas, as in
+          `hf:NAME,config=NAME,revision=NAME,train=SPLIT,validate=SPLIT,image=COLUMN,label=COLUMN`.
+          Validation uses the split validation, or else test; without one that has labels, a share
+          of each class is held out. Labels are class labels, integers or strings; classes of the
+          last two are sorted.
         `tfds:NAME` or `tfds:NAME@DATA_DIR`: a TensorFlow Datasets data set with features `image`
           and `label`, prepared with file format array_record. Validation uses its validation split,
           or else its test split.
@@ -138,19 +145,23 @@ def open_splits(
     config = SourceConfig() if config is None else config
     kind, _, rest = spec.partition(":")
     if spec == "digits":
-        sources: dict[str, Source] = {split: _open_digits(split) for split in splits}
+        sources: dict[str, Source] = {split: open_digits(split) for split in splits}
     elif kind == "folder" and rest:
         sources = dict(open_folder(rest, splits, need_classes, config))
+    elif kind == "zip" and rest:
+        sources = dict(open_zip(rest, splits, need_classes, config))
+    elif kind == "hf" and rest:
+        sources = dict(open_hf(rest, splits, need_classes, config))
     elif kind == "tfds" and rest:
-        sources = {split: _open_tfds(rest, split, config.max_pixels) for split in splits}
+        sources = {split: open_tfds(rest, split, config.max_pixels) for split in splits}
     elif records_directory(spec):
         raise InputError(
-            f"{spec} is an encoded data set, but images are required here: {_KNOWN_SPECS}"
+            f"{spec} is an encoded data set, but images are required here: {KNOWN_SPECS}"
         )
     else:
-        hint = f"did you mean folder:{spec}? It " if spec.strip() and os.path.isdir(spec) else ""
+        hint = f"did you mean {suggest(spec)}? It " if suggest(spec) else ""
         raise InputError(
-            f"unknown data {spec!r}; {hint}must be one of {_KNOWN_SPECS}, or, where a model trains "
+            f"unknown data {spec!r}; {hint}must be one of {KNOWN_SPECS}, or, where a model trains "
             "on encoded images, records:DIR (also written tokens:DIR)"
         )
     return {split: InMemory(s) if in_memory else s for split, s in sources.items()}
@@ -159,7 +170,8 @@ def open_splits(
 def check_outside(spec: str, path: os.PathLike | str, what: str) -> None:
     """Raises InputError if a directory to write to lies among the images of `folder:DIR`.
 
-    It would be a class of its own at the next start.
+    It would be a class of its own at the next start. The same holds for `hf:DIR`, whose library
+    takes every file below it for data.
 
     Args:
       spec: a data set, as `open_source` takes it.
@@ -167,167 +179,34 @@ def check_outside(spec: str, path: os.PathLike | str, what: str) -> None:
       what: names it in the error.
     """
     kind, _, root = spec.partition(":")
-    if kind != "folder" or not is_local(root) or not is_local(path) or not root:
+    if not root or not is_local(root) or not is_local(path):
         return
-    if is_among_images(root, path):
+    if kind == "folder" and is_among_images(root, path):
         raise InputError(
             f"{what} must not lie among the images of {spec}, where it would be taken for a class; "
             f"got {path}"
         )
+    if kind == "hf" and is_below(parse_hf(root)[0], path):
+        raise InputError(
+            f"{what} must not lie in {spec}, where it would be taken for data; got {path}"
+        )
+
+
+def absolute_spec(spec: str) -> str:
+    """A data set by the same name from any current directory, if it lies in files."""
+    kind, _, place = spec.partition(":")
+    if kind in ("folder", "zip"):
+        return f"{kind}:{absolute(place)}"
+    if kind == "hf" and os.path.exists(local := parse_hf(place)[0]):
+        options = (f",{key}={value}" for key, value in parse_hf(place)[1].items())
+        return f"hf:{absolute(local)}{''.join(options)}"
+    return spec
 
 
 def records_directory(spec: str) -> str | None:
     """Returns DIR of `records:DIR` or `tokens:DIR`, which mean the same; None for other sources."""
     kind, _, directory = spec.partition(":")
     return expand(directory) if kind in _RECORD_PREFIXES else None
-
-
-# Digits
-
-
-@dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """Images that are already in an array."""
-
-    name: str
-    class_names: tuple[str, ...]
-    images: np.ndarray  # (N, h, w, 3) uint8
-    labels: np.ndarray  # (N,) int
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index], "label": int(self.labels[index])}
-
-    def fingerprint(self) -> str:
-        """See `Source.fingerprint`."""
-        return fingerprint_values(self.name, list(self.images.shape), self.labels.tolist())
-
-
-def _open_digits(split: str) -> ArraySource:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError('digits requires scikit-learn: pip install "hmar_jax[demo]"') from error
-    digits = load_digits()
-    validate = _stratified_mask(digits.target, _NUM_VALIDATE_DIGITS, _DIGITS_SPLIT_SEED)
-    selected = validate if split == "validate" else ~validate
-    images = np.stack([_enlarge_digit(digit) for digit in digits.images[selected]])
-    images.setflags(write=False)
-    return ArraySource("digits", tuple("0123456789"), images, digits.target[selected])
-
-
-def _enlarge_digit(digit: np.ndarray) -> np.ndarray:
-    """Resizes (8, 8) values in [0, 16] to (32, 32, 3) uint8."""
-    image = Image.fromarray((digit * (255 / 16)).astype(np.float32))
-    gray = np.array(image.resize((32, 32), Image.Resampling.BICUBIC))
-    gray = np.clip(np.rint(gray), 0, 255).astype(np.uint8)  # bicubic resampling overshoots
-    return np.repeat(gray[:, :, None], 3, axis=2)
-
-
-def _stratified_mask(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Selects examples at random, from each class in proportion (largest remainders round up).
-
-    Args:
-      labels: (N,) int.
-      count: how many examples to select.
-      seed: seed of the selection.
-
-    Returns:
-      (N,) bool.
-    """
-    sizes = np.bincount(labels)
-    quota = sizes * count / len(labels)
-    per_class = np.floor(quota).astype(int)
-    by_remainder = np.argsort(per_class - quota, kind="stable")
-    per_class[by_remainder[: count - per_class.sum()]] += 1
-    # NumPy guarantees the stream of this legacy generator for good, unlike default_rng's.
-    rng = np.random.RandomState(seed)
-    selected = np.zeros(len(labels), bool)
-    for label, n in enumerate(per_class):
-        selected[rng.permutation(np.flatnonzero(labels == label))[:n]] = True
-    return selected
-
-
-# TensorFlow Datasets
-
-
-@dataclasses.dataclass(frozen=True)
-class TfdsSource:
-    """A prepared TensorFlow Datasets data set, read without TensorFlow."""
-
-    name: str
-    class_names: tuple[str, ...]
-    split: str  # the data set's name of the split
-    records: Any  # tfds.data_source: records[i] is {"image": encoded bytes, "label": int}
-    version: str = ""  # of the data set
-    max_pixels: int = MAX_PIXELS
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict:
-        record = self.records[index]
-        path = f"{self.name}/{self.split}[{index}]"
-        return {
-            "image": decode_image(io.BytesIO(record["image"]), path, self.max_pixels),
-            "label": int(record["label"]),
-        }
-
-    def fingerprint(self) -> str:
-        """See `Source.fingerprint`. A version of a data set has always the same examples."""
-        name = self.name.partition(":")[2].partition(":")[0]  # without a version
-        return fingerprint_values(name, self.version, self.split, len(self))
-
-
-def _open_tfds(rest: str, split: str, max_pixels: int) -> TfdsSource:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise InputError(
-            f"tfds:{rest} requires tensorflow-datasets: pip install tensorflow-datasets"
-        ) from error
-    name, _, data_dir = rest.partition("@")
-    where = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    not_prepared = InputError(
-        f"tfds:{name} is not prepared as array_record in {where}; to prepare it (this requires "
-        f"TensorFlow, once): tfds build {name} --file_format=array_record --data_dir={where}"
-    )
-    try:
-        builder = tfds.builder(name, data_dir=expand(data_dir) if data_dir else None)
-    except Exception as error:  # an unknown name or version, or another file format
-        raise not_prepared from error
-    splits = builder.info.splits
-    if not splits:
-        raise not_prepared
-
-    features = builder.info.features
-    if "image" not in features or "label" not in features:
-        raise InputError(
-            f"tfds:{name} must have features `image` and `label`; it has {', '.join(features)}"
-        )
-    candidates = ("train",) if split == "train" else _TFDS_VALIDATE_SPLITS
-    tfds_split = next((candidate for candidate in candidates if candidate in splits), None)
-    if tfds_split is None:
-        raise InputError(
-            f"tfds:{name} must have one of the splits {', '.join(candidates)} to {split}; it has "
-            f"{', '.join(splits)}"
-        )
-    try:
-        records = builder.as_data_source(tfds_split, decoders={"image": tfds.decode.SkipDecoding()})
-    except Exception as error:
-        raise not_prepared from error
-    names, version = tuple(features["label"].names), str(builder.version)
-    return TfdsSource(f"tfds:{name}", names, tfds_split, records, version, max_pixels)
 
 
 # In memory

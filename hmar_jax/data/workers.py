@@ -1,8 +1,11 @@
 """Worker processes that read batches, for machines with more cores than one process can use."""
 
+import multiprocessing
+import os
 import re
 import signal
 import sys
+import threading
 from multiprocessing import resource_tracker
 
 import grain
@@ -12,11 +15,21 @@ from hmar_jax.errors import InputError
 from hmar_jax.interruption import SIGNALS
 
 
-def _leave_signals_to_the_parent(*_) -> None:
-    """A terminal sends Ctrl-C and SIGHUP to all of its processes; the parent still needs these."""
+def _follow_the_parent(*_) -> None:
+    """Leaves signals to the parent, and ends when it does, also by SIGKILL.
+
+    A terminal sends Ctrl-C and SIGHUP to all of its processes; the parent still needs these. A
+    worker that outlived it would hold memory, and the pipe that its output goes to.
+    """
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     for number in SIGNALS:
         if number != signal.SIGTERM:  # by which the parent ends them
             signal.signal(number, signal.SIG_IGN)
+
+
+def _end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _start_quiet_tracker() -> None:
@@ -56,7 +69,7 @@ class MultiprocessDataset(grain.IterDataset):
         options = grain.MultiprocessingOptions(
             num_workers=min(self._workers, len(self._dataset) - index), per_worker_buffer_size=1
         )
-        return iter(remaining.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent))
+        return iter(remaining.mp_prefetch(options, worker_init_fn=_follow_the_parent))
 
     def check_index(self, index: int) -> None:
         if not 0 <= index <= len(self._dataset):

@@ -17,7 +17,7 @@ import shlex
 import stat
 import time
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from etils import epath
 
@@ -233,11 +233,17 @@ def check_directory_writable(path: os.PathLike | str) -> None:
         raise InputError(f"cannot write {name}: {error.strerror}") from error
 
 
-def read_text(path: os.PathLike | str, what: str) -> str:
+class Readable(Protocol):
+    """A file that is no path, such as one in an archive; `str()` of it names it."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+def read_text(path: os.PathLike | str | Readable, what: str) -> str:
     r"""Reads a text file that a user may have written: UTF-8, with or without a byte-order mark.
 
     Args:
-      path: local, or gs://.
+      path: local, or gs://, or a file in an archive.
       what: names the file in errors, as in "the class names".
 
     Returns:
@@ -247,7 +253,8 @@ def read_text(path: os.PathLike | str, what: str) -> str:
       InputError: the file is missing, cannot be read, or has another encoding.
     """
     try:
-        data = epath.Path(path).read_bytes()
+        file = epath.Path(path) if isinstance(path, str | os.PathLike) else path
+        data = file.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{what} is missing: {path} does not exist") from error
     except OSError as error:
@@ -256,7 +263,7 @@ def read_text(path: os.PathLike | str, what: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _decode(data: bytes, path: os.PathLike | str, what: str) -> str:
+def _decode(data: bytes, path: os.PathLike | str | Readable, what: str) -> str:
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-8-sig")
@@ -274,19 +281,19 @@ def _decode(data: bytes, path: os.PathLike | str, what: str) -> str:
     return text
 
 
-def _encoding_error(what: str, path: os.PathLike | str, found: str, name: str) -> str:
-    file = shlex.quote(os.fspath(path))
+def _encoding_error(what: str, path: os.PathLike | str | Readable, found: str, name: str) -> str:
+    file = shlex.quote(str(path))
     return (
         f"{what} must be UTF-8 text; {path} is {found}; save it as UTF-8, for example by "
         f"iconv -f {name} -t UTF-8 {file} > NEW"
     )
 
 
-def read_json(path: os.PathLike | str, what: str) -> Any:
+def read_json(path: os.PathLike | str | Readable, what: str) -> Any:
     """Reads a JSON file.
 
     Args:
-      path: local, or gs://.
+      path: local, or gs://, or a file in an archive.
       what: names the file in errors, as in "the configuration of the model".
 
     Raises:

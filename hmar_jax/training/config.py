@@ -74,7 +74,9 @@ class DataConfig(SourceConfig):
     """The group `data`; its group `transform` is data.transforms.Transform."""
 
     source: str = setting(
-        "", "folder:DIR, tfds:NAME, digits, or tokens:DIR of hmar tokenize.", is_input=True
+        "",
+        "folder:DIR, zip:FILE, hf:NAME_OR_DIR, tfds:NAME, digits, or tokens:DIR of hmar tokenize.",
+        is_input=True,
     )
     threads: int = setting(
         2, "Threads that read ahead, in each process.", at_least=0, harmless=True
