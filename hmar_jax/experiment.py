@@ -28,11 +28,12 @@ from hmar_jax.data.sources import SourceConfig, records_directory
 from hmar_jax.errors import InputError
 from hmar_jax.experiment_data import TrainingData, held_out_images, open_data, preview_images
 from hmar_jax.io import files, identity, runs
+from hmar_jax.io.history import History, Segment
 from hmar_jax.io.identity import Inputs
 from hmar_jax.loading import is_copy, load_spec_and_params
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.progress import phase
-from hmar_jax.training import run_length
+from hmar_jax.training import extension, run_length
 from hmar_jax.training.config import MAX_STEPS
 from hmar_jax.training.experiment import Experiment, FrozenModel
 from hmar_jax.training.step import init_state
@@ -52,8 +53,13 @@ def task_kind(config: ConfigDict) -> tuple[Any, TaskKind]:
     return trainable, trainable.TASKS[task]
 
 
-def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experiment:
+def build_experiment(
+    config: ConfigDict, workdir: str | None = None, extend: bool = False
+) -> Experiment:
     """From a config; a run in `workdir` that resumes keeps the frozen parent it was started with.
+
+    Args:
+      extend: whether the config may change the run in `workdir`, which must be there.
 
     Raises:
       InputError: something in the config does not fit together. Nothing has been written then.
@@ -66,20 +72,36 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
             "config.data.source is empty; give --config.data.source=folder:DIR, tfds:NAME, "
             f"{encoded}or digits"
         )
+    run = runs.find(workdir, kind.schema) if workdir else None
+    if extend and run is None:
+        raise InputError(
+            f"--extend requires a run, and there is none in {workdir}; leave it out to start one"
+        )
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch_size, config.get("grad_accum_steps", 1))
     parent, parent_params, parent_difference = _load_parent(config, kind, workdir)
     side = trainable.image_side(config, parent)
     data = open_data(config, mesh, side, parent, parent_params)
-    steps = trainable.make_task(config, parent, data.info).task.steps
+    begins_anew = extend and extension.has_other_stream(config, run, data.described)
+    segment = extension.next_segment(config, run, begins_anew)
+    former_steps, kept = 0, {}
+    if run is not None:
+        former_steps = extension.former_steps(run, data.info.num_images)
+        config, kept = extension.keep(config, kind.schema, run, former_steps, extend=extend)
+
+    def make_task(config):
+        steps = run_length.total_steps(config, data.info.num_images, segment)
+        return trainable.make_task(run_length.with_steps(config, steps), parent, data.info)
+
+    steps = make_task(config).task.steps
     if steps > MAX_STEPS:
         raise InputError(
             f"config.epochs must give at most {MAX_STEPS} steps; got {config.epochs} epochs of "
             f"{data.info.num_images} images, {steps} steps"
         )
-    saved = runs.saved_config(workdir, kind.schema) if workdir else None
+    saved = run.config if run is not None else None
     config, notes = run_length.fit_to_run(config, kind.schema, steps, saved)
-    setup = trainable.make_task(config, parent, data.info)
+    setup = make_task(config)
     task = setup.task
     if data.kind not in task.input_kinds:
         kinds = ", ".join(sorted(task.input_kinds))
@@ -88,45 +110,61 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     frozen = trainable.frozen_params(config, parent, parent_params, _frozen_kind(config, data.kind))
     # Whatever only the networks and the optimizer can find out.
     state = jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
-    if saved is None:
+    inputs = Inputs(
+        data.described,
+        _fingerprint_files(config, kind),
+        parent_difference,
+        labels_matter=not isinstance(setup.spec, AutoencoderSpec),
+    )
+    change = None
+    if run is not None:
+        change = extension.find_change(
+            config,
+            setup.spec.to_json(),
+            kind.schema,
+            inputs,
+            run,
+            segment,
+            begins_anew,
+            (former_steps, steps),
+            kept,
+        )
+    if run is None or begins_anew:
         notes += _warnings(setup, data, parent, parent_params)
-    kept = None
+    frozen_copy = None
     if setup.parent_spec is not None:
         parts = _kept_parts(setup, parent_params)
-        kept = FrozenModel(kind.parent_folder, setup.parent_spec, parts)
+        frozen_copy = FrozenModel(kind.parent_folder, setup.parent_spec, parts)
     return Experiment(
         task,
         setup.spec,
         mesh,
         frozen,
-        data.loader,
+        functools.partial(data.loader, segment.offset),
         data.validation,
         preview_images(config, task.num_preview_images, side, data),
         data.decode_errors,
         kind.schema,
         config,
-        _overview(task, data, mesh, state.params),
+        _overview(task, data, mesh, state.params, segment),
         tuple(notes),
-        kept,
-        Inputs(
-            data.described,
-            _fingerprint_files(config, kind),
-            parent_difference,
-            labels_matter=not isinstance(setup.spec, AutoencoderSpec),
-        ),
+        frozen_copy,
+        inputs,
+        History(segment, run.history if run is not None else (), change),
     )
 
 
-def _overview(task: Any, data: TrainingData, mesh: Mesh, params: Any) -> str:
+def _overview(task: Any, data: TrainingData, mesh: Mesh, params: Any, segment: Segment) -> str:
     """What a run trains and on what, in one line."""
     info, held_out = data.info, data.validation.num_images if data.validation else 0
     classes = f" of {info.num_classes} classes" if info.num_classes > 1 else ""
     devices = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}"
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    epochs = task.steps * task.batch_size / info.num_images
+    epochs = segment.position_at(task.steps) / info.num_images
+    first = f"from step {segment.from_step + 1:,} on, " if segment.from_step else ""
     return (
         f"{info.num_images:,} images{classes} to train, {held_out:,} held out; {devices}; "
-        f"{count:,} parameters; {task.steps:,} steps of {task.batch_size} images "
+        f"{count:,} parameters; {task.steps:,} steps, {first}of {task.batch_size} images "
         f"({epochs:.3g} epochs)"
     )
 

@@ -88,6 +88,7 @@ class VQRecipe(OptimizerConfig):
         "First step that quantizes; the codebook is initialized with data just before it.",
         at_least=1,
         share_of_run=0.1,
+        happens_once=True,
         former_name="unquantized_steps",
     )
     reset_every: int = setting(
