@@ -110,7 +110,8 @@ def read_on_devices(
       folder: written by Orbax.
       metadata: of `read_metadata`; without the parts that are not read.
       leaves: for each of these stored arrays, by name, an array or jax.ShapeDtypeStruct whose type
-        and, where given, sharding the result has. Without a sharding it is on this process's first device.
+        and, where given, sharding the result has. Without a sharding it is on this process's first
+        device.
 
     Returns:
       The arrays by the same names.
