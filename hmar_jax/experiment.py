@@ -130,7 +130,7 @@ def build_experiment(
             kept,
         )
     if run is None or begins_anew:
-        notes += _warnings(setup, data, parent, parent_params)
+        notes += _warnings(setup, data, parent, parent_params, is_new=run is None)
     frozen_copy = None
     if setup.parent_spec is not None:
         parts = _kept_parts(setup, parent_params)
@@ -161,23 +161,28 @@ def _overview(task: Any, data: TrainingData, mesh: Mesh, params: Any, segment: S
     devices = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}"
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     epochs = segment.position_at(task.steps) / info.num_images
-    first = f"from step {segment.from_step + 1:,} on, " if segment.from_step else ""
+    since = f" from step {segment.from_step + 1:,} on" if segment.offset else ""
     return (
         f"{info.num_images:,} images{classes} to train, {held_out:,} held out; {devices}; "
-        f"{count:,} parameters; {task.steps:,} steps, {first}of {task.batch_size} images "
+        f"{count:,} parameters; {task.steps:,} steps of {task.batch_size} images{since} "
         f"({epochs:.3g} epochs)"
     )
 
 
 def _warnings(
-    setup: Any, data: TrainingData, parent: Parent | None, parent_params: Any
+    setup: Any, data: TrainingData, parent: Parent | None, parent_params: Any, is_new: bool
 ) -> list[str]:
-    """Why a new run may not work on its data, in words."""
-    task = setup.task
-    found = [
-        *run_length.warnings(task.steps, task.batch_size, data.info.num_images),
-        *setup.warnings,
-    ]
+    """Why a run may not work on data that it was not trained on yet, in words.
+
+    Args:
+      is_new: whether the run itself is new; its length can be judged then.
+    """
+    task, found = setup.task, list(setup.warnings)
+    if is_new:
+        found = [
+            *run_length.warnings(task.steps, task.batch_size, data.info.num_images),
+            *found,
+        ]
     if parent is not None and processes.is_primary():
         images = held_out_images(data)
         with phase(f"trying {parent.name} on held-out images"):

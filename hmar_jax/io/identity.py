@@ -126,8 +126,15 @@ def class_conflicts(model: Sequence[str], data: Sequence[str]) -> list[str]:
     return class_differences(model, data)
 
 
-def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """How a data set changed, split by split; both as describe_data gives them."""
+def data_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], words: tuple[str, str] = ("there", "here")
+) -> list[str]:
+    """How a data set changed, split by split; both as describe_data gives them.
+
+    Args:
+      words: which of the two a number belongs to.
+    """
+    before, now = words
     found = []
     for split, what in (("train", "training"), ("validate", "validation")):
         a, b = old.get(split), new.get(split)
@@ -137,10 +144,10 @@ def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
             found.append(f"{what} images were {'added' if a is None else 'removed'}")
             continue
         if a["images"] != b["images"]:
-            found.append(f"{a['images']} {what} images there, {b['images']} here")
+            found.append(f"{a['images']} {what} images {before}, {b['images']} {now}")
         elif a.get("crops") != b.get("crops"):
-            there, here = (split.get("crops", "no encoded") for split in (a, b))
-            found.append(f"{there} crops of each {what} image there, {here} here")
+            crops = [split.get("crops", "no encoded") for split in (a, b)]
+            found.append(f"{crops[0]} crops of each {what} image {before}, {crops[1]} {now}")
         else:
             found.append(f"the {b['images']} {what} images have other names, sizes or labels")
     return found

@@ -281,17 +281,23 @@ def _key_differences(
     return fixed, [*others, *named.values()]
 
 
-def data_differences(theirs: dict[str, Any], before: dict[str, Any], inputs: Inputs) -> list[str]:
+def data_differences(
+    theirs: dict[str, Any],
+    before: dict[str, Any],
+    inputs: Inputs,
+    words: tuple[str, str] = ("there", "here"),
+) -> list[str]:
     """How the data set of a run changed, in words.
 
     Args:
       theirs: the contents of the run's config.json.
       before: its config, in present names.
+      words: see identity.data_differences.
     """
     if inputs.data is None:
         return []
     if theirs.get("data"):
-        return identity.data_differences(theirs["data"][-1], inputs.data)
+        return identity.data_differences(theirs["data"][-1], inputs.data, words)
     # An earlier version did not record what the data set contained.
     source, now = before["data"]["source"], inputs.data["source"]
     if identity.same_place(source, now):

@@ -125,7 +125,7 @@ def find_change(
     new = dict(flatten(config_files.to_dict(config)))
     keys = config_files.differing_keys(old, new, schema.harmless() | schema.inputs())
     keys += identity.file_differences(old, new, run.contents.get("files", {}), inputs)
-    images = runs.data_differences(run.contents, run.config, inputs)
+    images = runs.data_differences(run.contents, run.config, inputs, ("before", "now"))
     if images and old.get(_SOURCE) != new.get(_SOURCE):
         keys.append(_SOURCE)
     names = (run.contents.get("model") or {}).get("class_names", ())
@@ -179,20 +179,19 @@ def begin_new_parts(
       key: of the initialization.
       frozen: parameters that the task does not change, on the devices.
     """
-    state, missing = restored.state, set(restored.new_parts)
-    if _AVERAGE in missing:
-        state = state.replace(**{_AVERAGE: jax.tree.map(jnp.copy, state.params)})
-    if others := sorted(missing - {_AVERAGE}):
+    state, missing = restored.state, restored.new_parts
+    if not missing:
+        return state
 
-        def begin(key, frozen):
-            new = steps.init(key, frozen)
-            return {part: getattr(new, part) for part in others}
+    def begin(key, frozen, params):
+        new = steps.init(key, frozen) if missing != (_AVERAGE,) else None
+        average = jax.tree.map(jnp.copy, params)  # its own arrays: the state is donated
+        return {part: average if part == _AVERAGE else getattr(new, part) for part in missing}
 
-        places = {
-            part: jax.tree.map(lambda x: x.sharding, getattr(steps.state, part)) for part in others
-        }
-        announce("compiling the initialization of what the checkpoint lacks")
-        state = state.replace(**jax.jit(begin, out_shardings=places)(key, frozen))
-    if missing:
-        LOGGER.info("begun anew, as the checkpoint lacks it: %s", ", ".join(sorted(missing)))
-    return state
+    places = {
+        part: jax.tree.map(lambda x: x.sharding, getattr(steps.state, part)) for part in missing
+    }
+    announce("compiling the initialization of what the checkpoint lacks")
+    parts = jax.jit(begin, out_shardings=places)(key, frozen, state.params)
+    LOGGER.info("begun anew, as the checkpoint lacks it: %s", ", ".join(missing))
+    return state.replace(**parts)

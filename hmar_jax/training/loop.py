@@ -187,7 +187,7 @@ def _log_extension(found: History) -> None:
     LOGGER.info("extended from step %d: %s", change.from_step, change)
     for key, (given, own) in change.kept.items():
         LOGGER.warning(
-            "config.%s=%s is not used: the run was so short that it got %s, and keeps it",
+            "config.%s=%s is not used: the run was too short for it, began with %s, and keeps that",
             key,
             given,
             own,
