@@ -436,12 +436,12 @@ def test_a_moving_average_and_clipping_may_come_and_go(command, run):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     # The moments decay by b1 and b2; the clipped gradient adds next to nothing.
     adam = lambda state: next(s for s in state["opt_state"] if s and "mu" in s)
-    for name, decay in (("mu", 0.9), ("nu", 0.95)):
+    for name, decay, atol in (("mu", 0.9, 2e-7), ("nu", 0.95, 1e-12)):
         for a, b in zip(
             jax.tree.leaves(adam(before)[name]), jax.tree.leaves(adam(after)[name]), strict=True
         ):
-            assert np.abs(a).max() > 1e-4
-            np.testing.assert_allclose(b, decay * np.asarray(a), atol=1e-6)
+            assert np.abs(a).max() > 100 * atol
+            np.testing.assert_allclose(b, decay * np.asarray(a), rtol=1e-5, atol=atol)
     assert cli.main(command("--extend", steps=23, recipe__clip=0.0, **still)) == 0
     assert not state_of(run)[1]["ema_params"]
 
@@ -525,3 +525,69 @@ def test_segments_follow_from_the_history():
         Segment(5, 30, 4),
         Segment(5, 0, 9),
     ]
+
+
+# Tokenizers, records, several processes
+
+
+def test_a_step_of_something_that_happens_once_stays_behind(tmp_path, refused):
+    """The codebook of a tokenizer is initialized once, here at step 15."""
+    run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
+    for step in (10, 90):
+        changes = dict(steps=120, recipe__vq_start_step=step)
+        with tiny.cached():
+            refused(
+                [*tiny.train_tokenizer(run, **changes), "--extend"],
+                run,
+                f"config.recipe.vq_start_step must stay 15, as this happens once, and the run has "
+                f"reached step 80; got {step}",
+            )
+
+
+@pytest.mark.slow
+def test_a_tokenizer_gets_an_adversarial_loss(tmp_path):
+    """A discriminator of its own begins with the extended part; codebook and moments go on."""
+    run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
+    before = state_of(run, "last_used", "images_seen")[1]
+    still = dict(steps=81, recipe__learning_rate=0.0, recipe__discriminator_channels=8)
+    still |= dict(recipe__adversarial_weight=0.1, batch_size=4, recipe__discriminator_layers=1)
+    with tiny.cached():
+        assert cli.main([*tiny.train_tokenizer(run, **still), "--extend"]) == 0
+    after = state_of(run, "last_used", "images_seen", "discriminator")[1]
+    assert_same_bits(after["params"], before["params"])
+    assert int(after["images_seen"]) == int(before["images_seen"]) + 4
+    assert jax.tree.leaves(after["discriminator"])
+    last = [line for line in metrics(run) if "lr" in line][-1]
+    assert last["step"] == 81 and last["adversarial"] and last["discriminator_loss"]
+    off = dict(steps=82, recipe__learning_rate=0.0, batch_size=4)
+    with tiny.cached():
+        assert cli.main([*tiny.train_tokenizer(run, **off), "--extend"]) == 0
+    assert not state_of(run, "discriminator")[1]["discriminator"]
+
+
+@pytest.mark.slow
+def test_a_model_goes_on_with_encoded_images(tmp_path):
+    """From a folder to crops in memory, to records on disk, and to other images again."""
+    run = shutil.copytree(tiny.model_run(), tmp_path / "run")
+    tokens = tmp_path / "tokens"
+    tokenize = ["tokenize", f"--tokenizer={tiny.tokenizer_run()}", f"--out={tokens}"]
+    tokenize += [f"--data=folder:{tiny.images()}", "--transform=random_crop", "--crops=2"]
+    changes = (
+        dict(steps=84, data__cached_copies=2, eval_every=1000),
+        dict(steps=90, data__cached_copies=2, batch_size=9, eval_every=1000),
+        dict(steps=96, data__source=f"tokens:{tokens}", batch_size=9, eval_every=1000),
+        dict(steps=99, model__dropout=0.1, model__drop_path=0.1, eval_every=1000),
+    )
+    with tiny.cached():
+        assert cli.main(tokenize) == 0
+        for change in changes:
+            assert cli.main([*tiny.train(run, **change), "--extend"]) == 0
+    entries = saved(run)["history"]
+    assert [(e["from_step"], e["position"], e["new_data"]) for e in entries] == [
+        (80, 0, True),
+        (84, 24, False),
+        (90, 0, True),
+        (96, 0, True),
+    ]
+    assert [line["step"] for line in metrics(run) if "lr" in line][-4:] == [84, 90, 96, 99]
+    assert saved(run)["model"]["transformer"]["dropout"] == 0.1

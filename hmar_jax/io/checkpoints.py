@@ -44,9 +44,8 @@ class Restored(NamedTuple):
     """A checkpoint that `RunCheckpoints.restore_latest` has read."""
 
     step: int
-    state: Any  # a tree like the abstract state, of jax arrays
+    state: Any  # a tree like the abstract state, of jax arrays; see also `parts_may_differ`
     metadata: dict[str, Any]  # what `save` got by name, and `data_state`: bytes, JSON or None
-    new_parts: tuple[str, ...] = ()  # of the state, which the checkpoint lacks: still abstract
 
 
 class RunCheckpoints:
@@ -224,7 +223,8 @@ class RunCheckpoints:
           former_names: former name -> present name of a field of the state. Where the checkpoint
             has no array of the present name, the one of the former name is restored. None: the
             names of the first version.
-          parts_may_differ: for a run whose config was changed, see stored_states.match.
+          parts_may_differ: for a run whose config was changed, see stored_states.match. Parts of
+            the state that the checkpoint lacks stay abstract.
 
         Returns:
           None if there is no checkpoint at all.
@@ -319,7 +319,7 @@ class RunCheckpoints:
             return state[names[name]] if name in names else leaf
 
         tree = jax.tree_util.tree_map_with_path(restored_leaf, abstract_state)
-        return Restored(step, tree, metadata, found.new_parts)
+        return Restored(step, tree, metadata)
 
     def _rename_damaged(self, step: int) -> None:
         if processes.is_primary():

@@ -18,13 +18,12 @@ class Match(NamedTuple):
 
     Attributes:
       stored: the metadata of the arrays to read, a part of the stored tree.
-      names: for each array of the state to restore, by name, the stored array's name.
-      new_parts: top-level parts of the state that are to be begun anew.
+      names: for each array of the state to restore, by name, the stored array's name. The others
+        are to be begun anew.
     """
 
     stored: Any
     names: dict[str, str]
-    new_parts: tuple[str, ...]
 
 
 def match(
@@ -51,7 +50,6 @@ def match(
     """
     former_names = first_version_names() if former_names is None else former_names
     names = _stored_names(stored, abstract_state, former_names)
-    new_parts: tuple[str, ...] = ()
     if parts_may_differ:
         found = arrays.leaves_by_name(stored)
         names = _align_stages(names, found)
@@ -60,11 +58,10 @@ def match(
             part for part in parts if _leaves(names.values(), part) != _leaves(found, part)
         }
         differing -= set(_LASTING)
-        new_parts = tuple(sorted(differing & {_part(name) for name in names}))
         names = {name: old for name, old in names.items() if _part(name) not in differing}
         stored = {part: tree for part, tree in stored.items() if part not in differing}
     _check_same_tree(stored, abstract_state, names, what)
-    return Match(stored, names, new_parts)
+    return Match(stored, names)
 
 
 def first_version_names() -> dict[str, str]:

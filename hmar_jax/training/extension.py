@@ -4,6 +4,7 @@ Schedules, data order, intervals and everything else follow from the changed con
 history in the run directory (io/history.py), so that an extended run resumes as exactly as any.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,6 @@ from hmar_jax import config_files
 from hmar_jax.config_files import ConfigSchema, flatten
 from hmar_jax.errors import InputError
 from hmar_jax.io import history, identity, runs
-from hmar_jax.io.checkpoints import Restored
 from hmar_jax.io.history import Change, History, Segment
 from hmar_jax.io.identity import Inputs
 from hmar_jax.io.runs import StartedRun
@@ -168,18 +168,22 @@ def check(start: History, schema: ConfigSchema) -> None:
             )
 
 
-def begin_new_parts(
-    restored: Restored, steps: CompiledSteps, key: jax.Array, frozen: Params
-) -> Any:
+def begin_new_parts(state: Any, steps: CompiledSteps, key: jax.Array, frozen: Params) -> Any:
     """The state of a checkpoint, with the parts that it lacks as in a new run.
 
     A moving average of the parameters begins with the present ones.
 
     Args:
+      state: of RunCheckpoints.restore_latest; parts that the checkpoint lacks are abstract.
       key: of the initialization.
       frozen: parameters that the task does not change, on the devices.
     """
-    state, missing = restored.state, restored.new_parts
+    is_abstract = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    missing = tuple(
+        field.name
+        for field in dataclasses.fields(state)
+        if any(map(is_abstract, jax.tree.leaves(getattr(state, field.name))))
+    )
     if not missing:
         return state
 

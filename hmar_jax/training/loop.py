@@ -129,7 +129,7 @@ def _run(
         with stop.immediate():  # nothing is lost, and compilation takes long
             state = steps.init(init_key, frozen)
     else:
-        state = extension.begin_new_parts(restored, steps, init_key, frozen)
+        state = extension.begin_new_parts(restored.state, steps, init_key, frozen)
         LOGGER.info("resuming from step %d", start)
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     LOGGER.debug("parameters\n%s", overview)
