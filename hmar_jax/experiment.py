@@ -28,7 +28,7 @@ from hmar_jax.data.sources import SourceConfig, records_directory
 from hmar_jax.errors import InputError
 from hmar_jax.experiment_data import TrainingData, held_out_images, open_data, preview_images
 from hmar_jax.io import files, identity, runs
-from hmar_jax.io.history import History, Segment
+from hmar_jax.io.history import Segment
 from hmar_jax.io.identity import Inputs
 from hmar_jax.loading import is_copy, load_spec_and_params
 from hmar_jax.parallel import processes, sharding
@@ -82,17 +82,14 @@ def build_experiment(
     parent, parent_params, parent_difference = _load_parent(config, kind, workdir)
     side = trainable.image_side(config, parent)
     data = open_data(config, mesh, side, parent, parent_params)
-    begins_anew = extend and extension.has_other_stream(config, run, data.described)
-    segment = extension.next_segment(config, run, begins_anew)
-    former_steps, kept = 0, {}
-    if run is not None:
-        former_steps = extension.former_steps(run, data.info.num_images)
-        config, kept = extension.keep(config, kind.schema, run, former_steps, extend=extend)
+    start = extension.begin(
+        config, kind.schema, run, data.described, data.info.num_images, extend=extend
+    )
 
     def make_task(config):
-        steps = run_length.total_steps(config, data.info.num_images, segment)
-        return trainable.make_task(run_length.with_steps(config, steps), parent, data.info)
+        return trainable.make_task(start.with_total_steps(config), parent, data.info)
 
+    config = start.config
     steps = make_task(config).task.steps
     if steps > MAX_STEPS:
         raise InputError(
@@ -116,41 +113,28 @@ def build_experiment(
         parent_difference,
         labels_matter=not isinstance(setup.spec, AutoencoderSpec),
     )
-    change = None
-    if run is not None:
-        change = extension.find_change(
-            config,
-            setup.spec.to_json(),
-            kind.schema,
-            inputs,
-            run,
-            segment,
-            begins_anew,
-            (former_steps, steps),
-            kept,
-        )
-    if run is None or begins_anew:
+    if run is None or start.begins_anew:
         notes += _warnings(setup, data, parent, parent_params, is_new=run is None)
-    frozen_copy = None
+    kept = None
     if setup.parent_spec is not None:
         parts = _kept_parts(setup, parent_params)
-        frozen_copy = FrozenModel(kind.parent_folder, setup.parent_spec, parts)
+        kept = FrozenModel(kind.parent_folder, setup.parent_spec, parts)
     return Experiment(
         task,
         setup.spec,
         mesh,
         frozen,
-        functools.partial(data.loader, segment.offset),
+        functools.partial(data.loader, start.segment.offset),
         data.validation,
         preview_images(config, task.num_preview_images, side, data),
         data.decode_errors,
         kind.schema,
         config,
-        _overview(task, data, mesh, state.params, segment),
+        _overview(task, data, mesh, state.params, start.segment),
         tuple(notes),
-        frozen_copy,
+        kept,
         inputs,
-        History(segment, run.history if run is not None else (), change),
+        start.history(config, setup.spec.to_json(), inputs, steps),
     )
 
 

@@ -30,12 +30,123 @@ _AVERAGE = "ema_params"  # a part of the state
 _COPIES = "data.cached_copies"  # where it changes, batches come from other records
 
 
-def has_other_stream(config: ConfigDict, run: StartedRun, data: Mapping[str, Any]) -> bool:
-    """Whether a config gives other training images than the run has, or in another order.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A start of a run: a new one, one that resumes, or one that is extended.
+
+    Attributes:
+      config: as it was given, but for the values that the run keeps.
+      schema: of the config.
+      run: the run so far; None: there is none yet.
+      segment: the one that the next step belongs to.
+      begins_anew: whether its training images are those of another stream than before.
+      num_images: of an epoch.
+      kept: what an extension keeps: by key, the value that was given and the run's own.
+    """
+
+    config: ConfigDict
+    schema: ConfigSchema
+    run: StartedRun | None
+    segment: Segment
+    begins_anew: bool
+    num_images: int
+    kept: Mapping[str, tuple[Any, Any]]
+
+    def with_total_steps(self, config: ConfigDict) -> ConfigDict:
+        """A config for the task: with its number of steps also where it gives epochs."""
+        steps = run_length.total_steps(config, self.num_images, self.segment)
+        return run_length.with_steps(config, steps)
+
+    def history(
+        self, config: ConfigDict, spec: Mapping[str, Any], inputs: Inputs, steps: int
+    ) -> History:
+        """The history of the run, with what this start changes.
+
+        Args:
+          config: with everything within the run.
+          spec: of the model that comes out, as JSON.
+          inputs: of this start.
+          steps: the run's last step.
+        """
+        if self.run is None:
+            return History(self.segment)
+        return History(
+            self.segment, self.run.history, self._find_change(config, spec, inputs, steps)
+        )
+
+    def _find_change(
+        self, config: ConfigDict, spec: Mapping[str, Any], inputs: Inputs, steps: int
+    ) -> Change | None:
+        run = self.run
+        assert run is not None
+        old = dict(flatten(run.config))
+        new = dict(flatten(config_files.to_dict(config)))
+        ignored = self.schema.harmless() | self.schema.inputs()
+        keys = config_files.differing_keys(old, new, ignored)
+        keys += identity.file_differences(old, new, run.contents.get("files", {}), inputs)
+        images = runs.data_differences(run.contents, run.config, inputs, ("before", "now"))
+        if images and old.get(_SOURCE) != new.get(_SOURCE):
+            keys.append(_SOURCE)
+        names = (run.contents.get("model") or {}).get("class_names", ())
+        images += identity.class_differences(names, spec.get("class_names", ()))
+        if not (keys or images):
+            return None
+        return Change(
+            run.step,
+            (_former_steps(run, self.num_images), steps),
+            {key: (old.get(key), new.get(key)) for key in keys},
+            self.segment.position_at(run.step),
+            self.begins_anew,
+            identity.shorten(images),
+            self.kept,
+        )
+
+
+def begin(
+    config: ConfigDict,
+    schema: ConfigSchema,
+    run: StartedRun | None,
+    data: Mapping[str, Any],
+    num_images: int,
+    *,
+    extend: bool,
+) -> Start:
+    """What a config and a run so far give, as far as the data and the task depend on it.
 
     Args:
+      config: checked.
+      schema: of the config.
+      run: the run so far; None: there is none yet.
       data: of describe_data, for the config.
+      num_images: of an epoch.
+      extend: whether the config may change the run.
     """
+    if run is None:
+        return Start(config, schema, None, Segment(0, 0, config.batch_size), False, num_images, {})
+    segment = history.segments(run.history, run.config["batch_size"])[-1]
+    begins_anew = extend and _has_other_stream(config, run, data)
+    if begins_anew:
+        segment = Segment(run.step, 0, config.batch_size)
+    elif extend and config.batch_size != segment.batch_size:
+        segment = Segment(run.step, segment.position_at(run.step), config.batch_size)
+    known = {key: pair for change in run.history for key, pair in change.kept.items()}
+    kept = {}
+    if extend:
+        steps = _former_steps(run, num_images)
+        kept = run_length.keep_shortened(config, schema, run.config, steps)
+    # Of earlier extensions: a rerun of their command gives the same values.
+    before = dict(flatten(run.config))
+    for key, (given, own) in known.items():
+        if (config_files.get_value(config, key), before.get(key)) == (given, own):
+            kept[key] = (given, own)
+    own_values = config.copy_and_resolve_references()
+    for key, (_, own) in kept.items():
+        config_files.set_value(own_values, key, own)
+    return Start(own_values, schema, run, segment, begins_anew, num_images, kept)
+
+
+def _has_other_stream(config: ConfigDict, run: StartedRun, data: Mapping[str, Any]) -> bool:
+    """Whether a config gives other training images than the run has, or in another order."""
     former = run.data or {}
     if "train" in former:
         differs = former["train"] != data["train"]
@@ -45,102 +156,12 @@ def has_other_stream(config: ConfigDict, run: StartedRun, data: Mapping[str, Any
     return differs or copies[0] != copies[1]
 
 
-def next_segment(config: ConfigDict, run: StartedRun | None, begins_anew: bool) -> Segment:
-    """The segment that the next step belongs to.
-
-    Args:
-      config: with the batch size of the next step.
-      run: the run so far, if there is one.
-      begins_anew: whether its training images are those of another stream.
-    """
-    if run is None:
-        return Segment(0, 0, config.batch_size)
-    present = history.segments(run.history, run.config["batch_size"])[-1]
-    if begins_anew:
-        return Segment(run.step, 0, config.batch_size)
-    if config.batch_size != present.batch_size:
-        return Segment(run.step, present.position_at(run.step), config.batch_size)
-    return present
-
-
-def former_steps(run: StartedRun, num_images: int) -> int:
+def _former_steps(run: StartedRun, num_images: int) -> int:
     """The run's last step so far."""
     if run.history:
         return run.history[-1].last_step[1]
     images = run.data["train"]["images"] if run.data and "train" in run.data else num_images
     return run_length.total_steps(run.config, images, Segment(0, 0, run.config["batch_size"]))
-
-
-def keep(
-    config: ConfigDict, schema: ConfigSchema, run: StartedRun, steps: int, *, extend: bool
-) -> tuple[ConfigDict, dict[str, tuple[Any, Any]]]:
-    """A copy of a config with the run's own values of keys that an extension must not change back.
-
-    See run_length.keep_shortened. A later start with the same command keeps them too, as the
-    history tells.
-
-    Args:
-      steps: of the run so far.
-      extend: whether the command may change the run.
-
-    Returns:
-      The config, and what is kept now: by key, the value that was given and the run's own.
-    """
-    found, saved = config.copy_and_resolve_references(), dict(flatten(run.config))
-    known = {key: pair for change in run.history for key, pair in change.kept.items()}
-    known = {
-        key: (given, own)
-        for key, (given, own) in known.items()
-        if saved.get(key) == own and config_files.get_value(config, key) == given
-    }
-    new = run_length.keep_shortened(config, schema, run.config, steps) if extend else {}
-    for key, (_, own) in {**known, **new}.items():
-        config_files.set_value(found, key, own)
-    return found, {key: pair for key, pair in new.items() if key not in known}
-
-
-def find_change(
-    config: ConfigDict,
-    spec: Mapping[str, Any],
-    schema: ConfigSchema,
-    inputs: Inputs,
-    run: StartedRun,
-    segment: Segment,
-    begins_anew: bool,
-    steps: tuple[int, int],
-    kept: Mapping[str, tuple[Any, Any]],
-) -> Change | None:
-    """What a start changes in a run; None if nothing.
-
-    Args:
-      config: of this start, with everything within the run.
-      spec: of the model that comes out, as JSON.
-      inputs: of this start.
-      run: the run so far.
-      segment, begins_anew: see `next_segment`.
-      steps: the run's last step so far, and of this start.
-      kept: of `keep`.
-    """
-    old = dict(flatten(run.config))
-    new = dict(flatten(config_files.to_dict(config)))
-    keys = config_files.differing_keys(old, new, schema.harmless() | schema.inputs())
-    keys += identity.file_differences(old, new, run.contents.get("files", {}), inputs)
-    images = runs.data_differences(run.contents, run.config, inputs, ("before", "now"))
-    if images and old.get(_SOURCE) != new.get(_SOURCE):
-        keys.append(_SOURCE)
-    names = (run.contents.get("model") or {}).get("class_names", ())
-    images += identity.class_differences(names, spec.get("class_names", ()))
-    if not (keys or images):
-        return None
-    return Change(
-        run.step,
-        steps,
-        {key: (old.get(key), new.get(key)) for key in keys},
-        segment.position_at(run.step),
-        begins_anew,
-        identity.shorten(images),
-        kept,
-    )
 
 
 def check(start: History, schema: ConfigSchema) -> None:
