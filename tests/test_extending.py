@@ -549,7 +549,7 @@ def test_a_tokenizer_gets_an_adversarial_loss(tmp_path):
     """A discriminator of its own begins with the extended part; codebook and moments go on."""
     run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
     before = state_of(run, "last_used", "images_seen")[1]
-    still = dict(steps=81, recipe__learning_rate=0.0, recipe__discriminator_channels=8)
+    still = dict(steps=81, recipe__learning_rate=0.0, recipe__discriminator_channels=16)
     still |= dict(recipe__adversarial_weight=0.1, batch_size=4, recipe__discriminator_layers=1)
     with tiny.cached():
         assert cli.main([*tiny.train_tokenizer(run, **still), "--extend"]) == 0

@@ -81,8 +81,8 @@ class Start:
         assert run is not None
         old = dict(flatten(run.config))
         new = dict(flatten(config_files.to_dict(config)))
-        ignored = self.schema.harmless() | self.schema.inputs()
-        keys = config_files.differing_keys(old, new, ignored)
+        may_change = self.schema.extendable() - self.schema.harmless()  # others are refused
+        keys = [key for key in config_files.differing_keys(old, new) if key in may_change]
         keys += identity.file_differences(old, new, run.contents.get("files", {}), inputs)
         images = runs.data_differences(run.contents, run.config, inputs, ("before", "now"))
         if images and old.get(_SOURCE) != new.get(_SOURCE):
