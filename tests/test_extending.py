@@ -253,6 +253,21 @@ def test_other_data_begin_at_their_first_epoch(command, seen, run, images, tmp_p
     assert "--extend" not in error and "--allow_data_change" not in error
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [-24, 17])
+def test_worker_processes_move_the_stream_too(images, offset):
+    source = open_source(f"folder:{images}", "train")
+    options = dict(batch_size=4, seed=1, train=True, offset=offset)
+    found = []
+    for workers in (0, 2):
+        with contextlib.closing(
+            iter(make_loader(source, Transform(8), workers=workers, **options))
+        ) as batches:
+            restore_loader_state(batches, b'{"next_index": 10}')
+            found.append([next(batches)["image"] for _ in range(12)])
+    assert np.array_equal(*found)
+
+
 def test_batches_of_a_moved_stream_are_those_of_the_stream(images):
     """Image by image, for every kind of loader, with any number of hosts, and when resumed."""
     source = open_source(f"folder:{images}", "train")
@@ -545,7 +560,7 @@ def test_a_step_of_something_that_happens_once_stays_behind(tmp_path, refused):
 
 
 @pytest.mark.slow
-def test_a_tokenizer_gets_an_adversarial_loss(tmp_path):
+def test_a_tokenizer_gets_an_adversarial_loss(tmp_path, refused):
     """A discriminator of its own begins with the extended part; codebook and moments go on."""
     run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
     before = state_of(run, "last_used", "images_seen")[1]
@@ -559,6 +574,10 @@ def test_a_tokenizer_gets_an_adversarial_loss(tmp_path):
     assert jax.tree.leaves(after["discriminator"])
     last = [line for line in metrics(run) if "lr" in line][-1]
     assert last["step"] == 81 and last["adversarial"] and last["discriminator_loss"]
+    other = dict(still, steps=90, recipe__discriminator_channels=32)
+    with tiny.cached():
+        command = [*tiny.train_tokenizer(run, **other), "--extend"]
+        refused(command, run, "step 81", "does not match this configuration: ", "discriminator")
     off = dict(steps=82, recipe__learning_rate=0.0, batch_size=4)
     with tiny.cached():
         assert cli.main([*tiny.train_tokenizer(run, **off), "--extend"]) == 0

@@ -315,7 +315,7 @@ def _add_train(command) -> None:
             commands.train,
             what,
             f"{example}\n\nSafe to interrupt: rerun the same command to resume.\n"
-            "With --extend, and changed values, a run goes on as you now want it.",
+            "With --extend, a run goes on under changed values.",
         )
         sub.add_argument("--config", type=arguments.path, required=True, help=_CONFIG_HELP)
         sub.add_argument(

@@ -136,8 +136,9 @@ def begin(
         kept = run_length.keep_shortened(config, schema, run.config, steps)
     # Of earlier extensions: a rerun of their command gives the same values.
     before = dict(flatten(run.config))
+    present = dict(flatten(config_files.to_dict(config)))
     for key, (given, own) in known.items():
-        if (config_files.get_value(config, key), before.get(key)) == (given, own):
+        if (present.get(key), before.get(key)) == (given, own):
             kept[key] = (given, own)
     own_values = config.copy_and_resolve_references()
     for key, (_, own) in kept.items():
@@ -218,5 +219,5 @@ def begin_new_parts(state: Any, steps: CompiledSteps, key: jax.Array, frozen: Pa
     }
     announce("compiling the initialization of what the checkpoint lacks")
     parts = jax.jit(begin, out_shardings=places)(key, frozen, state.params)
-    LOGGER.info("begun anew, as the checkpoint lacks it: %s", ", ".join(missing))
+    LOGGER.info("begun anew, as the checkpoint has none: %s", ", ".join(missing))
     return state.replace(**parts)

@@ -183,6 +183,8 @@ def _log_extension(found: History) -> None:
     change = found.new
     if change is None:
         LOGGER.info("nothing is changed: this command has the run's own config and data")
+        for former in found.recorded[-1:]:
+            LOGGER.info("it was last changed after step %d: %s", former.from_step, former)
         return
     LOGGER.info("extended from step %d: %s", change.from_step, change)
     for key, (given, own) in change.kept.items():
