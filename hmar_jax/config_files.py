@@ -96,6 +96,26 @@ class ConfigSchema:
             if settings.declaration(field).is_input
         }
 
+    def extendable(self) -> set[str]:
+        """Dotted names of the keys that an extension of a run may change, without inputs."""
+        found = set()
+        for group in self.groups:
+            for name, (_, field) in self.fields(group).items():
+                declared = settings.declaration(field)
+                may = declared.extendable
+                if (group.split(".")[0] != "model") if may is None else may:
+                    found.add(_join(group, name))
+        return found - self.inputs()
+
+    def happen_once(self) -> set[str]:
+        """Dotted names of the keys that are a step at which something happens once in a run."""
+        return {
+            _join(group, name)
+            for group in self.groups
+            for name, (_, field) in self.fields(group).items()
+            if settings.declaration(field).happens_once
+        }
+
     def former_names(self) -> dict[str, str]:
         """Dotted former names of keys, and the present ones."""
         return {

@@ -27,13 +27,14 @@ from hmar_jax.data.records import (
 from hmar_jax.data.sources import KNOWN_SPECS, SourceConfig, records_directory
 from hmar_jax.errors import InputError
 from hmar_jax.experiment_data import TrainingData, held_out_images, open_data, preview_images
-from hmar_jax.initialization import Start
+from hmar_jax.initialization import InitialModel
 from hmar_jax.io import files, identity, runs
+from hmar_jax.io.history import Segment
 from hmar_jax.io.identity import Inputs
 from hmar_jax.loading import is_copy, load_spec_and_params
 from hmar_jax.parallel import processes, sharding
 from hmar_jax.progress import phase
-from hmar_jax.training import run_length, weights_and_biases
+from hmar_jax.training import extension, run_length, weights_and_biases
 from hmar_jax.training.config import MAX_STEPS
 from hmar_jax.training.experiment import Experiment, FrozenModel
 from hmar_jax.training.step import init_state
@@ -53,14 +54,19 @@ def task_kind(config: ConfigDict) -> tuple[Any, TaskKind]:
     return trainable, trainable.TASKS[task]
 
 
-def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experiment:
+def build_experiment(
+    config: ConfigDict, workdir: str | None = None, extend: bool = False
+) -> Experiment:
     """From a config; a run in `workdir` that resumes keeps the frozen parent it was started with.
+
+    Args:
+      extend: whether the config may change the run in `workdir`, which must be there.
 
     Raises:
       InputError: something in the config does not fit together. Nothing has been written then.
     """
     trainable, kind = task_kind(config)
-    config, start = initialization.complete(config, trainable, kind, workdir)
+    config, source = initialization.complete(config, trainable, kind, workdir)
     kind.schema.check(config)
     weights_and_biases.check_project(config.get("wandb", ""))
     if not config.data.source:
@@ -69,25 +75,38 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
             "config.data.source is empty; give --config.data.source with one of "
             f"{KNOWN_SPECS}{encoded}"
         )
+    run = runs.find(workdir, kind.schema) if workdir else None
+    if extend and run is None:
+        raise InputError(
+            f"--extend requires a run, and there is none in {workdir}; leave it out to start one"
+        )
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch_size, config.get("grad_accum_steps", 1))
     parent, parent_params, parent_difference = _load_parent(config, kind, workdir)
     side = trainable.image_side(config, parent)
     data = open_data(config, mesh, side, parent, parent_params)
-    steps = trainable.make_task(config, parent, data.info).task.steps
+    start = extension.begin(
+        config, kind.schema, run, data.described, data.info.num_images, extend=extend
+    )
+
+    def make_task(config):
+        return trainable.make_task(start.with_total_steps(config), parent, data.info)
+
+    config = start.config
+    steps = make_task(config).task.steps
     if steps > MAX_STEPS:
         raise InputError(
             f"config.epochs must give at most {MAX_STEPS} steps; got {config.epochs} epochs of "
             f"{data.info.num_images} images, {steps} steps"
         )
-    saved = runs.saved_config(workdir, kind.schema) if workdir else None
+    saved = run.config if run is not None else None
     config, notes = run_length.fit_to_run(config, kind.schema, steps, saved)
-    setup = trainable.make_task(config, parent, data.info)
+    setup = make_task(config)
     initial = None
-    if start is not None:
-        initial = initialization.initial_params(config, trainable, setup, start)
-        notes += initialization.tokenizer_warnings(start, parent, parent_params)
-        setup = setup._replace(spec=initialization.with_provenance(setup.spec, start))
+    if source is not None:
+        initial = initialization.initial_params(config, trainable, setup, source)
+        notes += initialization.tokenizer_warnings(source, parent, parent_params)
+        setup = setup._replace(spec=initialization.with_provenance(setup.spec, source))
     task = setup.task
     if data.kind not in task.input_kinds:
         kinds = ", ".join(sorted(task.input_kinds))
@@ -96,8 +115,15 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
     frozen = trainable.frozen_params(config, parent, parent_params, _frozen_kind(config, data.kind))
     # Whatever only the networks and the optimizer can find out.
     state = jax.eval_shape(functools.partial(init_state, task), jax.random.key(0), frozen)
-    if saved is None:
-        notes += _warnings(setup, data, parent, parent_params, from_scratch=start is None)
+    inputs = Inputs(
+        data.described,
+        _fingerprint_files(config, kind) | _fingerprint_source(kind, source),
+        parent_difference,
+        labels_matter=not isinstance(setup.spec, AutoencoderSpec),
+    )
+    if run is None or start.begins_anew:
+        from_scratch = run is None and source is None
+        notes += _warnings(setup, data, parent, parent_params, from_scratch)
     kept = None
     if setup.parent_spec is not None:
         parts = _kept_parts(setup, parent_params)
@@ -107,35 +133,32 @@ def build_experiment(config: ConfigDict, workdir: str | None = None) -> Experime
         setup.spec,
         mesh,
         frozen,
-        data.loader,
+        functools.partial(data.loader, start.segment.offset),
         data.validation,
         preview_images(config, task.num_preview_images, side, data),
         data.decode_errors,
         kind.schema,
         config,
-        _overview(task, data, mesh, state.params),
+        _overview(task, data, mesh, state.params, start.segment),
         tuple(notes),
         kept,
-        Inputs(
-            data.described,
-            _fingerprint_files(config, kind) | _fingerprint_start(kind, start),
-            parent_difference,
-            labels_matter=not isinstance(setup.spec, AutoencoderSpec),
-        ),
+        inputs,
+        start.history(config, setup.spec.to_json(), inputs, steps),
         initial,
     )
 
 
-def _overview(task: Any, data: TrainingData, mesh: Mesh, params: Any) -> str:
+def _overview(task: Any, data: TrainingData, mesh: Mesh, params: Any, segment: Segment) -> str:
     """What a run trains and on what, in one line."""
     info, held_out = data.info, data.validation.num_images if data.validation else 0
     classes = f" of {info.num_classes} classes" if info.num_classes > 1 else ""
     devices = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' * (mesh.size > 1)}"
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    epochs = task.steps * task.batch_size / info.num_images
+    epochs = segment.position_at(task.steps) / info.num_images
+    since = f" from step {segment.from_step + 1:,} on" if segment.offset else ""
     return (
         f"{info.num_images:,} images{classes} to train, {held_out:,} held out; {devices}; "
-        f"{count:,} parameters; {task.steps:,} steps of {task.batch_size} images "
+        f"{count:,} parameters; {task.steps:,} steps of {task.batch_size} images{since} "
         f"({epochs:.3g} epochs)"
     )
 
@@ -143,11 +166,17 @@ def _overview(task: Any, data: TrainingData, mesh: Mesh, params: Any) -> str:
 def _warnings(
     setup: Any, data: TrainingData, parent: Parent | None, parent_params: Any, from_scratch: bool
 ) -> list[str]:
-    """Why a new run may not work on its data, in words."""
-    task, found = setup.task, []
+    """Why a run may not work on data that it was not trained on yet, in words.
+
+    Args:
+      from_scratch: whether the run begins with random parameters; its length can be judged then.
+    """
+    task, found = setup.task, list(setup.warnings)
     if from_scratch:
-        found += run_length.warnings(task.steps, task.batch_size, data.info.num_images)
-    found += setup.warnings
+        found = [
+            *run_length.warnings(task.steps, task.batch_size, data.info.num_images),
+            *found,
+        ]
     if parent is not None and processes.is_primary():
         images = held_out_images(data)
         with phase(f"trying {parent.name} on held-out images"):
@@ -227,10 +256,10 @@ def _fingerprint_files(config: ConfigDict, kind: TaskKind) -> dict[str, str]:
     }
 
 
-def _fingerprint_start(kind: TaskKind, start: Start | None) -> dict[str, str]:
-    if start is None or kind.initial_key is None:
+def _fingerprint_source(kind: TaskKind, source: InitialModel | None) -> dict[str, str]:
+    if source is None or kind.initial_key is None:
         return {}
-    return {kind.initial_key: initialization.fingerprint(start, kind.initial_key)}
+    return {kind.initial_key: initialization.fingerprint(source, kind.initial_key)}
 
 
 def recorded_source_config(model: str) -> SourceConfig | None:

@@ -42,7 +42,7 @@ class TrainingData:
 
     info: DataInfo
     kind: str  # of its batches: "image", or a kind of records
-    loader: Callable[[], grain.IterDataset]
+    loader: Callable[[int], grain.IterDataset]  # of an offset, see make_loader
     validation: Validation | None
     decode_errors: DecodeErrorLog
     described: dict[str, Any]  # by describe_data
@@ -111,10 +111,10 @@ def _open_images(
         validation = Validation(batches, batch, len(readable))
     shard, shards = sharding.host_share(mesh, config.batch_size)
 
-    def loader():
+    def loader(offset: int):
         if copies:
             return _cached_loader(
-                config, source, transform, parent, parent_params, shard, shards, errors
+                config, source, transform, parent, parent_params, shard, shards, errors, offset
             )
         return make_loader(
             source,
@@ -127,6 +127,7 @@ def _open_images(
             threads=config.data.threads,
             workers=config.data.workers,
             broken=errors,
+            offset=offset,
         )
 
     kind = "image"
@@ -154,7 +155,7 @@ def _look_at(config: ConfigDict, held_out: Source, errors: DecodeErrorLog) -> So
 
 
 def _cached_loader(
-    config, source: Source, transform, parent: Parent, params, shard, shards, errors
+    config, source: Source, transform, parent: Parent, params, shard, shards, errors, offset
 ):
     """Encodes every image some times before training; every host encodes all of them."""
     autoencoder = autoencoders.make_autoencoder(parent.spec.autoencoder)
@@ -175,6 +176,7 @@ def _cached_loader(
         seed=config.seed,
         shard_index=shard,
         shard_count=shards,
+        offset=offset,
     )
 
 
@@ -196,7 +198,7 @@ def _open_records(
         LOGGER.warning("without image %d, %s, which could not be decoded: %s", index, path, reason)
     shard, shards = sharding.host_share(mesh, config.batch_size)
 
-    def loader():
+    def loader(offset: int):
         return make_record_loader(
             source.in_memory() if config.data.in_memory else source,
             batch_size=config.batch_size // shards,
@@ -204,6 +206,7 @@ def _open_records(
             shard_index=shard,
             shard_count=shards,
             threads=config.data.threads,
+            offset=offset,
         )
 
     info, kind = _info(config, source), source.info.record_spec.kind

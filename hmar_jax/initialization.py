@@ -21,7 +21,7 @@ from hmar_jax.training.trainable import InitialParams, Parent, TaskKind, TaskSet
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class InitialModel:
     """The model that a run starts from.
 
     Attributes:
@@ -42,7 +42,7 @@ class Start:
 
 def complete(
     config: ConfigDict, trainable: Trainable, kind: TaskKind, workdir: str | None = None
-) -> tuple[ConfigDict, Start | None]:
+) -> tuple[ConfigDict, InitialModel | None]:
     """A copy of a config whose empty keys have values, and the model that the run starts from.
 
     Args:
@@ -68,50 +68,50 @@ def complete(
     saved = runs.read(workdir) if workdir else None
     if saved is not None and not checkpoints.steps_of_run(files.absolute(workdir or "")):
         saved = None  # it has to start from the model again
-    start = Start(name, functools.cache(lambda: loading.load_spec_and_params(name)), saved)
+    model = InitialModel(name, functools.cache(lambda: loading.load_spec_and_params(name)), saved)
     if saved is not None:
         values = dict(flatten(kind.schema.upgrade(saved.get("config", {}))))
     else:
-        values = dict(trainable.initial_values(config, start.parent))
+        values = dict(trainable.initial_values(config, model.parent))
     if kind.parent_key and not config[kind.parent_key]:
         empty.append(kind.parent_key)
     for filled in empty:
         if values.get(filled) is not None:
             set_value(completed, filled, values[filled])
-    return completed, start
+    return completed, model
 
 
-def fingerprint(start: Start, key: str) -> str:
+def fingerprint(model: InitialModel, key: str) -> str:
     """Of the parameters that a run starts from. A run that has them by this name is not read."""
-    if start.saved is not None:
-        known = start.saved.get("files", {}).get(key)
-        former = start.saved.get("config", {}).get(key, "")
-        if known and identity.same_place(former, start.name):
+    if model.saved is not None:
+        known = model.saved.get("files", {}).get(key)
+        former = model.saved.get("config", {}).get(key, "")
+        if known and identity.same_place(former, model.name):
             return known
-    return loading.fingerprint(*start.load())
+    return loading.fingerprint(*model.load())
 
 
-def with_provenance(spec: Any, start: Start) -> Any:
+def with_provenance(spec: Any, model: InitialModel) -> Any:
     """The spec of a model that is trained from another one, with the origin and licence of both."""
-    if start.saved is not None:
-        model = start.saved.get("model", {})
-        kept = {name: model[name] for name in ("origin", "licence") if name in model}
+    if model.saved is not None:
+        own = model.saved.get("model", {})
+        kept = {name: own[name] for name in ("origin", "licence") if name in own}
         return dataclasses.replace(spec, **kept)
-    theirs = start.load()[0]
+    theirs = model.load()[0]
     licences = dict.fromkeys(text for text in (theirs.licence, spec.licence) if text)
-    origin = f"{spec.origin}, from the parameters of {start.name}"
+    origin = f"{spec.origin}, from the parameters of {model.name}"
     if theirs.origin:
         origin += f" ({theirs.origin})"
     return dataclasses.replace(spec, origin=origin, licence="; ".join(licences))
 
 
 def tokenizer_warnings(
-    start: Start, parent: Parent | None, parent_params: Mapping[str, Any]
+    model: InitialModel, parent: Parent | None, parent_params: Mapping[str, Any]
 ) -> list[str]:
     """Whether the parent's autoencoder is another one than that of the model to start from."""
-    if parent is None or start.saved is not None or start.name == parent.name:
+    if parent is None or model.saved is not None or model.name == parent.name:
         return []
-    spec, params = start.load()
+    spec, params = model.load()
     prints = [
         make_autoencoder(spec.autoencoder).fingerprint(params[AUTOENCODER])
         for spec, params in ((spec, params), (parent.spec, parent_params))
@@ -119,13 +119,13 @@ def tokenizer_warnings(
     if prints[0] == prints[1]:
         return []
     return [
-        f"{parent.name} is not the tokenizer of init_from {start.name!r}: its tokens mean "
+        f"{parent.name} is not the tokenizer of init_from {model.name!r}: its tokens mean "
         "something else, which training has to learn"
     ]
 
 
 def initial_params(
-    config: ConfigDict, trainable: Trainable, setup: TaskSetup, start: Start
+    config: ConfigDict, trainable: Trainable, setup: TaskSetup, model: InitialModel
 ) -> Callable[[], InitialParams]:
     """Makes the parameters that a run starts from; they are checked now if the run is new.
 
@@ -135,9 +135,9 @@ def initial_params(
 
     @functools.cache
     def make() -> InitialParams:
-        spec, params = start.load()
-        return trainable.initial_params(config, setup, Parent(start.name, spec), params)
+        spec, params = model.load()
+        return trainable.initial_params(config, setup, Parent(model.name, spec), params)
 
-    if start.saved is None:
+    if model.saved is None:
         make()
     return make

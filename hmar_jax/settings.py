@@ -43,6 +43,12 @@ class Declaration:
     former_name: str | None = None  # still accepted, with a warning
     derived: bool = False  # follows from the data or another model: no key of a config
     harmless: bool = False  # may differ between the starts of one run: changes no result
+    # Whether an extension of a run may change it (training/extension.py). None: unless it is in the
+    # group `model`, which describes what is trained.
+    extendable: bool | None = None
+    # A step at which something happens once in a run: an extension may move it as long as it is
+    # ahead.
+    happens_once: bool = False
     # Names a data set, a model or a file: starts of one run are compared by what it names, so that
     # it may be moved.
     is_input: bool = False

@@ -56,19 +56,23 @@ class Recorded:
         return batch
 
 
+def recording(build, path):
+    """build_experiment, with a loader that records to a file."""
+
+    def build_recorded(*args):
+        experiment = build(*args)
+        return dataclasses.replace(experiment, loader=lambda: Recorded(experiment.loader(), path))
+
+    return build_recorded
+
+
 def main() -> None:
     sys.modules["torch"] = None  # tensorboardX imports it where it finds it: two seconds
     from hmar_jax import experiment as experiments
     from hmar_jax.cli import main as cli
 
     path, *arguments = sys.argv[1:]
-    build = experiments.build_experiment
-
-    def recorded(*args):
-        experiment = build(*args)
-        return dataclasses.replace(experiment, loader=lambda: Recorded(experiment.loader(), path))
-
-    experiments.build_experiment = recorded
+    experiments.build_experiment = recording(experiments.build_experiment, path)
     sys.exit(cli.main(arguments))
 
 

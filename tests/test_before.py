@@ -88,6 +88,28 @@ def test_an_interrupted_run_resumes_to_the_recorded_parameters(name, folder, exp
         assert_close(leaf, expected[prefix + key], key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_interrupted_run_is_extended(name, folder):
+    """From the checkpoint of step 40, to another length, batch size and rate, with an average."""
+    saved = lambda: json.loads((folder / name / "config.json").read_text())
+    former = saved()["config"]["recipe"]["learning_rate"]
+    changes = ["steps=60", "batch_size=4", "recipe.learning_rate=1e-4", "ema_decay=0.9"]
+    command = [*COMMANDS[name], *(f"--config.{change}" for change in changes)]
+    hmar(folder, *command, "--extend")
+    (entry,) = saved()["history"]
+    assert (entry["from_step"], entry["position"]) == (40, 240)
+    assert entry["changes"] == {
+        "batch_size": [6, 4],
+        "ema_decay": [0.0, 0.9],
+        "recipe.learning_rate": [former, 1e-4],
+        "steps": [80, 60],
+    }
+    assert [line["step"] for line in training_lines(folder / name)] == list(range(10, 61, 10))
+    hmar(folder, *command)
+    assert saved()["history"] == [entry]
+
+
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
 def test_an_interrupted_run_samples_the_recorded_tokens(name, folder, expected):
     pipe = hmar_jax.load(str(folder / name))

@@ -20,8 +20,9 @@ import pytest
 
 from hmar_jax.errors import InputError
 from hmar_jax.io import arrays, checkpoints, files, models
-from hmar_jax.io.checkpoints import RunCheckpoints, first_version_names, load_params_of_run
+from hmar_jax.io.checkpoints import RunCheckpoints, load_params_of_run
 from hmar_jax.io.models import load_model, save_model
+from hmar_jax.io.stored_states import first_version_names
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -201,6 +201,24 @@ def test_killed_twenty_times(tmp_path, command):
 
 
 @pytest.mark.slow
+def test_two_hosts_extend_a_run_of_one(tmp_path, command):
+    """They are killed, one resumes, and every image is seen once an epoch all the time."""
+    first = dict(steps=13, checkpoint_every=4)
+    Hosts(tmp_path, command(**first)).finish()
+    longer = command(steps=STEPS, checkpoint_every=4, ema_decay=0.9, data__transform__flip=True)
+    hosts = Hosts(tmp_path, [*longer, "--extend"], processes=2)
+    hosts.wait_for_checkpoint(40)
+    hosts.kill()
+    Hosts(tmp_path, longer).finish()
+    assert_every_image_once_an_epoch(tmp_path)
+    (entry,) = json.loads((tmp_path / "run/config.json").read_text())["history"]
+    assert (entry["from_step"], entry["position"]) == (13, 78)
+    refusing = Hosts(tmp_path, [*command(steps=STEPS, seed=1), "--extend"], processes=2)
+    refusing.finish(status=2)
+    assert all("--extend cannot change: seed" in refusing.log(i) for i in range(2))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_one_host_stops_both_after_the_same_step(tmp_path, command, number, status):
     hosts = Hosts(tmp_path, command(steps=100000), processes=2)

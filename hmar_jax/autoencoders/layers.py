@@ -56,9 +56,14 @@ class ConvNetConfig(Settings):
         at_least=1,
         at_most=_LARGEST,
     )
-    dropout: float = setting(0.0, "Dropout rate in residual blocks.", at_least=0, at_most=1)
+    dropout: float = setting(
+        0.0, "Dropout rate in residual blocks.", at_least=0, at_most=1, extendable=True
+    )
     dtype: str = setting(
-        "float32", "Type that convolutions compute in; parameters are float32.", choices=DTYPES
+        "float32",
+        "Type that convolutions compute in; parameters are float32.",
+        choices=DTYPES,
+        extendable=True,
     )
 
     def __post_init__(self):

@@ -89,6 +89,7 @@ class VQRecipe(OptimizerConfig):
         "codebook of config.init_from stays.",
         at_least=0,
         share_of_run=0.1,
+        happens_once=True,
         former_name="unquantized_steps",
     )
     reset_every: int = setting(

@@ -112,7 +112,7 @@ def _train(args, config) -> int:
         experiment, error = None, None
         try:
             config = runs.settle(args.workdir, config, task_kind(config)[1].schema)
-            experiment = build_experiment(config, args.workdir)
+            experiment = build_experiment(config, args.workdir, args.extend)
         except InputError as e:
             error = e
         processes.raise_on_all_processes(error)  # if one cannot start, others must not wait for it
@@ -124,6 +124,7 @@ def _train(args, config) -> int:
             args.interruptions,
             lock,
             allow_data_change=args.allow_data_change,
+            extend=args.extend,
         )
     step, steps = int(final.step), experiment.task.steps
     stopped = args.interruptions.received
@@ -283,7 +284,7 @@ def info(args) -> None:
 
 def _describe_run(name: str) -> list[tuple[str, str]]:
     """Rows on a run's progress; none for a model."""
-    from hmar_jax.io import files, runs
+    from hmar_jax.io import files, history, runs
     from hmar_jax.training import status
 
     path = files.absolute(name) / "config.json"
@@ -293,7 +294,7 @@ def _describe_run(name: str) -> list[tuple[str, str]]:
     config = saved["config"]
     trainable = families.get_trainable(config.get("family", ""), config.get("task", ""))
     command = trainable.TASKS[config["task"]].command
-    return status.describe_run(name, config, command)
+    return status.describe_run(name, config, command, history.read(saved, str(path)))
 
 
 def convert(args) -> None:

@@ -316,7 +316,8 @@ def _add_train(command) -> None:
             name,
             commands.train,
             what,
-            f"{example}\n\nSafe to interrupt: rerun the same command to resume.",
+            f"{example}\n\nSafe to interrupt: rerun the same command to resume.\n"
+            "With --extend, a run goes on under changed values.",
         )
         sub.add_argument("--config", type=arguments.path, required=True, help=_CONFIG_HELP)
         sub.add_argument(
@@ -330,6 +331,13 @@ def _add_train(command) -> None:
             action="store_true",
             help="resume a run also where images were added, removed or changed; the run's "
             "config.json records it. A data set that was only moved needs no option",
+        )
+        sub.add_argument(
+            "--extend",
+            action="store_true",
+            help="continue a finished or unfinished run under a changed config (steps, learning "
+            "rate, batch size, data source, ...); the run's config.json records the change. See "
+            "docs/extending_runs.md",
         )
         hosts = sub.add_argument_group(
             "several processes",

@@ -4,7 +4,8 @@ Training reads one endless stream of positions 0, 1, 2, ... Position p belongs t
 and holds image shuffle_e(p mod N), transformed with random numbers that depend on (seed, p) only.
 Every B * S consecutive positions are a global batch, of which shard s of S takes the s-th part. So
 batches are the same, row by row, for any number of hosts, and the state of a loader is one number:
-how many batches it has returned.
+how many batches it has returned. Of a run that goes on with other batches, all positions are moved
+by a number of images, `offset` (io/history.py).
 
 Images stay uint8 until they are on the device.
 """
@@ -22,6 +23,8 @@ from hmar_jax.data.sources import ImageDecodeError, InMemory, Source
 from hmar_jax.data.transforms import Transform
 from hmar_jax.data.workers import MultiprocessDataset
 from hmar_jax.errors import InputError
+
+ENDLESS = 2**40  # images or batches of a stream
 
 
 class _ReadableImages:
@@ -140,6 +143,7 @@ def make_loader(
     workers: int = 0,
     pad: bool = True,
     broken: DecodeErrorLog | None = None,
+    offset: int = 0,
 ) -> grain.IterDataset:
     """Makes the batches of one shard (usually one host) of a source.
 
@@ -169,6 +173,8 @@ def make_loader(
         Batches do not depend on the number of threads or workers.
       pad: validation only; False drops images that do not fill the last batch of every shard.
       broken: log of unreadable images.
+      offset: training without `num_epochs` only; the first image of batch n has position
+        n * B * S + offset, which must be at least 0 for the batches that are read.
 
     Returns:
       A `grain.IterDataset` of {"image": (B, side, side, 3) uint8, "label": (B,) int32} and, in
@@ -216,6 +222,8 @@ def make_loader(
         dataset = dataset.random_map(augment, seed=augment_seed)
         if num_epochs is not None:
             dataset = dataset[: len(dataset) // global_batch * global_batch]
+        elif offset:
+            dataset = _moved(dataset, offset)
     else:
 
         def example_at(position):
@@ -231,6 +239,14 @@ def make_loader(
         dataset = grain.MapDataset.range(num_batches * global_batch).map(example_at)
     batches = shard_and_batch(dataset, batch_size, shard_index, shard_count, threads, workers)
     return batches.map(_DecodeErrorMonitor(reader, broken, max(1, n // shard_count)))
+
+
+def _moved(dataset: grain.MapDataset, offset: int) -> grain.MapDataset:
+    """The endless stream whose element i is the given one's i + offset.
+
+    A slice would do for positive offsets alone.
+    """
+    return grain.MapDataset.range(ENDLESS).map(lambda i: dataset[int(i) + offset])
 
 
 def shard_and_batch(

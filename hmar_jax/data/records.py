@@ -27,7 +27,7 @@ from etils import epath
 
 from hmar_jax.data import first_version
 from hmar_jax.data.fingerprint import fingerprint_values
-from hmar_jax.data.loader import read_ahead, validate_loader_args
+from hmar_jax.data.loader import ENDLESS, read_ahead, validate_loader_args
 from hmar_jax.data.record_spec import RecordField, RecordSpec
 from hmar_jax.data.seeds import SeedPurpose, derive_seed
 from hmar_jax.errors import InputError
@@ -49,7 +49,6 @@ __all__ = [
 FORMAT = "hmar_jax records 1"
 INFO_FILE, PROGRESS_FOLDER = "records.json", "progress"
 _INFO_FILES = (INFO_FILE, first_version.INFO_FILE)  # the first that exists is read
-_ENDLESS = 2**40  # batches
 # What ArrayRecord and Riegeli raise for files that changed.
 _READ_ERRORS = (RuntimeError, OSError, IndexError)
 
@@ -420,6 +419,7 @@ def make_record_loader(
     shard_index: int = 0,
     shard_count: int = 1,
     threads: int = 0,
+    offset: int = 0,
 ) -> grain.IterDataset:
     """Makes the batches of one shard (usually one host) of encoded images.
 
@@ -439,6 +439,7 @@ def make_record_loader(
       shard_index: the shard to read, in [0, shard_count).
       shard_count: number of shards.
       threads: threads that read ahead, each a whole batch; 0 reads on demand.
+      offset: see `make_loader`.
 
     Returns:
       A `grain.IterDataset` of the arrays (B, *shape) by field name, "label": (B,) int32 and, in
@@ -466,7 +467,7 @@ def make_record_loader(
     own_rows = shard_index * batch_size + np.arange(batch_size)  # rows of the global batch
 
     def training_batch(number):
-        epochs, positions = np.divmod(number * global_batch + own_rows, n)
+        epochs, positions = np.divmod(number * global_batch + offset + own_rows, n)
         # What MapDataset.shuffle does, for a whole batch. One element at a time would take as long
         # as reading the records.
         indices = np.array(
@@ -484,5 +485,5 @@ def make_record_loader(
         valid = indices < n
         return {**source.read(np.where(valid, indices, 0), np.zeros_like(indices)), "valid": valid}
 
-    batches = grain.MapDataset.range(_ENDLESS if train else -(-n // global_batch))
+    batches = grain.MapDataset.range(ENDLESS if train else -(-n // global_batch))
     return read_ahead(batches.map(training_batch if train else validation_batch), threads)

@@ -101,16 +101,17 @@ def read_as_numpy(folder: epath.Path, metadata: Any) -> Any:
 def read_on_devices(
     folder: epath.Path, metadata: Any, leaves: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    """Reads a whole stored tree into jax arrays.
+    """Reads a stored tree, or some of its top-level parts, into jax arrays.
 
     Unlike Orbax's Checkpointer, this does not wait for other processes: each process reads its own
     shards, and an error on one of them leaves no other waiting.
 
     Args:
       folder: written by Orbax.
-      metadata: of `read_metadata`.
-      leaves: for each stored array, by name, an array or jax.ShapeDtypeStruct whose type and, where
-        given, sharding the result has. Without a sharding it is on this process's first device.
+      metadata: of `read_metadata`; without the parts that are not read.
+      leaves: for each of these stored arrays, by name, an array or jax.ShapeDtypeStruct whose type
+        and, where given, sharding the result has. Without a sharding it is on this process's first
+        device.
 
     Returns:
       The arrays by the same names.
@@ -119,7 +120,7 @@ def read_on_devices(
         lambda path, _: _with_sharding(leaves[path_name(path)]), metadata
     )
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     return leaves_by_name(ocp.PyTreeCheckpointHandler().restore(folder, args=args))
 
 

@@ -12,12 +12,11 @@ right length are not always found: Orbax writes no checksums of array data.
 import base64
 import contextlib
 import functools
-import importlib.resources
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from hmar_jax.errors import InputError
-from hmar_jax.io import arrays
+from hmar_jax.io import arrays, stored_states
 from hmar_jax.io.arrays import DamagedFilesError
 from hmar_jax.io.files import absolute, read_json, write_atomically
 from hmar_jax.parallel import processes
@@ -45,7 +44,7 @@ class Restored(NamedTuple):
     """A checkpoint that `RunCheckpoints.restore_latest` has read."""
 
     step: int
-    state: Any  # a tree like the abstract state, of jax arrays
+    state: Any  # a tree like the abstract state, of jax arrays; see also `parts_may_differ`
     metadata: dict[str, Any]  # what `save` got by name, and `data_state`: bytes, JSON or None
 
 
@@ -206,7 +205,11 @@ class RunCheckpoints:
         return sorted(self._manager.all_steps())
 
     def restore_latest(
-        self, abstract_state: Any, former_names: Mapping[str, str] | None = None
+        self,
+        abstract_state: Any,
+        former_names: Mapping[str, str] | None = None,
+        *,
+        parts_may_differ: bool = False,
     ) -> Restored | None:
         """Restores the newest checkpoint that can be read.
 
@@ -220,6 +223,8 @@ class RunCheckpoints:
           former_names: former name -> present name of a field of the state. Where the checkpoint
             has no array of the present name, the one of the former name is restored. None: the
             names of the first version.
+          parts_may_differ: for a run whose config was changed, see stored_states.match. Parts of
+            the state that the checkpoint lacks stay abstract.
 
         Returns:
           None if there is no checkpoint at all.
@@ -228,13 +233,17 @@ class RunCheckpoints:
           InputError: every checkpoint is damaged (then none is renamed), or one does not match the
             abstract state.
         """
-        former_names = first_version_names() if former_names is None else former_names
+        if former_names is None:
+            former_names = stored_states.first_version_names()
+        match = functools.partial(
+            stored_states.match, former_names=former_names, parts_may_differ=parts_may_differ
+        )
         self.wait()
         self._manager.reload()
         damaged: list[int] = []
         while (step := self._newest_step(damaged)) is not None:
             try:
-                restored = self._restore(step, abstract_state, former_names)
+                restored = self._restore(step, abstract_state, match)
             except DamagedFilesError as error:
                 _log.warning(
                     "checkpoint of step %d in %s is damaged: %s", step, self.directory, error
@@ -255,7 +264,9 @@ class RunCheckpoints:
         step = processes.broadcast_from_primary(step)
         return None if step < 0 else step
 
-    def _restore(self, step: int, abstract_state: Any, former_names: Mapping[str, str]) -> Restored:
+    def _restore(
+        self, step: int, abstract_state: Any, match: Callable[..., stored_states.Match]
+    ) -> Restored:
         """Restores a step on all processes, or raises the same kind of error on all of them.
 
         Raises:
@@ -264,7 +275,7 @@ class RunCheckpoints:
         """
         restored, damage, error = None, "", None
         try:
-            restored = self._restore_alone(step, abstract_state, former_names)
+            restored = self._restore_alone(step, abstract_state, match)
         except DamagedFilesError as e:
             damage = str(e)
         except Exception as e:
@@ -278,7 +289,7 @@ class RunCheckpoints:
         return restored
 
     def _restore_alone(
-        self, step: int, abstract_state: Any, former_names: Mapping[str, str]
+        self, step: int, abstract_state: Any, match: Callable[..., stored_states.Match]
     ) -> Restored:
         """Restores what this process holds of a step, without waiting for others."""
         folder = self.directory / str(step)
@@ -289,24 +300,26 @@ class RunCheckpoints:
             return arrays.read_metadata(folder / _STATE), metadata
 
         stored, metadata = arrays.read_with_retries(read_metadata)
-        names = _stored_names(stored, abstract_state, former_names)
-        _check_same_tree(
-            stored, abstract_state, names, f"checkpoint of step {step} in {self.directory}"
-        )
+        what = f"checkpoint of step {step} in {self.directory}"
+        found = match(stored, abstract_state, what)
+        needed, names = found.stored, found.names
         leaves = arrays.leaves_by_name(abstract_state)
-        leaves = {names[name]: leaf for name, leaf in leaves.items()}
+        wanted = {stored_name: leaves[name] for name, stored_name in names.items()}
         try:
             state = arrays.read_with_retries(
-                lambda: arrays.read_on_devices(folder / _STATE, stored, leaves)
+                lambda: arrays.read_on_devices(folder / _STATE, needed, wanted)
             )
         except DamagedFilesError as error:
             # A full device or a wrong sharding fails here too. Then reading into host memory works.
-            arrays.read_with_retries(lambda: arrays.read_as_numpy(folder / _STATE, stored))
+            arrays.read_with_retries(lambda: arrays.read_as_numpy(folder / _STATE, needed))
             raise (error.__cause__ or error) from None
-        state = jax.tree_util.tree_map_with_path(
-            lambda path, _: state[names[arrays.path_name(path)]], abstract_state
-        )
-        return Restored(step, state, metadata)
+
+        def restored_leaf(path, leaf):
+            name = arrays.path_name(path)
+            return state[names[name]] if name in names else leaf
+
+        tree = jax.tree_util.tree_map_with_path(restored_leaf, abstract_state)
+        return Restored(step, tree, metadata)
 
     def _rename_damaged(self, step: int) -> None:
         if processes.is_primary():
@@ -370,6 +383,27 @@ def load_params_of_run(
         f"{workdir} has no checkpoints"
         if checkpoint == "latest"
         else f"checkpoint {checkpoint} of {workdir} no longer exists"
+    )
+
+
+def check_fits(workdir: os.PathLike | str, step: int, abstract_state: Any) -> None:
+    """Raises InputError where the checkpoint of a step could not be restored by a changed run.
+
+    Its arrays are not read. Nothing is raised where it is damaged or missing: `restore_latest`
+    decides what then.
+
+    Args:
+      abstract_state: see `RunCheckpoints.restore_latest`.
+    """
+    directory = absolute(workdir) / "checkpoints"
+    try:
+        stored = arrays.read_with_retries(
+            functools.partial(arrays.read_metadata, directory / str(step) / _STATE, "step")
+        )
+    except DamagedFilesError:
+        return
+    stored_states.match(
+        stored, abstract_state, f"checkpoint of step {step} in {directory}", parts_may_differ=True
     )
 
 
@@ -454,49 +488,6 @@ def _steps_from_newest(directory: epath.Path) -> Iterator[int]:
             return
         tried.add(max(steps))
         yield max(steps)
-
-
-def first_version_names() -> dict[str, str]:
-    """Names of the first version's states -> their present names.
-
-    They are kept in a data file because the code no longer uses the former words.
-    """
-    path = importlib.resources.files("hmar_jax.io") / "first_version_names.json"
-    return json.loads(path.read_text())
-
-
-def _stored_names(
-    stored: Any, abstract_state: Any, former_names: Mapping[str, str]
-) -> dict[str, str]:
-    """For each array of the abstract state, by name, the name that the checkpoint has for it."""
-    prefixes = set()
-    for name in arrays.leaves_by_name(stored):
-        keys = name.split("/")
-        prefixes |= {"/".join(keys[: n + 1]) for n in range(len(keys))}
-
-    def stored_name(name: str) -> str:
-        found: list[str] = []
-        for key in name.split("/"):
-            candidates = [key, *(old for old, new in former_names.items() if new == key)]
-            found.append(next((k for k in candidates if "/".join([*found, k]) in prefixes), key))
-        return "/".join(found)
-
-    return {name: stored_name(name) for name in arrays.leaves_by_name(abstract_state)}
-
-
-def _check_same_tree(stored: Any, abstract_state: Any, names: dict[str, str], what: str) -> None:
-    """Raises InputError naming the first leaf that is missing, unknown, or of another shape."""
-    found, expected = arrays.leaves_by_name(stored), arrays.leaves_by_name(abstract_state)
-    what = f"{what} does not match this configuration"
-    for name, leaf in expected.items():
-        if names[name] not in found:
-            raise InputError(f"{what}: it has no {name}")
-        shapes = tuple(found[names[name]].shape), tuple(leaf.shape)
-        if shapes[0] != shapes[1]:
-            raise InputError(f"{what}: {name} has shape {shapes[0]}, not {shapes[1]}")
-    unknown = sorted(found.keys() - set(names.values()))
-    if unknown:
-        raise InputError(f"{what}: it has {unknown[0]}, which is unknown here")
 
 
 def _encode(data_state: Any) -> Any:

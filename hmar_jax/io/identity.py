@@ -87,14 +87,18 @@ def task_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
 
 def config_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], schema: ConfigSchema
-) -> list[str]:
-    """Keys in which a run's config (ConfigSchema.upgrade) differs, without those of inputs."""
+) -> dict[str, str]:
+    """Keys in which a run's config (ConfigSchema.upgrade) differs, without those of inputs.
+
+    Returns:
+      By key, the difference in words.
+    """
     a, b = dict(config_files.flatten(old)), dict(config_files.flatten(new))
     show = lambda config, key: _shown(config[key]) if key in config else "missing (another version)"
-    return [
-        f"{key} is {show(a, key)} there and {show(b, key)} here"
+    return {
+        key: f"{key} is {show(a, key)} there and {show(b, key)} here"
         for key in config_files.differing_keys(a, b, schema.harmless() | schema.inputs())
-    ]
+    }
 
 
 def class_differences(old: Sequence[str], new: Sequence[str]) -> list[str]:
@@ -125,8 +129,15 @@ def are_names(names: Sequence[str]) -> bool:
     return not all(map(_WORDNET_ID.fullmatch, names))
 
 
-def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """How a data set changed, split by split; both as describe_data gives them."""
+def data_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], words: tuple[str, str] = ("there", "here")
+) -> list[str]:
+    """How a data set changed, split by split; both as describe_data gives them.
+
+    Args:
+      words: which of the two a number belongs to.
+    """
+    before, now = words
     found = []
     for split, what in (("train", "training"), ("validate", "validation")):
         a, b = old.get(split), new.get(split)
@@ -136,46 +147,53 @@ def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
             found.append(f"{what} images were {'added' if a is None else 'removed'}")
             continue
         if a["images"] != b["images"]:
-            found.append(f"{a['images']} {what} images there, {b['images']} here")
+            found.append(f"{a['images']} {what} images {before}, {b['images']} {now}")
         elif a.get("crops") != b.get("crops"):
-            there, here = (split.get("crops", "no encoded") for split in (a, b))
-            found.append(f"{there} crops of each {what} image there, {here} here")
+            crops = [split.get("crops", "no encoded") for split in (a, b)]
+            found.append(f"{crops[0]} crops of each {what} image {before}, {crops[1]} {now}")
         else:
             found.append(f"the {b['images']} {what} images have other names, sizes or labels")
     return found
 
 
-def input_differences(
+def file_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], known: Mapping[str, str], inputs: Inputs
-) -> list[str]:
-    """How the parent and the files that the config names differ.
+) -> dict[str, str]:
+    """How the files that the config names differ.
 
     Args:
       old, new: configs of the run and of this start.
       known: the run's fingerprints of files, by key.
+
+    Returns:
+      By key, the difference in words.
     """
     a, b = dict(config_files.flatten(old)), dict(config_files.flatten(new))
-    found = [inputs.parent_difference] if inputs.parent_difference else []
+    found = {}
     for key in sorted({*known, *inputs.files}):
         there, here = a.get(key) or "", b.get(key) or ""
         if key in known and key in inputs.files:
             if known[key] != inputs.files[key]:
-                found.append(f"{key} {here!r} has other contents than {there!r} had")
+                found[key] = f"{key} {here!r} has other contents than {there!r} had"
         elif not same_place(there, here):
-            found.append(f"{key} is {_shown(there)} there and {_shown(here)} here")
+            found[key] = f"{key} is {_shown(there)} there and {_shown(here)} here"
     return found
 
 
 def model_differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], schema: ConfigSchema
+    old: Mapping[str, Any], new: Mapping[str, Any], ignored: Iterable[str]
 ) -> list[str]:
-    """Keys in which two models differ, of those that both have: versions name different ones."""
+    """Keys in which two models differ, of those that both have: versions name different ones.
+
+    Args:
+      ignored: keys of a config; those of its group `model` may differ.
+    """
     a, b = dict(config_files.flatten(old)), dict(config_files.flatten(new))
-    harmless = {name.rpartition(".")[2] for name in schema.harmless() if name.startswith("model.")}
+    may_differ = {name.rpartition(".")[2] for name in ignored if name.startswith("model.")}
     return [
         f"{name} of the model is {_shown(a[name])} there and {_shown(b[name])} here"
         for name in sorted(a.keys() & b.keys())
         if name.partition(".")[0] not in _NOT_COMPARED
-        and name.rpartition(".")[2] not in harmless
+        and name.rpartition(".")[2] not in may_differ
         and a[name] != b[name]
     ]

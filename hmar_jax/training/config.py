@@ -18,9 +18,11 @@ MAX_STEPS = 2**31 - 1  # the step is an int32 on the devices
 class TrainConfig(Settings):
     """The top level of a config."""
 
-    family: str = setting("", "What is trained: a name in the registry.")
-    task: str = setting("", "Which kind of training of the family.")
-    seed: int = setting(0, "Seed of all random numbers.", at_least=0, at_most=2**32 - 1)
+    family: str = setting("", "What is trained: a name in the registry.", extendable=False)
+    task: str = setting("", "Which kind of training of the family.", extendable=False)
+    seed: int = setting(
+        0, "Seed of all random numbers.", at_least=0, at_most=2**32 - 1, extendable=False
+    )
     steps: int = setting(0, "Training steps.", at_least=0, at_most=MAX_STEPS)
     batch_size: int = setting(0, "Images of a step, of all devices together.", at_least=1)
     log_every: int = _interval(100, "Steps between log lines.", 0.1)

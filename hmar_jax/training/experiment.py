@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from hmar_jax.config_files import ConfigSchema
 from hmar_jax.data.decode_errors import DecodeErrorLog
+from hmar_jax.io.history import History, Segment
 from hmar_jax.io.identity import Inputs
 from hmar_jax.training.task import Params, Task
 from hmar_jax.training.trainable import InitialParams
@@ -60,5 +61,6 @@ class Experiment:
     warnings: tuple[str, ...]  # what was changed, and why the recipe may not work
     parent: FrozenModel | None = None
     inputs: Inputs = Inputs()
+    history: History = History(Segment(0, 0, 0))
     # Of a run that starts from another model's parameters; called where there is no checkpoint.
     initial: Callable[[], InitialParams] | None = None

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from hmar_jax import settings
 from hmar_jax.config_files import ConfigSchema, flatten, get_value, set_value
+from hmar_jax.io.history import Segment
 
 _FEW_STEPS = 500  # the shortest shipped recipe has twice as many
 
@@ -32,12 +33,11 @@ def fit_to_run(
     intervals, notes = [], []
     for name, value, declared in _counted(config, schema):
         total = steps if declared.counts == "steps" else steps * config.batch_size
-        if value < total or (value == total and declared.harmless):
+        if _lies_within(value, total, declared):
             continue
-        fitting = int(total * declared.share_of_run)
+        fitting = _share(total, declared)
         beyond = f"config.{name}={value} is not reached within the run's {total} {declared.counts}"
         if declared.harmless:
-            fitting = max(1, fitting)
             intervals.append(f"{name}={fitting}")
         elif fitting < 1:  # a few steps, to try something out
             notes.append(beyond)
@@ -53,6 +53,71 @@ def fit_to_run(
             f"intervals longer than the run's {steps} steps are shortened: {', '.join(intervals)}"
         )
     return found, notes
+
+
+def _lies_within(value: int, total: int, declared: settings.Declaration) -> bool:
+    return value < total or (value == total and declared.harmless)
+
+
+def _share(total: int, declared: settings.Declaration) -> int:
+    """What a run gets that is too short for a value; below 1 where it has no room for any."""
+    assert declared.share_of_run is not None
+    fitting = int(total * declared.share_of_run)
+    return max(1, fitting) if declared.harmless else fitting
+
+
+def keep_shortened(
+    config: ConfigDict, schema: ConfigSchema, saved: Mapping[str, Any], former_steps: int
+) -> dict[str, tuple[int, int]]:
+    """What an extension must not change back: values that were shortened for the run so far.
+
+    A warm-up of 500 steps became 20 in a run of 400. In a run that is extended to 800 steps, the
+    same command would have it begin to warm up again.
+
+    Args:
+      config: checked, of the extended run.
+      saved: the config of the run so far, upgraded.
+      former_steps: of the run so far.
+
+    Returns:
+      By key, the value in `config` and that of the run.
+    """
+    before, found = dict(flatten(saved)), {}
+    for name, value, declared in _counted(config, schema):
+        per_step = 1 if declared.counts == "steps" else saved["batch_size"]
+        total = former_steps * per_step
+        if declared.harmless or _lies_within(value, total, declared):
+            continue
+        fitting = _share(total, declared)
+        if fitting >= 1 and before.get(name) == fitting != value:
+            found[name] = (value, fitting)
+    return found
+
+
+def total_steps(config: Mapping[str, Any], num_images: int, segment: Segment) -> int:
+    """The last step of a run: config.steps, or the end of config.epochs.
+
+    Epochs are counted in the stream of training images that the segment belongs to. So they are
+    those of the whole run, also where its batch size changed, or those of the present data set,
+    where another one began.
+
+    Args:
+      num_images: images of an epoch.
+      segment: the present one of the run.
+    """
+    if config["steps"] or not config.get("epochs"):
+        return config["steps"]
+    left = config["epochs"] * num_images - segment.position
+    return segment.from_step + max(0, left) // config["batch_size"]
+
+
+def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
+    """The config of a task of so many steps, also where it gives epochs; 0 steps: as it is."""
+    if not steps or config.steps == steps:
+        return config
+    found = config.copy_and_resolve_references()
+    found.steps = steps
+    return found
 
 
 def _counted(

@@ -113,7 +113,7 @@ class Session:
         """What is due after the step; a checkpoint is on disk before an evaluation begins."""
         self.lock.check()
         stopped = self.stop.requested(self.step)
-        has_work = any(_due_after(self.step, self.config, self.experiment))
+        has_work = any(self._due())
         is_due = self.step % self.config.checkpoint_every == 0 or self.step == self._total
         if has_work or stopped or is_due:
             self._save(has_work)
@@ -121,12 +121,21 @@ class Session:
             self.checkpoints.wait()
             self.finish_step()
 
+    def _due(self) -> tuple[bool, bool]:
+        """Whether a validation and a preview are due after the step."""
+        step, config, experiment = self.step, self.config, self.experiment
+        # A run that was extended may still owe what was due after its former last step.
+        last = step == self._total or (step == self.start and experiment.history.was_last(step))
+        evaluates = experiment.validation is not None and (step % config.eval_every == 0 or last)
+        can_preview = (
+            not experiment.task.num_preview_images or experiment.preview_images is not None
+        )
+        return evaluates, can_preview and (step % config.sample_every == 0 or last)
+
     def finish_step(self) -> None:
         """Evaluation and preview, where they are due; the step has been saved."""
         with _stops(self.stop):
-            self._after_step.run(
-                self.step, self.state, *_due_after(self.step, self.config, self.experiment)
-            )
+            self._after_step.run(self.step, self.state, *self._due())
 
     def _end(self) -> None:
         failure, stop = self.batches.failure, self.stop
@@ -177,14 +186,6 @@ class Session:
     def wait_for_device(self) -> None:
         with contextlib.suppress(Exception):  # it has been raised where it happened
             jax.block_until_ready(self.state)
-
-
-def _due_after(step: int, config: ConfigDict, experiment: Experiment) -> tuple[bool, bool]:
-    """Whether a validation and a preview are due after a step."""
-    last, task = step == experiment.task.steps, experiment.task
-    evaluates = experiment.validation is not None and (step % config.eval_every == 0 or last)
-    can_preview = not task.num_preview_images or experiment.preview_images is not None
-    return evaluates, can_preview and (step % config.sample_every == 0 or last)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,19 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hmar_jax.io import checkpoints, files
+from hmar_jax.io.history import Change
 from hmar_jax.training.metrics import read_metrics
 
 
 def describe_run(
-    workdir: os.PathLike | str, config: Mapping[str, Any], command: str
+    workdir: os.PathLike | str,
+    config: Mapping[str, Any],
+    command: str,
+    history: Sequence[Change] = (),
 ) -> list[tuple[str, str]]:
     """Rows (name, text) of `hmar info`: step, losses, and how to resume.
 
@@ -18,14 +22,20 @@ def describe_run(
       workdir: the run directory; the run may be training.
       config: its config.
       command: the one that trains it, "train" or "train-tokenizer".
+      history: what was changed since its start.
     """
     directory = files.absolute(workdir)
     saved, lines = checkpoints.steps_of_run(directory), []
     with contextlib.suppress(OSError):  # the losses alone are missing then
         lines = read_metrics(directory / "metrics.jsonl")
     step = max(saved, default=0)
-    total = checkpoints.metadata_of_run(directory, step).get("steps_of_run") if saved else None
-    total = total or config.get("steps") or None  # of runs of earlier versions
+    total: int | None
+    if history:  # the checkpoint may be older than the last change
+        total = history[-1].last_step[1]
+    else:
+        metadata = checkpoints.metadata_of_run(directory, step) if saved else {}
+        total = metadata.get("steps_of_run")
+        total = total or config.get("steps") or None  # of runs of earlier versions
     if total is not None and step >= total:
         state = f"finished, step {step:,} of {total:,}"
     else:
@@ -35,6 +45,10 @@ def describe_run(
             f"--config=... --workdir={workdir}"
         )
     rows = [("run", state), ("checkpoints", ", ".join(f"{s:,}" for s in sorted(saved)))]
+    for number, change in enumerate(history):
+        when = change.time.replace("T", " ").partition("+")[0]
+        text = f"from step {change.from_step:,}: {change} ({when} UTC)"
+        rows.append(("" if number else "history", text))
     found = _losses(lines)
     return rows + ([("loss", found)] if found else [])
 

@@ -86,13 +86,14 @@ class TransformerConfig(Settings):
     shared_adaln: bool = setting(
         False, "One AdaLN layer for all blocks, plus a learned table in each block."
     )
-    dropout: float = setting(0.0, "Dropout rate.", at_least=0, at_most=1)
+    dropout: float = setting(0.0, "Dropout rate.", at_least=0, at_most=1, extendable=True)
     drop_path: float = setting(
         0.0,
         "Stochastic depth: rate of the last block, rising from 0 at the first. Published: "
         "0.1 N / 24.",
         at_least=0,
         at_most=1,
+        extendable=True,
     )
     init_adaln: float = setting(
         0.5, "Factor on initial AdaLN weights of scales and shifts, and on those of the head."
@@ -105,6 +106,7 @@ class TransformerConfig(Settings):
         "float32",
         "Of matrix products; residuals, norms, softmax and logits are always float32.",
         choices=("float32", "bfloat16", "float16"),
+        extendable=True,
     )
     attention: str = setting(
         "",
