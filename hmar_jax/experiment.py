@@ -118,6 +118,7 @@ def build_experiment(
     inputs = Inputs(
         data.described,
         _fingerprint_files(config, kind) | _fingerprint_source(kind, source),
+        frozenset({kind.initial_key} - {None}),
         parent_difference,
         labels_matter=not isinstance(setup.spec, AutoencoderSpec),
     )

@@ -120,11 +120,14 @@ def test_another_model_is_refused_and_a_moved_one_is_not(images, tmp_path, capfd
     moved = shutil.copytree(tiny.masked_run(), tmp_path / "moved")
     assert cli.main(finetune(run, images, moved)) == 0
     before = (run / "config.json").read_bytes()
-    capfd.readouterr()
-    assert cli.main(finetune(run, images, "digits")) == 2
-    error = capfd.readouterr().err
-    assert "init_from 'digits' has other contents" in error and error.count("\n") == 1
-    assert (run / "config.json").read_bytes() == before
+    for extend in ([], ["--extend"]):
+        capfd.readouterr()
+        assert cli.main([*finetune(run, images, "digits", steps=8), *extend]) == 2
+        error = capfd.readouterr().err
+        assert "init_from 'digits' has other contents" in error and error.count("\n") == 1
+        assert (run / "config.json").read_bytes() == before
+    assert cli.main([*finetune(run, images, steps=6), "--extend"]) == 0
+    assert "extended from step 4: steps 4 -> 6" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

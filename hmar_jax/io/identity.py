@@ -29,6 +29,7 @@ class Inputs:
     Attributes:
       data: the data set, as data/fingerprint.py: describe_data gives it; None: not compared.
       files: fingerprints of the other files that the config names, by key.
+      fixed_files: keys of those that no extension of the run can change.
       parent_difference: how the parent that the config names differs from the run's own; None: it
         does not.
       labels_matter: False: the task trains on images alone, and its classes may change with them.
@@ -36,6 +37,7 @@ class Inputs:
 
     data: Mapping[str, Any] | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed_files: frozenset[str] = frozenset()
     parent_difference: str | None = None
     labels_matter: bool = True
 

@@ -277,8 +277,10 @@ def _key_differences(
     fixed = [text for key, text in keys.items() if key not in extendable]
     fixed += [inputs.parent_difference] if inputs.parent_difference else []
     named = identity.file_differences(before, config, theirs.get("files", {}), inputs)
+    fixed += [text for key, text in named.items() if key in inputs.fixed_files]
     others = [text for key, text in keys.items() if key in extendable]
-    return fixed, [*others, *named.values()]
+    others += [text for key, text in named.items() if key not in inputs.fixed_files]
+    return fixed, others
 
 
 def data_differences(
