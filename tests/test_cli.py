@@ -395,7 +395,7 @@ def test_a_deprecated_name_warns_in_one_line():
         (["train", "--config=nope.py:digits", "--workdir=run"], ["'nope.py': no such"]),
         (
             ["train", "--config=configs/hmar.py:nope", "--workdir=run"],
-            ["'nope' must be one of digits, photos, cifar10, d16_256"],
+            ["'nope' must be one of digits, photos, cifar10, finetune, d16_256"],
         ),
         (
             ["train", "--config=configs/hmar.py:digits,stage=3", "--workdir=run"],
@@ -602,7 +602,7 @@ def test_a_tokenizer_cannot_sample(refused):
         (dict(recipe__schedule="nope"), ["schedule must be one of cos, lin, ", "'nope'"]),
         (
             dict(recipe__vq_start_step=0),
-            ["config.recipe.vq_start_step must be an integer of at least 1", "got 0"],
+            ["recipe.vq_start_step must be at least 1 without config.init_from", "got 0"],
         ),
         (dict(recipe__adversarial_weight=1), ["needs images of side 24 or more", "got side 8"]),
         (dict(recipe__perceptual_weight=1), ["config.perceptual_network must name the .npz file"]),

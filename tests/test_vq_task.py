@@ -345,7 +345,7 @@ def test_init_params_are_those_of_the_state():
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(vq_start_step=0), "vq_start_step must be an integer of at least 1; got 0"),
+        (dict(vq_start_step=-1), "vq_start_step must be an integer of at least 0; got -1"),
         (dict(l1_weight=-1.0), "l1_weight must be a number of at least 0; got -1.0"),
         (dict(b2=1.5), r"b2 must be a number in \[0, 1\); got 1.5"),
     ],

@@ -294,6 +294,7 @@ def test_what_is_no_archive_of_images(tmp_path):
 # Threads and processes
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # the child calls nothing of JAX
 def test_each_process_has_its_own_handle(tmp_path):
     source = open_source(archive_of(tiny.images(), tmp_path / "a.zip", zipfile.ZIP_DEFLATED))
     want = [source[i]["image"] for i in range(len(source))]
