@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from hmar_jax.pipeline_arguments import (
     as_array,
     as_devices,
     as_float,
+    as_integer,
     as_key,
     as_mask,
     check_latents,
@@ -192,14 +193,13 @@ class Pipeline:
         """
         config = self.sampling_config(self._family().SamplingConfig, options)
         key, (ids, _) = as_key(rng), self._classes(class_id)
-        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise InputError(f"batch_size must be an integer of at least 1; got {batch_size!r}")
+        batch_size = as_integer("batch_size", batch_size, at_least=1)
         every = range(-(-len(ids) // batch_size))
         padded = -(-batch_size // len(self._devices)) * len(self._devices)
 
+        check = lambda number: as_integer("a batch number in which", number, at_most=every[-1])
+
         def compute(number: int) -> SampleBatch:
-            if number not in every:
-                raise InputError(f"batches have numbers in [0, {every[-1]}]; got {number!r}")
             start = number * batch_size
             some = ids[start : start + batch_size]
             rows = np.pad(some, (0, padded - len(some)), mode="edge")
@@ -209,10 +209,16 @@ class Pipeline:
             images, latents = jax.tree.map(lambda x: x[: len(some)], results)
             return SampleBatch(number, start, some, images, latents)
 
+        wanted = every if which is None else which
+        if not isinstance(wanted, Iterable):
+            raise InputError(f"which must be numbers of batches, such as [3, 4]; got {which!r}")
+        if isinstance(wanted, Sequence | np.ndarray):  # an iterator may be without end
+            wanted = [check(number) for number in wanted]
+
         def batches() -> Iterator[SampleBatch]:
             previous = None
-            for number in every if which is None else which:
-                following = compute(number)  # returns before the devices have finished
+            for number in wanted:
+                following = compute(check(number))  # returns before the devices have finished
                 if previous is not None:
                     yield previous
                 previous = following

@@ -17,6 +17,7 @@ from hmar_jax.errors import InputError
 from hmar_jax.io import crops
 
 _ROUNDING = 1e-4  # of float images: what resizing and rounding add to 0 and 1
+_CALLER = 4  # of `edit`, for warnings: between them is what documents the model's options
 _COARSE = 2  # how many times new content is enlarged before it is reported
 
 
@@ -62,6 +63,22 @@ def as_devices(devices: Any) -> list[jax.Device]:
     if not found or not all(isinstance(device, jax.Device) for device in found):
         raise InputError(f"devices must be a list such as jax.devices(); got {devices!r}")
     return found
+
+
+def as_integer(what: str, given: Any, at_least: int = 0, at_most: int | None = None) -> int:
+    """An integer of a range, of any library's type.
+
+    Raises:
+      InputError: it is none, also True and 1.0; or it is out of the range.
+    """
+    try:
+        number = at_least - 1 if isinstance(given, bool | np.bool_) else operator.index(given)
+    except TypeError:
+        number = at_least - 1
+    if number < at_least or (at_most is not None and number > at_most):
+        where = f"of at least {at_least}" if at_most is None else f"in [{at_least}, {at_most}]"
+        raise InputError(f"{what} must be an integer {where}; got {given!r}")
+    return number
 
 
 def as_array(what: str, given: Any) -> np.ndarray:
@@ -159,7 +176,8 @@ def warn_of_useless_masks(mask: np.ndarray) -> None:
         if selected.all((1, 2)).any():
             count = mask[0].size if effect == "nothing is kept" else 0
             warnings.warn(
-                f"a mask selects {count:,} of {mask[0].size:,} pixels: {effect}", stacklevel=3
+                f"a mask selects {count:,} of {mask[0].size:,} pixels: {effect}",
+                stacklevel=_CALLER,
             )
 
 
@@ -170,5 +188,5 @@ def warn_of_coarse_detail(windows: Sequence[crops.Window], side: int) -> None:
         warnings.warn(
             f"new content will be coarse: {largest}x{largest} pixels of the image are generated at "
             f"{side}x{side} and enlarged {largest / side:.3g} times; smaller regions become finer",
-            stacklevel=3,
+            stacklevel=_CALLER,
         )
