@@ -37,8 +37,9 @@ def edit(args) -> None:
     from hmar_jax.progress import phase
 
     decoding = settings.from_arguments(DecodeConfig(), args)
-    image = _read("--image", args.image, decode_image, decoding)  # uint8 (h, w, 3)
-    mask = _read_mask(args, image, decoding)
+    with phase(f"reading {args.image}"):
+        image = _read("--image", args.image, decode_image, decoding)  # uint8 (h, w, 3)
+        mask = _read_mask(args, image, decoding)
     blending = settings.from_arguments(masks.CompositeConfig(), args)
     cropping = settings.from_arguments(crops.CropConfig(), args)
     options = arguments.given_options(args, "EditingConfig")
@@ -64,9 +65,10 @@ def edit(args) -> None:
         )
     for message in messages:
         print(f"hmar edit: {message}", file=sys.stderr)
-    images.save_image(args.out, edited, _read("--image", args.image, read_profile, decoding))
-    if args.show:
-        images.save_image(args.show, before_and_after(image, mask, edited, windows))
+    with phase(f"writing {args.out}"):
+        images.save_image(args.out, edited, _read("--image", args.image, read_profile, decoding))
+        if args.show:
+            images.save_image(args.show, before_and_after(image, mask, edited, windows))
     written = args.out + (f"; {args.show}" if args.show else "")
     words = f"{written}: new content in {mask.sum():,} of {mask.size:,} pixels"
     words = "\n".join([words, *_describe_windows(windows, mask.shape, side)])
