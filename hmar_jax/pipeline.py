@@ -189,15 +189,19 @@ class Pipeline:
           An iterator of SampleBatch.
 
         Raises:
-          InputError: as `sample`.
+          InputError: as `sample`; batch_size is no positive integer, or there is no such batch.
         """
         config = self.sampling_config(self._family().SamplingConfig, options)
         key, (ids, _) = as_key(rng), self._classes(class_id)
         batch_size = as_integer("batch_size", batch_size, at_least=1)
         every = range(-(-len(ids) // batch_size))
         padded = -(-batch_size // len(self._devices)) * len(self._devices)
-
         check = lambda number: as_integer("a batch number in which", number, at_most=every[-1])
+        wanted = every if which is None else which
+        if not isinstance(wanted, Iterable):
+            raise InputError(f"which must be numbers of batches, such as [3, 4]; got {which!r}")
+        if isinstance(wanted, Sequence | np.ndarray):  # an iterator may be without end
+            wanted = [check(number) for number in wanted]
 
         def compute(number: int) -> SampleBatch:
             start = number * batch_size
@@ -208,12 +212,6 @@ class Pipeline:
             results = self._sampler(self.params, *placed, config)
             images, latents = jax.tree.map(lambda x: x[: len(some)], results)
             return SampleBatch(number, start, some, images, latents)
-
-        wanted = every if which is None else which
-        if not isinstance(wanted, Iterable):
-            raise InputError(f"which must be numbers of batches, such as [3, 4]; got {which!r}")
-        if isinstance(wanted, Sequence | np.ndarray):  # an iterator may be without end
-            wanted = [check(number) for number in wanted]
 
         def batches() -> Iterator[SampleBatch]:
             previous = None
