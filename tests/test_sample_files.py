@@ -273,6 +273,15 @@ def test_missing_and_truncated_png_files_are_made_again(undisturbed, here):
     assert digests(folder) == digests(undisturbed("png"))
 
 
+def test_a_damaged_result_is_reported_once_and_made_again(undisturbed, here, capfd):
+    folder = shutil.copytree(undisturbed("npz"), here / "out")
+    os.truncate(folder / "samples.npz", 1000)
+    capfd.readouterr()  # of the undisturbed job
+    assert cli.main(many()) == 0
+    assert capfd.readouterr().err.count("out/samples.npz cannot be read") == 1
+    assert digests(folder) == digests(undisturbed("npz"))
+
+
 def test_a_disk_that_is_full_costs_nothing(undisturbed, here, monkeypatch, capfd):
     write, count = files.write_atomically, []
 
