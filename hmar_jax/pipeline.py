@@ -6,7 +6,6 @@ The same for every model family: what a family can do, and with which options, i
 import dataclasses
 import functools
 import inspect
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,15 +18,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hmar_jax import autoencoders, families, loading, settings
 from hmar_jax.autoencoders.base import AUTOENCODER
 from hmar_jax.class_names import resolve_class
-from hmar_jax.data.record_spec import RecordSpec
 from hmar_jax.errors import InputError
 from hmar_jax.families.base import image_keys
 from hmar_jax.io import crops, masks
 from hmar_jax.io.images import resize_image
+from hmar_jax.pipeline_arguments import (
+    as_array,
+    as_devices,
+    as_float,
+    as_integer,
+    as_key,
+    as_mask,
+    check_latents,
+    warn_of_coarse_detail,
+    warn_of_useless_masks,
+)
 
 # Beside a family's own, options of editing.
 _EDITING_CONFIGS = (masks.CompositeConfig, crops.CropConfig)
-_COARSE = 2  # how many times new content is enlarged before it is reported
 _MAX_BATCH = 64  # images of one device in one call of the compiled sampler
 
 
@@ -70,7 +78,7 @@ class Pipeline:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         self._dtype = dtype
         self.spec = spec.with_dtype(dtype)
-        self._devices = _as_devices(devices)
+        self._devices = as_devices(devices)
         if dtype == "float16" and self._devices[0].platform == "cpu":
             raise InputError("dtype must be float32 or bfloat16 on CPUs; got 'float16'")
         mesh = Mesh(np.array(self._devices), ("data",))
@@ -146,7 +154,7 @@ class Pipeline:
         ids, single = self._classes(class_id)
         images, latents = self._in_turns(
             lambda keys, ids: self._sampler(self.params, keys, ids, config),
-            image_keys(_as_key(rng), len(ids)),
+            image_keys(as_key(rng), len(ids)),
             ids,
             on_progress=on_progress,
         )
@@ -181,18 +189,21 @@ class Pipeline:
           An iterator of SampleBatch.
 
         Raises:
-          InputError: as `sample`.
+          InputError: as `sample`; batch_size is no positive integer, or there is no such batch.
         """
         config = self.sampling_config(self._family().SamplingConfig, options)
-        key, (ids, _) = _as_key(rng), self._classes(class_id)
-        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise InputError(f"batch_size must be an integer of at least 1; got {batch_size!r}")
+        key, (ids, _) = as_key(rng), self._classes(class_id)
+        batch_size = as_integer("batch_size", batch_size, at_least=1)
         every = range(-(-len(ids) // batch_size))
         padded = -(-batch_size // len(self._devices)) * len(self._devices)
+        check = lambda number: as_integer("a batch number in which", number, at_most=every[-1])
+        wanted = every if which is None else which
+        if not isinstance(wanted, Iterable):
+            raise InputError(f"which must be numbers of batches, such as [3, 4]; got {which!r}")
+        if isinstance(wanted, Sequence | np.ndarray):  # an iterator may be without end
+            wanted = [check(number) for number in wanted]
 
         def compute(number: int) -> SampleBatch:
-            if number not in every:
-                raise InputError(f"batches have numbers in [0, {every[-1]}]; got {number!r}")
             start = number * batch_size
             some = ids[start : start + batch_size]
             rows = np.pad(some, (0, padded - len(some)), mode="edge")
@@ -204,8 +215,8 @@ class Pipeline:
 
         def batches() -> Iterator[SampleBatch]:
             previous = None
-            for number in every if which is None else which:
-                following = compute(number)  # returns before the devices have finished
+            for number in wanted:
+                following = compute(check(number))  # returns before the devices have finished
                 if previous is not None:
                     yield previous
                 previous = following
@@ -255,17 +266,17 @@ class Pipeline:
         cropping, options = _take(crops.CropConfig, options)
         config = self.sampling_config(family.EditingConfig, options)
         ids, one_class = self._classes(class_id)
-        image = _as_array("image", image)
-        images, one_image = _as_float(image), image.ndim == 3
-        mask, one_mask = _as_mask(mask, image.shape)
-        _warn_of_useless_masks(mask)
+        image = as_array("image", image)
+        images, one_image = as_float(image), image.ndim == 3
+        mask, one_mask = as_mask(mask, image.shape)
+        warn_of_useless_masks(mask)
         count = max(len(images), len(ids), len(mask))
         for name, rows in (("images", images), ("classes", ids), ("masks", mask)):
             if len(rows) not in (1, count):
                 raise InputError(f"{count} edits need 1 or {count} {name}; got {len(rows)}")
         if cropping.resize:
             images, mask = self._resize(images), masks.resize_mask(mask, self.image_side)
-        keys, ids = image_keys(_as_key(rng), count), np.broadcast_to(ids, count)
+        keys, ids = image_keys(as_key(rng), count), np.broadcast_to(ids, count)
         regenerate = functools.partial(self._regenerate, config, class_id is not None)
         single = one_image and one_class and one_mask
         if images.shape[1:3] == (self.image_side, self.image_side):
@@ -278,7 +289,7 @@ class Pipeline:
         else:
             cut = crops.cut_out(images, mask, count, self.image_side, cropping.context)
             if mask.any():
-                _warn_of_coarse_detail(cut.windows, self.image_side)
+                warn_of_coarse_detail(cut.windows, self.image_side)
             keys = jax.vmap(jax.random.fold_in)(keys[cut.owner], cut.number)
             generated, latents = regenerate(keys, ids[cut.owner], cut.images, cut.masks)
             result = crops.put_back(images, mask, cut, np.asarray(generated), blending)
@@ -350,7 +361,7 @@ class Pipeline:
         Raises:
           InputError: another shape or type than the autoencoder's, or a token outside the codebook.
         """
-        latents, single = _check_latents(tokens, self.autoencoder.record_spec)
+        latents, single = check_latents(tokens, self.autoencoder.record_spec)
         decode = lambda latents: self._decode(self.params[AUTOENCODER], latents)
         images = self._in_turns(decode, latents)
         return images[0] if single else images
@@ -360,8 +371,8 @@ class Pipeline:
 
     def _images(self, image) -> tuple[np.ndarray, bool]:
         """(B, h, w, 3) float32 in [0, 1] of the model's size, and whether one image was given."""
-        image = _as_array("image", image)
-        return self._resize(_as_float(image)), image.ndim == 3
+        image = as_array("image", image)
+        return self._resize(as_float(image)), image.ndim == 3
 
     def _resize(self, images: np.ndarray) -> np.ndarray:
         """(B, h, w, 3) float32 -> of the model's size, with a warning if that is another."""
@@ -406,169 +417,11 @@ def _unwrap(latents: Mapping[str, Any]) -> Any:
     return next(iter(latents.values())) if len(latents) == 1 else latents
 
 
-def _check_latents(given: Any, record: RecordSpec) -> tuple[dict[str, np.ndarray], bool]:
-    """Latents by field with a batch axis, and whether those of one image were given.
-
-    Raises:
-      InputError: another shape or type, or a value outside the vocabulary.
-    """
-    by_name = given if isinstance(given, Mapping) else {record.fields[0].name: given}
-    found, single = {}, False
-    for field in record.fields:
-        if field.name not in by_name:
-            raise InputError(f"latents must have {field.name!r}; got {', '.join(by_name)}")
-        given_array, shape = _as_array(field.name, by_name[field.name]), tuple(field.shape)
-        x = given_array
-        single = x.ndim == len(shape)
-        x = x[None] if single else x
-        kind = np.integer if field.vocab_size else np.floating
-        if x.shape[1:] != shape or not x.size or not np.issubdtype(x.dtype, kind):
-            sizes = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-            what = "integers" if field.vocab_size else "floats"
-            raise InputError(
-                f"{field.name} must be {what} of shape ({sizes}) or (B, {sizes.rstrip(',')}); "
-                f"got {given_array.dtype} of shape {given_array.shape}"
-            )
-        if field.vocab_size and not 0 <= x.min() <= x.max() < field.vocab_size:
-            raise InputError(
-                f"{field.name} must be in [0, {field.vocab_size - 1}]; "
-                f"got values in [{x.min()}, {x.max()}]"
-            )
-        found[field.name] = x.astype(np.int32 if field.vocab_size else np.float32)
-    return found, single
-
-
-def _as_key(rng: Any) -> jax.Array:
-    """A random key: as it is, also one of the older kind (uint32 of shape (2,)), or from a seed.
-
-    Raises:
-      InputError: it is neither, or several keys.
-    """
-    if isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-        if rng.shape == ():
-            return rng
-    elif isinstance(rng, jax.Array | np.ndarray) and rng.dtype == np.uint32 and rng.ndim == 1:
-        if rng.shape == jax.random.key_data(jax.random.key(0)).shape:
-            return jax.random.wrap_key_data(jnp.asarray(rng))
-    elif not isinstance(rng, bool | np.bool_):
-        try:
-            seed = operator.index(rng)
-        except TypeError:  # a float, a text, an array
-            seed = -1
-        if 0 <= seed < 2**32:
-            return jax.random.key(seed)
-    got = f"{rng.dtype} of shape {rng.shape}" if hasattr(rng, "shape") and rng.shape else repr(rng)
-    raise InputError(
-        f"rng must be a random key, such as jax.random.key(0), or a seed, an integer in "
-        f"[0, {2**32 - 1}]; got {got}"
-    )
-
-
-def _as_devices(devices: Any) -> list[jax.Device]:
-    """Devices as a list, from one or several; the first one of the process for None.
-
-    Raises:
-      InputError: something else was given.
-    """
-    if devices is None:
-        return jax.devices()[:1]
-    found = [devices] if isinstance(devices, jax.Device) else devices
-    try:
-        found = list(np.ravel(found))
-    except (TypeError, ValueError):
-        found = []
-    if not found or not all(isinstance(device, jax.Device) for device in found):
-        raise InputError(f"devices must be a list such as jax.devices(); got {devices!r}")
-    return found
-
-
-def _as_array(what: str, given: Any) -> np.ndarray:
-    """Anything that numpy reads as an array.
-
-    Raises:
-      InputError: it reads none: rows of several lengths, or a tensor that is not on the host.
-    """
-    try:
-        return np.asarray(given)
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} must be an array; numpy makes none of it: {reason}") from None
-
-
-# Of float images: what resizing and rounding add to 0 and 1.
-_ROUNDING = 1e-4
-
-
-def _as_float(image: np.ndarray) -> np.ndarray:
-    """(h, w, 3) or (B, h, w, 3), uint8 or float in [0, 1] -> (B, h, w, 3) float32."""
-    images = image[None] if image.ndim == 3 else image
-    if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise InputError(f"image must have shape (h, w, 3) or (B, h, w, 3); got {image.shape}")
-    if images.dtype == np.uint8:
-        return images / np.float32(255)
-    if not jnp.issubdtype(images.dtype, jnp.floating):  # also bfloat16
-        raise InputError(f"image must be uint8, or float in [0, 1]; got {images.dtype}")
-    images = images.astype(np.float32)
-    if not (images.min() >= -_ROUNDING and images.max() <= 1 + _ROUNDING):
-        raise InputError(
-            f"float images must lie in [0, 1]; got values in [{images.min():g}, {images.max():g}]"
-        )
-    return images.clip(0, 1)
-
-
-def _as_mask(mask, image_shape) -> tuple[np.ndarray, bool]:
-    """(B, h, w) bool, and whether one mask was given."""
-    mask = _as_array("mask", mask)
-    single = mask.ndim == 2
-    rows = mask[None] if single else mask
-    if rows.ndim != 3 or rows.shape[1:] != tuple(image_shape[-3:-1]):
-        raise InputError(
-            f"mask must have shape (h, w) or (B, h, w) of the image, {tuple(image_shape)}; "
-            f"got {mask.shape}"
-        )
-    if rows.dtype == np.uint8:
-        white = 1 if rows.max() == 1 else 128  # a mask of 0 and 1 is one of numbers, not of grays
-        selected = rows >= white
-        if rows.any() and not selected.any():
-            raise InputError(
-                f"mask selects 0 of {rows.size:,} pixels: its values lie in [{rows.min()}, "
-                f"{rows.max()}]; give bool, or uint8 with at least 128 where new content goes"
-            )
-        rows = selected
-    elif rows.dtype != bool:
-        raise InputError(
-            "mask must be bool, or uint8 with at least 128 where new content goes; "
-            f"got {mask.dtype}"
-        )
-    return rows, single
-
-
 def _take(cls: type, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """An instance of a class of settings from those options that it has; and the other options."""
     names = {field.name for field in dataclasses.fields(cls)}
     given = {k: v for k, v in options.items() if k in names and v is not None}
     return cls(**given), {k: v for k, v in options.items() if k not in names}
-
-
-def _warn_of_useless_masks(mask: np.ndarray) -> None:
-    """Says where masks (B, h, w) bool leave nothing to regenerate, or nothing to keep."""
-    for selected, effect in ((mask, "nothing is kept"), (~mask, "nothing is regenerated")):
-        if selected.all((1, 2)).any():
-            count = mask[0].size if effect == "nothing is kept" else 0
-            warnings.warn(
-                f"a mask selects {count:,} of {mask[0].size:,} pixels: {effect}", stacklevel=3
-            )
-
-
-def _warn_of_coarse_detail(windows: Sequence[crops.Window], side: int) -> None:
-    """Says how much the largest square is enlarged, if that is visible."""
-    largest = max(window.side for window in windows)
-    if largest > _COARSE * side:
-        warnings.warn(
-            f"new content will be coarse: {largest}x{largest} pixels of the image are generated at "
-            f"{side}x{side} and enlarged {largest / side:.3g} times; smaller regions become finer",
-            stacklevel=3,
-        )
 
 
 def load(

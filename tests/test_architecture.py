@@ -24,7 +24,12 @@ FLOORS = (
     ("hmar_jax.autoencoders",),
     ("hmar_jax.families",),
     ("hmar_jax.loading",),
-    ("hmar_jax.experiment_data", "hmar_jax.initialization", "hmar_jax.pipeline"),
+    (
+        "hmar_jax.experiment_data",
+        "hmar_jax.initialization",
+        "hmar_jax.pipeline",
+        "hmar_jax.pipeline_arguments",
+    ),
     ("hmar_jax.experiment", "hmar_jax.evaluation"),
     ("hmar_jax.planning",),
     ("hmar_jax.cli", "hmar_jax.__main__"),
@@ -34,6 +39,7 @@ NEUTRAL = ("io", "parallel", "data", "training", "evaluation", "planning", "cli"
 NEUTRAL_FILES = (
     "loading.py",
     "pipeline.py",
+    "pipeline_arguments.py",
     "experiment.py",
     "experiment_data.py",
     "initialization.py",

@@ -117,6 +117,16 @@ def test_coarse_detail_is_reported(pipe, photo):
         pipe.edit(KEY, photo, mask_of(ONE), 1)
 
 
+def test_warnings_name_the_line_that_edits(pipe, photo):
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always")
+        pipe.edit(KEY, photo, np.ones((H, W), bool), 1)
+        pipe.edit(KEY, photo, mask_of(ONE), 1, resize=True)
+    words = ("nothing is kept", "will be coarse", "resizing an image")
+    assert [word in str(n.message) for n, word in zip(notices, words, strict=True)] == [True] * 3
+    assert {notice.filename for notice in notices} == {__file__}
+
+
 def test_context(pipe, photo):
     edits = [pipe.edit(KEY, photo, mask_of(TWO), 1, context=c) for c in (None, 2.0, 4.0)]
     assert np.array_equal(edits[0], edits[1]) and not np.array_equal(edits[1], edits[2])
@@ -195,6 +205,37 @@ def test_photographs_come_back_upright_and_with_their_colour_profile(here, photo
     assert profile_of("out.png") == profile
     Image.fromarray(photo[..., 0]).save("gray.png", icc_profile=profile)
     assert read_profile("gray.png") is None, "of gray, not of the RGB that is read"
+
+
+def test_what_the_result_cannot_hold_is_reported(here, photo, capsys):
+    alpha = np.full((H, W, 1), 255, np.uint8)
+    alpha[ONE] = alpha[0, :5] = 0
+    Image.fromarray(np.concatenate([photo, alpha], -1)).save("holes.png")
+    frames = [Image.fromarray(photo), Image.fromarray(photo[::-1])]
+    frames[0].save("film.png", save_all=True, append_images=frames[1:])
+    Image.fromarray(photo[..., 0].astype(np.uint16) * 257).save("deep.png")
+    for image, note in (
+        ("holes.png", "5 transparent pixels outside the mask become white"),
+        ("film.png", "only the first of 2 frames is read"),
+        ("deep.png", "its 16 bits become 8"),
+    ):
+        assert edit("--box=2,3,6,7", image=image) == 0
+        assert capsys.readouterr().err == f"hmar edit: {image}: {note}\n"
+    assert edit("--mask=alpha", image="holes.png") == 0
+    assert "become white" not in capsys.readouterr().err
+
+
+def test_a_mask_of_a_photograph_before_it_is_turned_upright(here, photo, capsys):
+    Image.fromarray(mask_of(ONE).T).save("mask.png")
+    assert edit("--mask=mask.png") == 2
+    words = "must have the image's size, 44 x 30 pixels; got 30 x 44; an image's EXIF orientation"
+    assert words in capsys.readouterr().err
+
+
+def test_a_file_of_three_bytes_is_no_image(here, capsys):
+    (here / "note.txt").write_text("hi\n")
+    assert edit("--box=0,0,1,1", image="note.txt") == 2
+    assert "(not an image of a known format)" in capsys.readouterr().err
 
 
 def test_an_image_too_large_for_its_file_is_refused_before_the_model_is_loaded(here, capsys):

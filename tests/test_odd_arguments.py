@@ -116,7 +116,9 @@ def test_too_many_images_are_refused_before_any_is_sampled(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Pipeline, "_in_turns", lambda *_, **__: pytest.fail("has sampled"))
-    assert cli.main(["sample", f"--model={tiny.model_run()}", *arguments]) == 2
+    model = tiny.model_run()
+    capsys.readouterr()  # of its training
+    assert cli.main(["sample", f"--model={model}", *arguments]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
 

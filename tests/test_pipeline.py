@@ -146,8 +146,15 @@ def test_batches_are_checked_at_once_and_sampled_when_they_are_needed(pipe, monk
     assert calls == [] and next(batches).start == 0
     assert calls == [0, 4], "the devices compute one batch ahead"
     assert list(pipe.sample_batches(KEY, [0], which=[])) == []
-    with pytest.raises(InputError, match=r"numbers in \[0, 1\]; got 2"):
-        next(pipe.sample_batches(KEY, [0] * 5, batch_size=4, which=[2]))
+    with pytest.raises(InputError, match=r"in which must be an integer in \[0, 1\]; got 2"):
+        next(pipe.sample_batches(KEY, [0] * 5, batch_size=4, which=iter([2])))
+    for which in ([1.0], [True], [0, 9], [-1], "12"):  # at once, not at the first batch
+        with pytest.raises(InputError, match=r"in which must be an integer in \[0, [0-9]+\]; got"):
+            pipe.sample_batches(KEY, [0, 1, 2], batch_size=2, which=which)
+    with pytest.raises(InputError, match=r"which must be numbers of batches, .*; got 3"):
+        pipe.sample_batches(KEY, [0, 1, 2], batch_size=2, which=3)
+    with pytest.raises(InputError, match="batch_size must be an integer of at least 1; got True"):
+        pipe.sample_batches(KEY, [0, 1, 2], batch_size=True)
     with pytest.raises(InputError, match="batch_size must be an integer of at least 1; got 0"):
         pipe.sample_batches(KEY, [0], batch_size=0)
 

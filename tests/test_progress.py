@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hmar_jax import progress
 from hmar_jax.cli import main as cli
@@ -156,7 +157,28 @@ def test_info_of_a_run_that_was_interrupted(capfd, tmp_path):
         assert f"hmar {command} " in rows["run"] and str(run) in rows["run"]
 
 
+def test_writing_a_model_says_so(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    model = tiny.model_run()
+    capfd.readouterr()  # of its training
+    assert cli.main(["export", f"--model={model}", f"--out={tmp_path / 'model'}"]) == 0
+    err = capfd.readouterr().err
+    assert f"writing {tmp_path / 'model'}: " in err and f"reading the model {model}: " in err
+
+
 # Evaluation
+
+
+def test_evaluation_shows_how_many_images_it_has_read_and_sampled(monkeypatch, tmp_path):
+    for path in tiny.images().rglob("*.png"):  # of the model's size
+        target = tmp_path / path.relative_to(tiny.images())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((tiny.SIDE, tiny.SIDE)).save(target)
+    command = ["evaluate", f"--model={tiny.model_run()}", f"--reference=folder:{tmp_path}"]
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert cli.main([*command, "--n=6"]) == 0
+    shown = sys.stderr.getvalue()
+    assert "reading:" in shown and "/45" in shown and "sampling:" in shown and "6/6" in shown
 
 
 def test_too_few_samples_are_refused_before_sampling(capfd, monkeypatch):

@@ -145,7 +145,7 @@ def test_a_failure_leaves_no_single_file(here, monkeypatch, capfd):
     monkeypatch.setattr(files.os, "replace", full)
     assert cli.main(sample("--n=1", out="new")) == 2
     assert "cannot write new/2_stripes_00.png: No space left" in capfd.readouterr().err
-    assert os.listdir("new") == []
+    assert os.listdir() == []
 
 
 # Many samples
@@ -273,6 +273,15 @@ def test_missing_and_truncated_png_files_are_made_again(undisturbed, here):
     assert digests(folder) == digests(undisturbed("png"))
 
 
+def test_a_damaged_result_is_reported_once_and_made_again(undisturbed, here, capfd):
+    folder = shutil.copytree(undisturbed("npz"), here / "out")
+    os.truncate(folder / "samples.npz", 1000)
+    capfd.readouterr()  # of the undisturbed job
+    assert cli.main(many()) == 0
+    assert capfd.readouterr().err.count("out/samples.npz cannot be read") == 1
+    assert digests(folder) == digests(undisturbed("npz"))
+
+
 def test_a_disk_that_is_full_costs_nothing(undisturbed, here, monkeypatch, capfd):
     write, count = files.write_atomically, []
 
@@ -303,16 +312,48 @@ def test_parts_make_the_same_file(undisturbed, here, capfd):
     assert "complete already" in capfd.readouterr().out
 
 
-def test_a_second_command_is_refused(here, capfd):
+@pytest.mark.parametrize(
+    "file_format, name", [("npz", "pieces/.000001.npy"), ("png", ".000004.png")]
+)
+def test_a_part_leaves_what_another_part_is_writing(here, file_format, name):
+    command = functools.partial(many, file_format=file_format)
+    assert cli.main(command("--part=0/3")) == 0
+    temporary = here / f"out/{name}.0123abcd.tmp"
+    temporary.write_bytes(b"half")
+    assert cli.main(command("--part=2/3")) == 0 and temporary.exists()
+    assert cli.main(command("--part=1/3")) == 0 and not temporary.exists()
+
+
+@pytest.mark.parametrize("file_format", ["npz", "png"])
+def test_a_directory_that_is_moved_is_not_made_again(here, monkeypatch, capfd, file_format):
+    kind = {"npz": sample_files.NpzFiles, "png": sample_files.PngFiles}[file_format]
+    write = kind.write
+
+    def move_and_write(self, index, pixels):
+        if index == 2:
+            os.rename("out", "moved")
+        write(self, index, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "write", move_and_write)
+        assert cli.main(many(file_format=file_format)) == 2
+    assert f"out was moved to {here / 'moved'} while" in capfd.readouterr().err
+    assert os.listdir() == ["moved"]
+    assert cli.main(many(file_format=file_format, out="moved")) == 0
+    assert "sampling 23 images; 8 are written already ..." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [many(), sample("--n=1")])
+def test_a_second_command_is_refused(here, capfd, arguments):
     process = hold(here / "out")
     try:
-        assert cli.main(many()) == 2
+        assert cli.main(arguments) == 2
         assert f"--out out is in use by process {process.pid}" in capfd.readouterr().err
         assert os.listdir("out") == [".lock.tmp"]
     finally:
         process.kill()
         process.wait()
-    assert cli.main(many()) == 0
+    assert cli.main(arguments) == 0
 
 
 # Memory

@@ -303,6 +303,7 @@ def convert(args) -> None:
 
     from hmar_jax import loading
     from hmar_jax.io import models
+    from hmar_jax.progress import phase
 
     models.check_new_model(args.out, args.overwrite)
     options = arguments.given_options(args, "ConvertConfig")
@@ -314,9 +315,9 @@ def convert(args) -> None:
             raise InputError(str(e)) from None
     for notice in notices:
         print(f"hmar convert: {notice.message}", file=sys.stderr)
-    models.save_model(
-        args.out, spec.to_json(), params, _readme(args.out, spec), overwrite=args.overwrite
-    )
+    readme = _readme(args.out, spec)
+    with phase(f"writing {args.out}"):
+        models.save_model(args.out, spec.to_json(), params, readme, overwrite=args.overwrite)
     print(f"{args.out}: {spec.kind}, {spec.origin}. {spec.licence}.")
     if spec.sampling is not None:  # what `hmar sample` does without options
         rows = families.get_family(spec.family).describe(spec, params)
@@ -330,6 +331,7 @@ def export(args) -> None:
 
     from hmar_jax import loading
     from hmar_jax.io import models
+    from hmar_jax.progress import phase
 
     models.check_new_model(args.out, args.overwrite)
     spec, params = loading.load_spec_and_params(args.model, args.checkpoint)
@@ -338,9 +340,9 @@ def export(args) -> None:
     if args.half:
         halve = lambda x: x.astype(np.float16) if x.dtype == np.float32 else x
         params = jax.tree.map(lambda x: halve(np.asarray(x)), params)
-    models.save_model(
-        args.out, spec.to_json(), params, _readme(args.out, spec), overwrite=args.overwrite
-    )
+    readme = _readme(args.out, spec)
+    with phase(f"writing {args.out}"):
+        models.save_model(args.out, spec.to_json(), params, readme, overwrite=args.overwrite)
     print(f"{args.out}: {spec.kind}")
 
 

@@ -37,8 +37,9 @@ def edit(args) -> None:
     from hmar_jax.progress import phase
 
     decoding = settings.from_arguments(DecodeConfig(), args)
-    image = _read("--image", args.image, decode_image, decoding)  # uint8 (h, w, 3)
-    mask = _read_mask(args, image, decoding)
+    with phase(f"reading {args.image}"):
+        image = _read("--image", args.image, decode_image, decoding)  # uint8 (h, w, 3)
+        mask = _read_mask(args, image, decoding)
     blending = settings.from_arguments(masks.CompositeConfig(), args)
     cropping = settings.from_arguments(crops.CropConfig(), args)
     options = arguments.given_options(args, "EditingConfig")
@@ -56,20 +57,34 @@ def edit(args) -> None:
         warnings.simplefilter("always", UserWarning)
         key = jax.random.key(args.seed)
         edited = np.asarray(pipe.edit(key, image, mask, args.class_id, **own, **options))
-    messages = [str(notice.message) for notice in notices]
+    messages = _describe_losses(args.image, mask, decoding)
+    messages += [str(notice.message) for notice in notices]
     if images.is_lossy(args.out) and blending.paste and edited.shape == image.shape:
         messages.append(
             f"{args.out}: JPEG changes pixels outside the mask a little; .png and .webp keep them"
         )
     for message in messages:
         print(f"hmar edit: {message}", file=sys.stderr)
-    images.save_image(args.out, edited, _read("--image", args.image, read_profile, decoding))
-    if args.show:
-        images.save_image(args.show, before_and_after(image, mask, edited, windows))
+    with phase(f"writing {args.out}"):
+        images.save_image(args.out, edited, _read("--image", args.image, read_profile, decoding))
+        if args.show:
+            images.save_image(args.show, before_and_after(image, mask, edited, windows))
     written = args.out + (f"; {args.show}" if args.show else "")
     words = f"{written}: new content in {mask.sum():,} of {mask.size:,} pixels"
     words = "\n".join([words, *_describe_windows(windows, mask.shape, side)])
     print(words, file=outputs.stream_for_words(args.out, args.show))
+
+
+def _describe_losses(path: str, mask, decoding) -> list[str]:
+    """What the pixels outside the mask lose where the file has more than 8-bit RGB."""
+    from hmar_jax.data import decoding as decoders
+    from hmar_jax.data import mask_images
+
+    losses = _read("--image", path, decoders.describe_losses, decoding)
+    transparent = _read("--image", path, mask_images.find_transparent, decoding)
+    if (count := (transparent & ~mask).sum()) > 0:
+        losses.append(f"{count:,} transparent pixels outside the mask become white")
+    return [f"{path}: {loss}" for loss in losses]
 
 
 def _describe_windows(windows, shape, side: int) -> list[str]:
@@ -137,9 +152,11 @@ def _read_mask(args, image, decoding):
     else:
         mask = _read("--mask", args.mask, mask_images.read_mask, decoding)
         if mask.shape != image.shape[:2]:
+            turned = mask.shape[::-1] == image.shape[:2]
+            hint = "; an image's EXIF orientation is applied: turn the mask" if turned else ""
             raise InputError(
                 f"mask {args.mask} must have the image's size, {image.shape[1]} x "
-                f"{image.shape[0]} pixels; got {mask.shape[1]} x {mask.shape[0]}"
+                f"{image.shape[0]} pixels; got {mask.shape[1]} x {mask.shape[0]}{hint}"
             )
     if args.mode == "outpaint":
         mask = ~mask

@@ -73,6 +73,7 @@ def sample_many(args, load_sampler) -> None:
     import numpy as np
 
     from hmar_jax.io import locks, sample_files
+    from hmar_jax.progress import phase
 
     pipe = load_sampler(args)
     job, options = _describe(args, pipe, found)
@@ -94,10 +95,11 @@ def sample_many(args, load_sampler) -> None:
         output = sample_files.open_files(
             job["file_format"], args.out, labels, pipe.image_side, batch_size
         )
-        with contextlib.closing(output), _as_input_errors(output.result):
+        with contextlib.closing(output), _as_input_errors(output.result, lock):
             every = range(-(-args.num // batch_size))
             of_part = every[part::count]
-            missing = output.missing(of_part)
+            with phase(f"looking for finished images in {args.out}"):
+                missing = output.missing(of_part)
             output.check_space(_count(missing, job))  # before anything is written
             sample_sets.prepare(args.out, job)
             if missing:
@@ -130,6 +132,7 @@ def _describe(args, pipe, found: dict[str, Any] | None) -> tuple[dict[str, Any],
     from hmar_jax import loading
     from hmar_jax.class_names import resolve_classes
     from hmar_jax.io import sample_sets
+    from hmar_jax.progress import phase
 
     spec, devices = pipe.spec, jax.devices()
     options = arguments.given_options(args, "SamplingConfig")
@@ -144,6 +147,8 @@ def _describe(args, pipe, found: dict[str, Any] | None) -> tuple[dict[str, Any],
             f"{label_of(twice[0], spec.class_names)} is named twice"
         )
     batch_size = args.batch_size or (found or {}).get("batch_size")
+    with phase("computing the fingerprint of the model"):
+        fingerprint = loading.fingerprint(spec, pipe.params)
     job = sample_sets.describe(
         file_format=args.format or _DEFAULT_FORMAT,
         num=args.num,
@@ -151,7 +156,7 @@ def _describe(args, pipe, found: dict[str, Any] | None) -> tuple[dict[str, Any],
         classes=classes,
         batch_size=batch_size or _IMAGES_OF_A_DEVICE * len(devices),
         model=args.model,
-        fingerprint=loading.fingerprint(spec, pipe.params),
+        fingerprint=fingerprint,
         dtype=pipe.dtype,
         class_names=spec.class_names,
         sampling=dataclasses.asdict(config),
@@ -217,10 +222,11 @@ def _finish(directory: str, output, check, may_be_busy: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _as_input_errors(path: str) -> Iterator[None]:
+def _as_input_errors(path: str, lock) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        lock.check(look=True)  # of a directory that was moved, it tells where to
         raise InputError(
             f"cannot write {error.filename or path}: {error.strerror or error}; what is complete "
             "stays: run the same command again to resume"

@@ -25,17 +25,34 @@ def sample(args) -> None:
     from hmar_jax.io import files, images
 
     directory = args.out if args.out and outputs.is_directory(args.out, images.FORMATS) else None
-    if directory:
-        many_samples.check_one_schedule("--out=DIR", args)
-        files.check_new_directory(directory)
     grid = None if directory else args.out
     outputs.check({"out": grid, "npz": args.npz}, out=tuple(images.FORMATS), npz=(".npz",))
+    if not directory:
+        _sample_few(args, grid, None)
+        return
+    many_samples.check_one_schedule("--out=DIR", args)
+    files.check_new_directory(directory)
+    from hmar_jax.io import locks
+
+    with locks.lock_together(directory, "--out"):
+        files.check_new_directory(directory)  # again: now no other command writes there
+        _sample_few(args, None, directory)
+
+
+def _sample_few(args, grid: str | None, directory: str | None) -> None:
+    """Samples images that memory holds.
+
+    Args:
+      grid: the file of the grid.
+      directory: of single files, whose lock is held.
+    """
     import io
 
     import jax
     import numpy as np
 
     from hmar_jax.class_names import file_stem, label_of, resolve_classes
+    from hmar_jax.io import files, images
     from hmar_jax.progress import Progress, phase
 
     pipe = _load_sampler(args)
@@ -48,9 +65,9 @@ def sample(args) -> None:
     variants = [options | ({"schedule": s} if s is not None else {}) for s in schedules]
     for variant in variants:  # all are checked before the first is sampled
         pipe.sampling_config(families.get_family(spec.family).SamplingConfig, variant)
-    ids = np.repeat(classes, n)
-    total = len(variants) * len(ids)
+    total = len(variants) * len(classes) * n
     _check_memory(total, pipe.image_side, "; --num keeps none in memory")
+    ids = np.repeat(classes, n)
     layout = images.GridLayout(
         total,
         (pipe.image_side, pipe.image_side),
@@ -88,8 +105,8 @@ def sample(args) -> None:
 
 
 def _check_memory(count: int, side: int, cure: str = "") -> None:
-    """Raises InputError if the float32 pixels of so many images exceed this machine's memory."""
-    needed = count * side * side * 3 * 4
+    """Raises InputError unless this machine's memory holds the float32 pixels of so many images."""
+    needed = 2 * count * side * side * 3 * 4  # they are put together from parts
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):  # not known
@@ -128,7 +145,7 @@ def evaluate(args) -> None:
     from hmar_jax.experiment import recorded_source_config
     from hmar_jax.io import files
     from hmar_jax.io.identity import class_conflicts
-    from hmar_jax.progress import phase
+    from hmar_jax.progress import Progress, phase
 
     pipe = _load_sampler(args)
     options = arguments.given_options(args, "SamplingConfig")
@@ -153,16 +170,23 @@ def evaluate(args) -> None:
     ids = np.arange(args.n) % pipe.spec.num_classes
     if (labels := getattr(held_out, "labels", None)) is not None:
         equal_counts(ids, labels)  # before any image is read
-    broken = DecodeErrorLog()
-    with phase(f"reading {len(train) + len(held_out)} real images"):
-        real = [read_all(source, broken) for source in (train, held_out)]
+    broken, count = DecodeErrorLog(), len(train) + len(held_out)
+    with (
+        phase(f"reading {count} real images"),
+        Progress("reading", count, "image", opening=False) as done,
+    ):
+        real = [read_all(source, broken, done.advance) for source in (train, held_out)]
     for path, reason in broken.items:
         _log.warning("skipped %s: %s", path, reason)
     if broken.count:
         _log.warning("images that could not be decoded: %d", broken.count)
     check_reference(ids, *real, pipe.image_side)  # before any image is sampled
-    with phase(f"compiling, then sampling {args.n} images"):
-        images = np.asarray(pipe.sample(jax.random.key(args.seed), ids, **options))
+    with (
+        phase(f"compiling, then sampling {args.n} images"),
+        Progress("sampling", args.n, "image", opening=False) as done,
+    ):
+        key = jax.random.key(args.seed)
+        images = np.asarray(pipe.sample(key, ids, on_progress=done.advance, **options))
     with phase("comparing"):
         report = classifier_report(images, ids, *real, seed=args.seed)
     if args.json:

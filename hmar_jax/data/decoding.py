@@ -96,6 +96,25 @@ def read_profile(path: str, max_pixels: int = MAX_PIXELS) -> bytes | None:
     return decode(path, convert, max_pixels=max_pixels)
 
 
+def describe_losses(path: str, max_pixels: int = MAX_PIXELS) -> list[str]:
+    """What `decode_image` leaves out beside transparency, in words; nothing of most images.
+
+    Raises:
+      ImageDecodeError: the file is no image, or has more pixels.
+    """
+    return decode(path, _describe_losses, max_pixels=max_pixels)
+
+
+def _describe_losses(image: Image.Image) -> list[str]:
+    losses = []
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # photographs of telephones, with a preview
+        losses.append(f"only the first of {frames} frames is read")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        losses.append("its 16 bits become 8")
+    return losses
+
+
 def decode(
     file: str | BinaryIO,
     convert: Callable[[Image.Image], Any],
@@ -141,12 +160,13 @@ def _open_image(file: BinaryIO, name: str) -> Image.Image:
             factory, accept = Image.OPEN[format_name]
             if (accept is not None) != has_test:
                 continue
-            accepted = accept(prefix) if accept else True
-            if isinstance(accepted, str):  # why this Pillow cannot read the format
-                notes.append(accepted)
-            elif accepted:
-                file.seek(0)
-                with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+            # Of files of a few bytes, some tests of the prefix fail too.
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+                accepted = accept(prefix) if accept else True
+                if isinstance(accepted, str):  # why this Pillow cannot read the format
+                    notes.append(accepted)
+                elif accepted:
+                    file.seek(0)
                     return factory(file, name)
     raise ValueError("; ".join(["not an image of a known format", *notes]))
 

@@ -34,13 +34,22 @@ def read_transparency(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
       InputError: the image has no transparency.
       ImageDecodeError: the image cannot be decoded completely.
     """
-    hole = decode(path, lambda image: _alpha(image) < 255, max_pixels=max_pixels)
+    hole = find_transparent(path, max_pixels)
     if not hole.any():
         raise InputError(
             f"image {path} has no transparent pixels (0 of {hole.size:,}), which its own mask must "
             "have"
         )
     return hole
+
+
+def find_transparent(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """(h, w) bool, True where the image is not opaque.
+
+    Raises:
+      ImageDecodeError: the image cannot be decoded completely.
+    """
+    return decode(path, lambda image: _alpha(image) < 255, max_pixels=max_pixels)
 
 
 def describe_values(path: str, max_pixels: int = MAX_PIXELS) -> str:

@@ -6,6 +6,7 @@ Images whose classes differ in finer detail need a network.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,12 +76,17 @@ def to_labels(labels: np.ndarray, count: int, name: str = "labels") -> np.ndarra
     return labels.astype(np.int64)
 
 
-def read_all(source: Source, broken: DecodeErrorLog | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_all(
+    source: Source,
+    broken: DecodeErrorLog | None = None,
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Decodes all images of a source, without those that cannot be decoded.
 
     Args:
       source: the images.
       broken: log of unreadable images.
+      on_progress: called with a number of images whenever so many more were read.
 
     Returns:
       uint8 (N, h, w, 3) images and int64 (N,) labels.
@@ -97,6 +103,7 @@ def read_all(source: Source, broken: DecodeErrorLog | None = None) -> tuple[np.n
         except ImageDecodeError as error:
             unreadable.append(error.path)
             broken.add(error.path, error.reason)
+        on_progress(1)
     if not len(source):
         raise InputError(f"{source.name} has no images")
     if not examples or is_over_limit(len(unreadable), MAX_UNREADABLE_FRACTION * len(source)):

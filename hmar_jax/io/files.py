@@ -94,16 +94,17 @@ def open_atomically(path: os.PathLike | str) -> Iterator[BinaryIO]:
     Raises:
       OSError: it cannot be written, for example on a full disk. Its filename is `path`.
     """
-    target = os.path.realpath(path)
-    temporary = _create_temporary_file(target)
+    target, temporary = os.path.realpath(path), ""
     try:
+        temporary = _create_temporary_file(target)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # the folder may have been moved
+            os.unlink(temporary)
         if isinstance(error, OSError) and error.errno is not None:
             error.filename, error.filename2 = os.fspath(path), None  # not the temporary file's name
         raise

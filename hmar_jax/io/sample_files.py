@@ -7,6 +7,7 @@ memory.
 Letters: N images, b images of a batch, h = w sides of an image.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -36,11 +37,13 @@ class SampleFiles(Protocol):
     """The files of N samples in a local directory."""
 
     def missing(self, batches: Iterable[int]) -> list[int]:
-        """Those batches that are not finished. Removes what a killed process left of them."""
+        """Those batches that are not finished. Changes nothing: others may be writing some."""
         ...
 
     def write(self, index: int, pixels: np.ndarray) -> None:
         """Writes a batch, (b, h, w, 3) uint8, which is finished then.
+
+        Removes what a killed process left of it, as far as `missing` has seen that.
 
         Raises:
           OSError: it cannot be written.
@@ -93,6 +96,7 @@ class PngFiles:
         self._directory, self._labels, self._batch_size = directory, labels, batch_size
         self._digits = max(6, len(str(len(labels) - 1)))
         self._num_written, self._bytes_written = 0, 0
+        self._begun: set[str] = set()
         self._pool = futures.ThreadPoolExecutor(_THREADS)  # zlib and fsync leave Python's lock
 
     @property
@@ -109,10 +113,7 @@ class PngFiles:
     def missing(self, batches: Iterable[int]) -> list[int]:
         batches = list(batches)
         names = set(os.listdir(self._directory))
-        begun = {name.split(".")[1] for name in names if name.endswith(".tmp")}
-        for i in (i for batch in batches for i in self._indices(batch)):
-            if f"{i:0{self._digits}d}" in begun:
-                files.remove_leftovers(os.path.join(self._directory, self._name(i)))
+        self._begun |= _begun(names)
         sound = self._pool.map(lambda batch: self._is_finished(batch, names), batches)
         return [batch for batch, is_sound in zip(batches, sound, strict=True) if not is_sound]
 
@@ -131,8 +132,11 @@ class PngFiles:
         start = index * self._batch_size
 
         def write_one(i: int) -> int:
-            data = images.encode_image(pixels[i])
-            files.write_atomically(os.path.join(self._directory, self._name(start + i)), data)
+            data, name = images.encode_image(pixels[i]), self._name(start + i)
+            path = os.path.join(self._directory, name)
+            if name in self._begun:
+                files.remove_leftovers(path)
+            files.write_atomically(path, data)
             return -(-len(data) // _BLOCK) * _BLOCK
 
         sizes = list(self._pool.map(write_one, range(len(pixels))))
@@ -172,6 +176,8 @@ class NpzFiles:
         self._directory, self._labels, self._batch_size = directory, labels, batch_size
         self._image_shape = (side, side, 3)
         self._pieces = os.path.join(directory, _PIECES_FOLDER)
+        self._is_reported = False  # that the result is damaged
+        self._begun: set[str] = set()
 
     @property
     def result(self) -> str:
@@ -195,7 +201,9 @@ class NpzFiles:
             with zipfile.ZipFile(self.result) as archive:
                 sizes = {item.filename: item.file_size for item in archive.infolist()}
         except (OSError, zipfile.BadZipFile) as error:
-            _log.warning("%s cannot be read (%s); making it again", self.result, error)
+            if not self._is_reported:
+                _log.warning("%s cannot be read (%s); making it again", self.result, error)
+            self._is_reported = True
             return False
         return sizes == {name: _npy_size(shape, kind) for name, shape, kind in self._members()}
 
@@ -208,15 +216,9 @@ class NpzFiles:
     def missing(self, batches: Iterable[int]) -> list[int]:
         if self._is_complete():
             return []
-        names = os.listdir(self._pieces) if os.path.isdir(self._pieces) else []
-        begun = {name.split(".")[1] for name in names if name.endswith(".tmp")}
-        found = []
-        for batch in batches:
-            if f"{batch:06d}" in begun:
-                files.remove_leftovers(self._piece(batch))
-            if not self._is_finished(batch):
-                found.append(batch)
-        return found
+        with contextlib.suppress(FileNotFoundError):  # new
+            self._begun |= _begun(os.listdir(self._pieces))
+        return [batch for batch in batches if not self._is_finished(batch)]
 
     def _is_finished(self, batch: int) -> bool:
         try:
@@ -228,8 +230,12 @@ class NpzFiles:
     def write(self, index: int, pixels: np.ndarray) -> None:
         data = io.BytesIO()
         np.save(data, pixels)
-        os.makedirs(self._pieces, exist_ok=True)
-        files.write_atomically(self._piece(index), data.getvalue())
+        path = self._piece(index)
+        if os.path.basename(path) in self._begun:
+            files.remove_leftovers(path)
+        with contextlib.suppress(FileExistsError):  # not its parents, which may have been moved
+            os.mkdir(self._pieces)
+        files.write_atomically(path, data.getvalue())
 
     def check_space(self, num_left: int) -> None:
         if self._is_complete():
@@ -273,6 +279,11 @@ class NpzFiles:
 
     def close(self) -> None:
         pass
+
+
+def _begun(names: Iterable[str]) -> set[str]:
+    """The files of whose writing a temporary file tells, see io.files."""
+    return {name[1:].rsplit(".", 2)[0] for name in names if name.endswith(".tmp")}
 
 
 def _write_npy_header(file, shape: tuple[int, ...], kind: type) -> None:
