@@ -247,6 +247,7 @@ def test_an_image_too_large_for_its_file_is_refused_before_the_model_is_loaded(h
     assert os.listdir(here).count("out.webp") == 0
 
 
+@pytest.mark.slow  # the bundled model compiles for half a minute
 def test_a_photograph_edited_with_the_bundled_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     datasets = pytest.importorskip("sklearn.datasets")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hmar_jax import config_files
 from hmar_jax.cli import main as cli
 from hmar_jax.data.sources import open_splits
-from hmar_jax.experiment import build_experiment
+from hmar_jax.experiment import build_experiment, task_kind
 from hmar_jax.families.hmar.fine_tuning import match_classes
 from hmar_jax.io import checkpoints
 from hmar_jax.io.models import save_model
@@ -198,13 +199,21 @@ def test_a_tokenizer_is_fine_tuned(images, tmp_path, capfd):
         assert words in error and error.count("\n") == 1, error
 
 
-def test_stage_2_of_a_fine_tuned_stage_1(capsys):
+def test_stage_2_of_a_fine_tuned_stage_1():
     """Its config has no empty keys, although that of its stage 1 has."""
+    config = config_files.load_config("configs/hmar.py:finetune,stage=masked")
+    schema = task_kind(config)[1].schema
+    assert schema.empty_keys(config) == []
+    schema.check(config)
+
+
+@pytest.mark.slow
+def test_plans_of_what_starts_from_a_model(capsys):
     base = ["plan", "--topology=h100:1", "--config.init_from=digits"]
     assert cli.main([*base, "--config=configs/hmar.py:finetune"]) == 0
-    masked = "--config=configs/hmar.py:finetune,stage=masked"
-    assert cli.main([*base, masked, "--config.model.masked_depth=2"]) == 0
     assert "1,260,944 trained" in capsys.readouterr().out
+    assert cli.main([*base[:2], "--config=configs/hmar.py:finetune"]) == 2
+    assert "config.init_from is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

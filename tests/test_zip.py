@@ -325,6 +325,7 @@ def test_an_archive_that_was_replaced_is_not_read(tmp_path):
 # Commands
 
 
+@pytest.mark.slow
 def test_tokens_of_an_archive_are_those_of_the_folder(tmp_path):
     archive = archive_of(tiny.images(), tmp_path / "a.zip")
     one, two = tmp_path / "one", tmp_path / "two"
