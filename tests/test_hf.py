@@ -294,3 +294,13 @@ def test_nothing_is_written_into_a_data_set(tmp_path):
             check_outside(spec, tmp_path / "runs" / "one", "workdir")
     check_outside("hf:user/name", tmp_path, "workdir")
     check_outside(f"hf:{tmp_path / 'data'}", os.fspath(tmp_path / "run"), "workdir")
+
+
+def test_a_validation_split_that_the_library_passes_over_is_refused(tmp_path):
+    """Its images would be neither trained on nor validated on."""
+    root = tmp_path / "images"
+    shutil.copytree(tiny.images(), root)
+    with pytest.raises(InputError, match="must call its validation split validation.*give folder:"):
+        open_splits(f"hf:{root}")
+    (root / "validate").rename(root / "validation")
+    assert len(open_splits(f"hf:{root}")["validate"]) == 9

@@ -66,7 +66,10 @@ def find_splits(
     """
     rules = config.folder_rules or FOLDER_RULES
     is_labeled = rules > 1 and (root / LABELS_FILE).exists()  # which labels files of all folders
-    has_train = not is_labeled and (root / "train").is_dir()
+    has_train = (root / "train").is_dir()
+    if is_labeled and has_train:
+        _check_no_validation(root)
+        has_train = False
     train_root = root / "train" if has_train else root
     train = list_class_folders(train_root, rules)
     _check_classes(train_root, train, need_classes, rules == 1 or config.allow_empty_classes)
@@ -180,6 +183,16 @@ def _check_not_splits(root: Folder, listing: Listing) -> None:
             f"the folders of {root} must be classes, or be called train and validate (or "
             f"{', '.join(VALIDATE_FOLDERS[1:])}); got {', '.join(folders)}; rename them"
         )
+
+
+def _check_no_validation(root: Folder) -> None:
+    """One dataset.json for both splits would mix them."""
+    for folder in VALIDATE_FOLDERS:
+        if (root / folder).is_dir():
+            raise InputError(
+                f"{root} must have a {LABELS_FILE} in train and one in {folder}, or neither of the "
+                f"two folders; its own {LABELS_FILE} labels the images of both together"
+            )
 
 
 def _check_validation(root: Folder, listing: Listing, train_root: Folder, train: Listing) -> None:

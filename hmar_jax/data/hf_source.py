@@ -33,6 +33,7 @@ from hmar_jax.io.files import expand
 
 _OPTIONS = ("config", "revision", "train", "validate", "image", "label")
 _VALIDATE_SPLITS = ("validation", "validate", "val", "valid", "dev", "test")
+_UNREAD_SPLIT = re.compile(r"validate([-._ 0-9].*)?")  # a file or folder
 _SAVED_FILES = ("dataset_dict.json", "state.json")  # of save_to_disk
 _FILE_KINDS = {".parquet": "parquet", ".tar": "webdataset"}  # ending: what reads it
 
@@ -95,6 +96,8 @@ def open_hf(
     spec = f"hf:{text}"
     tables = _load(spec, place, options)
     train_split, validate_split = _choose_splits(spec, tables, options)
+    if validate_split is None:
+        _check_no_other_split(spec, place)
     image = find_image_column(spec, tables[train_split].features, options.get("image"))
     label = find_label_column(spec, tables[train_split].features, options.get("label"))
     if label is None and need_classes:
@@ -211,6 +214,18 @@ def _choose_splits(
         )
     others = (name for name in _VALIDATE_SPLITS if name in names and name != train)
     return train, options.get("validate", next(others, None))
+
+
+def _check_no_other_split(spec: str, place: str) -> None:
+    """The library passes over what is called validate beside what is called train."""
+    names = sorted(os.listdir(place)) if os.path.isdir(place) else []
+    found = next(filter(_UNREAD_SPLIT.fullmatch, names), None)
+    if found is not None and any(name.startswith("train") for name in names):
+        raise InputError(
+            f"{spec} must call its validation split validation, because datasets does not read "
+            f"{os.path.join(place, found)}; rename it, or give folder:{place} if it has class "
+            "folders"
+        )
 
 
 def _make_sources(

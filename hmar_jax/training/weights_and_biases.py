@@ -82,8 +82,8 @@ def start(directory: epath.Path, project: str, config: Mapping[str, Any]) -> "Wa
     except pydantic.ValidationError as error:
         wrong = ", ".join(f"{'.'.join(map(str, e['loc']))}={e['input']}" for e in error.errors())
         raise InputError(
-            f"config.wandb={project}: Weights & Biases refuses the settings {wrong}, of environment "
-            f"variables such as WANDB_MODE; correct or unset them ({error.errors()[0]['msg']})"
+            f"config.wandb={project}: Weights & Biases refuses the settings {wrong}, of "
+            f"environment variables such as WANDB_MODE ({error.errors()[0]['msg']})"
         ) from None
     except Exception as error:
         LOGGER.warning(
