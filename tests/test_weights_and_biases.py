@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import signal
+import socket
 import struct
+import time
 
 import pytest
 from etils import epath
@@ -11,6 +14,7 @@ from hmar_jax.cli import main as cli
 from hmar_jax.errors import InputError
 from hmar_jax.training import weights_and_biases
 from tests import tiny
+from tests.test_interruptions import read_until, start
 
 wandb = pytest.importorskip("wandb", reason="an optional package")
 
@@ -144,6 +148,20 @@ def test_a_disabled_run_is_said_to_be_disabled(tmp_path, monkeypatch, caplog):
     weights_and_biases.start(epath.Path(tmp_path), "flowers", {}).close()
     said = [record.getMessage() for record in caplog.records if record.name == "hmar_jax"]
     assert said == ["metrics are not sent to Weights & Biases: WANDB_MODE=disabled"]
+
+
+@pytest.mark.slow  # a process
+def test_ctrl_c_does_not_wait_for_the_network(tmp_path):
+    with socket.create_server(("localhost", 0)) as silent:  # accepts, and never answers
+        address = f"http://localhost:{silent.getsockname()[1]}"
+        variables = dict(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=address)
+        command = start(tiny.train(tmp_path / "run", wandb="p"), env=tiny.ENVIRONMENT | variables)
+        read_until(command, "connecting to Weights & Biases ...")
+        began = time.monotonic()
+        command.send_signal(signal.SIGINT)
+        output, _ = command.communicate(timeout=60)
+    assert command.returncode == 130 and time.monotonic() - began < 20, output
+    assert "Traceback" not in output, output
 
 
 def test_a_login_is_needed_online(tmp_path, capfd, monkeypatch):
