@@ -101,6 +101,7 @@ def build_experiment(
         )
     saved = run.config if run is not None else None
     config, notes = run_length.fit_to_run(config, kind.schema, steps, saved)
+    notes += start.warnings()
     setup = make_task(config)
     initial = None
     if source is not None:

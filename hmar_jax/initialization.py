@@ -50,7 +50,8 @@ def complete(
       workdir: of a run. One with a checkpoint has its values already; the model is not read again.
 
     Raises:
-      InputError: keys are empty and there is no config.init_from, or no such model.
+      InputError: keys are empty and there is no config.init_from; or there is no such model, or it
+        is the run itself.
     """
     completed = config.copy_and_resolve_references()
     key = kind.initial_key
@@ -65,6 +66,11 @@ def complete(
                 "or a bundled model"
             )
         return completed, None
+    if workdir and identity.same_place(name, workdir):
+        raise InputError(
+            f"config.{key} must be another model than the run itself; got {name!r}, the --workdir; "
+            "to continue that run with changed values, give its own config and --extend"
+        )
     saved = runs.read(workdir) if workdir else None
     if saved is not None and not checkpoints.steps_of_run(files.absolute(workdir or "")):
         saved = None  # it has to start from the model again

@@ -55,6 +55,12 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
             f"model must be a model directory, not a file of weights; convert it first: hmar "
             f"convert --torch={name} --tokenizer=vae.pth --out=MODEL"
         )
+    if not exists(directory) and (run := _run_around(directory)) is not None:
+        step = directory.name if directory.name.isdecimal() else "STEP"
+        raise InputError(
+            f"model must be a run, not its checkpoints; got {name!r}; give {run}, or make a model "
+            f"of one: hmar export --model={run} --checkpoint={step} --out=MODEL"
+        )
     if not exists(directory):
         raise InputError(
             f"model must be a bundled model ({', '.join(bundled_models()) or 'none'}) or a "
@@ -64,6 +70,14 @@ def load_spec_and_params(name: str, checkpoint: int | str = "latest") -> tuple[A
     config = files.read_json(directory / "config.json", "the config of a model or a run")
     with phase(f"reading the model {name}"):
         return _load(name, directory, config, checkpoint)
+
+
+def _run_around(directory: Any) -> Any:
+    """The run directory that RUN/checkpoints or RUN/checkpoints/STEP belongs to, or None."""
+    for folder in (directory, directory.parent):
+        if folder.name == "checkpoints" and (folder.parent / "config.json").exists():
+            return folder.parent
+    return None
 
 
 def _load(

@@ -72,6 +72,7 @@ class Progress:
         line_seconds: float = _LINE_SECONDS,
     ):
         self._what, self._total, self._unit, self._done = what, total, unit, start
+        self._start = start
         self._line_seconds, self._last_line = line_seconds, time.monotonic()
         self._clock = _Clock(total)
         show = show and processes.is_primary()
@@ -125,7 +126,9 @@ class Progress:
         self._bar.close()
         if self._opening:
             took = describe_seconds(time.monotonic() - self._began)
-            LOGGER.info("%s: %d %ss in %s", self._what, self._done, self._unit, took)
+            count, done = self._done - self._start, self._done
+            left = "" if done == self._total else f", {done} of {self._total} are done"
+            LOGGER.info("%s: %d %ss in %s%s", self._what, count, self._unit, took, left)
             self._opening = False
 
 

@@ -23,7 +23,7 @@ from hmar_jax.data.loader import loader_state_to_bytes, make_loader, restore_loa
 from hmar_jax.data.records import RecordsInMemory, make_record_loader
 from hmar_jax.data.sources import open_source
 from hmar_jax.data.transforms import Transform
-from hmar_jax.io import checkpoints, history
+from hmar_jax.io import checkpoints, history, runs
 from hmar_jax.io.history import Change, Segment
 from hmar_jax.training.optimizer import OptimizerConfig
 from tests import recorded, tiny, toy_family
@@ -502,6 +502,21 @@ def test_what_cannot_be_extended(command, run, images, tmp_path, refused):
     nowhere = train(tmp_path / "nowhere", images, "--extend", steps=40)
     refused(nowhere, tmp_path, "--extend requires a run, and there is none in")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_images_that_were_trained_on_and_are_held_out_now_are_named(images, tmp_path):
+    flat = shutil.copytree(images / "train", tmp_path / "flat")
+    run = tmp_path / "run"
+    with toy_family_is_known():
+        config = lambda share: tiny.config_of(train(run, flat, steps=20, data__held_out=share))
+        build = experiments.build_experiment(config(0.1), str(run))
+        runs.prepare(str(run), build.config, build.spec.to_json(), build.schema, build.inputs)
+        warnings = lambda share: [
+            text
+            for text in experiments.build_experiment(config(share), str(run), extend=True).warnings
+            if "trained on some of the images" in text
+        ]
+        assert [len(warnings(share)) for share in (0.05, 0.1, 0.3)] == [0, 0, 1]
 
 
 def test_a_history_that_cannot_be_read(command, run, refused):

@@ -1,5 +1,6 @@
 """Runs that start from the parameters of another model: what is taken, what is new, and resume."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -142,11 +143,21 @@ def test_another_model_is_refused_and_a_moved_one_is_not(images, tmp_path, capfd
         (dict(init_from=""), ["config.init_from is empty", "model.depth", "--config.init_from="]),
         (dict(init_from="no/such"), ["must be a bundled model", "no/such"]),
         (dict(init_from="TOKENIZER"), ["must be a transformer", "got a tokenizer"]),
+        (dict(init_from="RUN"), ["another model than the run itself", "--workdir", "--extend"]),
+        (
+            dict(init_from="CHECKPOINT"),
+            ["a run, not its checkpoints", "--checkpoint=80 --out=MODEL"],
+        ),
     ],
 )
 def test_models_that_do_not_fit(changes, words, images, tmp_path, capfd):
-    if changes.get("init_from") == "TOKENIZER":
-        changes = dict(init_from=tiny.tokenizer_run())
+    places = dict(
+        TOKENIZER=tiny.tokenizer_run(),
+        RUN=tmp_path / "x" / ".." / "run",
+        CHECKPOINT=tiny.model_run() / "checkpoints" / "80",
+    )
+    if changes.get("init_from") in places:
+        changes = dict(init_from=places[changes["init_from"]])
     arguments = finetune(tmp_path / "run", images, **changes)
     capfd.readouterr()  # of the models, if they were trained just now
     assert cli.main(arguments) == 2
@@ -165,6 +176,31 @@ def test_var_becomes_hmar_where_the_config_says_so(images, tmp_path):
     built = experiment(tmp_path, images, model__pattern="causal")
     assert "pattern is 'diagonal' there and 'causal' here" in built.initial().notes[-1]
     assert built.spec.kind == "VAR"
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, words",
+    [
+        (("circle", "cross", "moon"), (), "taken by name: 1 ('cross')"),
+        ((), (), "taken by id, as one side has no names: 3 ('stripes', 'cross', 'zigzag')"),
+        (("tench", "cross"), ("n01440764", "n01443537", "n01484850"), "3 ('n01440764',"),
+    ],
+)
+def test_how_classes_were_matched_is_said(theirs, ours, words, images, tmp_path):
+    spec, params = load_spec_and_params(str(tiny.model_run()))
+    count = len(theirs) or 3
+    transformer = dataclasses.replace(spec.transformer, num_classes=count)
+    params["transformer"]["embed"]["class_emb"] = params["transformer"]["embed"]["class_emb"][
+        : count + 1
+    ]
+    spec = dataclasses.replace(spec, class_names=theirs, transformer=transformer)
+    save_model(tmp_path / "model", spec.to_json(), params, "")
+    if ours:
+        lines = [f"{old} {new}" for old, new in zip(("astripes", "cross", "zigzag"), ours)]
+        (images / "class_names.txt").write_text("\n".join(lines))
+    notes = experiment(tmp_path / "run", images, init_from=tmp_path / "model").initial().notes
+    assert any(words in note for note in notes), notes
+    assert any("class_names.txt" in note for note in notes) == bool(ours)
 
 
 def test_another_tokenizer_is_named(images, tmp_path):

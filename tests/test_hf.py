@@ -294,3 +294,21 @@ def test_nothing_is_written_into_a_data_set(tmp_path):
             check_outside(spec, tmp_path / "runs" / "one", "workdir")
     check_outside("hf:user/name", tmp_path, "workdir")
     check_outside(f"hf:{tmp_path / 'data'}", os.fspath(tmp_path / "run"), "workdir")
+
+
+def test_a_validation_split_that_the_library_passes_over_is_refused(tmp_path):
+    """Its images would be neither trained on nor validated on."""
+    root = tmp_path / "images"
+    shutil.copytree(tiny.images(), root)
+    with pytest.raises(InputError, match="does not read .*validate, .*give folder:"):
+        open_splits(f"hf:{root}")
+    (root / "validate").rename(root / "validation")
+    assert len(open_splits(f"hf:{root}")["validate"]) == 9
+
+
+def test_classes_with_names_of_splits_are_refused(tmp_path):
+    """The library would read these images alone."""
+    for name, folder in zip(tiny.CLASSES, ("bus", "train", "tree")):
+        shutil.copytree(tiny.images() / "train" / name, tmp_path / "images" / folder)
+    with pytest.raises(InputError, match="does not read .*bus, .*if these are classes, give fol"):
+        open_splits(f"hf:{tmp_path / 'images'}")

@@ -332,7 +332,10 @@ def test_other_inputs_are_known_by_their_contents(tmp_path):
 
     prepare("a.npz", "1")
     prepare("moved/a.npz", "1")
-    with pytest.raises(InputError, match="perceptual_network 'moved/a.npz' has other contents"):
+    with pytest.raises(InputError, match="perceptual_network 'b.npz' has other contents than 'mov"):
+        prepare("b.npz", "2")
+    changed = "perceptual_network 'moved/a.npz' was changed since the run started"
+    with pytest.raises(InputError, match=f"{changed}.* or delete .*, which has no checkpoint yet"):
         prepare("moved/a.npz", "2")
 
 

@@ -17,6 +17,7 @@ from hmar_jax.data.decoding import ImageDecodeError, decode_image, image_endings
 from hmar_jax.data.listing import describe_skipped
 from hmar_jax.data.sources import SourceConfig, open_source, open_splits
 from hmar_jax.errors import InputError, printable
+from tests import tiny
 
 
 def save(path, **options):
@@ -195,6 +196,20 @@ def test_splits_by_other_names_are_no_classes(tmp_path, names):
         save(tmp_path / name / "b" / "0.png")
     with pytest.raises(InputError, match=f"must be classes, or .*got {', '.join(sorted(names))}"):
         open_source(f"folder:{tmp_path}")
+
+
+def test_a_class_called_train_is_not_taken_as_all_images(tmp_path):
+    """CIFAR-100, COCO and PASCAL VOC have one."""
+    for name, folder in zip(tiny.CLASSES, ("bus", "train", "tree")):
+        shutil.copytree(tiny.images() / "train" / name, tmp_path / "a" / folder)
+    archive = shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path / "a")
+    for spec in (f"folder:{tmp_path / 'a'}", f"zip:{archive}"):
+        with pytest.raises(InputError, match="if train is a class, rename its folder to train_"):
+            open_splits(spec)
+    (tmp_path / "a" / "train").rename(tmp_path / "a" / "train_")
+    (tmp_path / "a" / "class_names.txt").write_text("train_ train\n")
+    found = open_splits(f"folder:{tmp_path / 'a'}")["train"]
+    assert found.class_names == ("bus", "train", "tree")
 
 
 def test_valid_is_a_validation_folder(folder):

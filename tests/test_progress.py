@@ -52,8 +52,15 @@ def test_lines_without_a_terminal(log, monkeypatch):
         done.advance(4)
     assert log()[0] == "encoding: 10 crops ..." and log()[1] == "encoding: 2 of 10 crops"
     assert re.fullmatch("encoding: 6 of 10 crops, [0-9]+ s left", log()[2])
-    assert re.fullmatch("encoding: 6 crops in [0-9]+ s", log()[3]) and len(log()) == 4
-    assert sys.stderr.getvalue() == ""
+    assert re.fullmatch("encoding: 6 crops in [0-9]+ s, 6 of 10 are done", log()[3])
+    assert len(log()) == 4 and sys.stderr.getvalue() == ""
+
+
+def test_the_last_line_counts_what_was_done_in_its_time(log, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Progress("encoding", 10, "crop", start=7) as done:
+        done.advance(3)
+    assert re.fullmatch("encoding: 3 crops in [0-9]+ s", log()[-1])
 
 
 def test_a_bar_on_a_terminal(log, monkeypatch):

@@ -169,11 +169,41 @@ def test_dataset_json_without_labels(tmp_path):
         ('{"labels": [["00000/img0.png", [0.5, 0.5]]]}', r"pairs of .*got \['00000/img0.png'"),
         ('{"labels": [["00000/img0.png", -1]]}', "got .*-1"),
         ('{"labels": [["00000/img0.png", 1e300]]}', "got .*1e"),
+        ('{"labels": [["00000/img0.png", 1e400]]}', "got .*inf"),
+        ('{"labels": [["00000/img0.png", NaN]]}', "got .*nan"),
+        ('{"labels": [["00000/img0.png", 1], ["00000/img0.png", 0]]}', "one label.*has 1 and 0"),
+        ('{"images": [], "annotations": []}', "another kind of file, rename it"),
     ],
 )
 def test_labels_that_do_not_fit(tmp_path, text, words):
     with pytest.raises(InputError, match=words):
         open_source(write(tmp_path / "a.zip", NAMES, dataset_json=text))
+
+
+def test_names_with_a_dot_in_front(tmp_path):
+    """As find and glob give them."""
+    labels = json.dumps({"labels": [[f"./{name}", label] for name, label in PAIRS]})
+    assert open_source(write(tmp_path / "a.zip", NAMES, dataset_json=labels)).num_classes == 3
+
+
+def test_one_dataset_json_does_not_mix_the_splits(tmp_path):
+    """Validation images would have been trained on."""
+    names = [f"{split}/{i}.png" for split in ("train", "val") for i in range(3)]
+    inner = {
+        split: json.dumps({"labels": [[f"{i}.png", i % 2] for i in range(3)]})
+        for split in ("train", "val")
+    }
+    outer = json.dumps({"labels": [[name, 0] for name in names]})
+    path = tmp_path / "a.zip"
+    with pytest.raises(InputError, match="dataset.json in train and one in val, or neither"):
+        open_source(write(path, names, dataset_json=outer))
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, name in enumerate(names):
+            archive.writestr(name, png(number))
+        for split, text in inner.items():
+            archive.writestr(f"{split}/dataset.json", text)
+    found = open_splits(f"zip:{path}")
+    assert [len(found[split]) for split in ("train", "validate")] == [3, 3]
 
 
 def test_labels_without_image_are_reported(tmp_path, caplog):

@@ -17,6 +17,7 @@ from hmar_jax.data.listing import (
     Folder,
     Listing,
     describe_skipped,
+    folders_of,
     list_class_folders,
 )
 from hmar_jax.data.source_config import FOLDER_RULES, SourceConfig
@@ -66,9 +67,14 @@ def find_splits(
     """
     rules = config.folder_rules or FOLDER_RULES
     is_labeled = rules > 1 and (root / LABELS_FILE).exists()  # which labels files of all folders
-    has_train = not is_labeled and (root / "train").is_dir()
+    has_train = (root / "train").is_dir()
+    if is_labeled and has_train:
+        _check_no_validation(root)
+        has_train = False
     train_root = root / "train" if has_train else root
     train = list_class_folders(train_root, rules)
+    if has_train and rules > 1 and "" in train.classes:
+        _check_not_a_class(root)
     _check_classes(train_root, train, need_classes, rules == 1 or config.allow_empty_classes)
     if rules > 1 and not has_train:
         _check_not_splits(root, train)
@@ -180,6 +186,29 @@ def _check_not_splits(root: Folder, listing: Listing) -> None:
             f"the folders of {root} must be classes, or be called train and validate (or "
             f"{', '.join(VALIDATE_FOLDERS[1:])}); got {', '.join(folders)}; rename them"
         )
+
+
+def _check_no_validation(root: Folder) -> None:
+    """One dataset.json for both splits would mix them."""
+    for folder in VALIDATE_FOLDERS:
+        if (root / folder).is_dir():
+            raise InputError(
+                f"{root} must have a {LABELS_FILE} in train and one in {folder}, or neither of the "
+                f"two folders; its own {LABELS_FILE} labels the images of both together"
+            )
+
+
+def _check_not_a_class(root: Folder) -> None:
+    """Of the classes bus, train and tree, the images of train would be taken as all images."""
+    for name in folders_of(root):
+        is_split = name.lower() in _SPLIT_NAMES
+        if not is_split and "" in list_class_folders(root / name, FOLDER_RULES).classes:
+            raise InputError(
+                f"{root}/train must have class folders, as the training split; it has images, and "
+                f"so has {printable(name)} beside it; if train is a class, rename its folder to "
+                f'train_ and write "train_ train" to {root}/{CLASS_NAME_FILES[0]}; if its images '
+                "are all there are, give its path as the source"
+            )
 
 
 def _check_validation(root: Folder, listing: Listing, train_root: Folder, train: Listing) -> None:

@@ -7,6 +7,7 @@ are relative to the folder of the file.
 """
 
 import logging
+import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,24 +62,32 @@ def classes_of(file: Readable, images: Sequence[str]) -> dict[str, list[str]]:
 
 def _read(file: Readable) -> dict[str, int] | None:
     content = read_json(file, "the labels of the images")
-    labels = content.get("labels") if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not isinstance(labels, list | dict | None):
+    is_labeled = isinstance(content, dict) and "labels" in content
+    labels = content["labels"] if is_labeled else content
+    if not is_labeled or not isinstance(labels, list | dict | None):
         raise InputError(
             f'{file} must have "labels": a list of pairs of file name and class id, or null; got '
-            f"{_shorten(labels)}"
+            f"{_shorten(labels)}; if it is another kind of file, rename it, and folders are classes"
         )
     if not labels:
         return None
-    pairs = labels.items() if isinstance(labels, dict) else labels
-    return dict(_check_pair(file, pair) for pair in pairs)
+    found: dict[str, int] = {}
+    for pair in labels.items() if isinstance(labels, dict) else labels:
+        name, label = _check_pair(file, pair)
+        if found.setdefault(name, label) != label:
+            raise InputError(
+                f"{file} must have one label for each image; {printable(name)} has {found[name]} "
+                f"and {label}"
+            )
+    return found
 
 
 def _check_pair(file: Readable, pair: Any) -> tuple[str, int]:
     if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
         name, label = pair
-        is_id = isinstance(label, int | float) and label == int(label) >= 0
-        if is_id and not isinstance(label, bool) and label < _MAX_CLASSES:
-            return name.replace("\\", "/"), int(label)
+        is_number = isinstance(label, int | float) and not isinstance(label, bool)
+        if is_number and 0 <= label < _MAX_CLASSES and label == int(label):  # NaN is not >= 0
+            return posixpath.normpath(name.replace("\\", "/")), int(label)
     raise InputError(
         f'"labels" of {file} must be pairs of file name and class id, such as '
         f'["00000/img00000000.png", 6]; got {_shorten(pair)}'

@@ -11,7 +11,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from hmar_jax.data.class_folders import (
     flatten,
     split_classes,
 )
-from hmar_jax.data.decoding import MAX_PIXELS, ImageDecodeError, decode_image
+from hmar_jax.data.decoding import MAX_PIXELS, ImageDecodeError, decode_image, image_endings
 from hmar_jax.data.fingerprint import fingerprint_listed
 from hmar_jax.data.hf_columns import Rows, find_image_column, find_label_column, read_rows
 from hmar_jax.data.source_config import FOLDER_RULES, SourceConfig
@@ -33,6 +33,10 @@ from hmar_jax.io.files import expand
 
 _OPTIONS = ("config", "revision", "train", "validate", "image", "label")
 _VALIDATE_SPLITS = ("validation", "validate", "val", "valid", "dev", "test")
+# Files and folders that the library takes as a split.
+_SPLIT = re.compile(
+    r"(train(ing)?|validation|valid|val|dev|test(ing)?|eval(uation)?)([-._ 0-9].*)?"
+)
 _SAVED_FILES = ("dataset_dict.json", "state.json")  # of save_to_disk
 _FILE_KINDS = {".parquet": "parquet", ".tar": "webdataset"}  # ending: what reads it
 
@@ -95,6 +99,7 @@ def open_hf(
     spec = f"hf:{text}"
     tables = _load(spec, place, options)
     train_split, validate_split = _choose_splits(spec, tables, options)
+    _check_all_is_read(place, tables)
     image = find_image_column(spec, tables[train_split].features, options.get("image"))
     label = find_label_column(spec, tables[train_split].features, options.get("label"))
     if label is None and need_classes:
@@ -211,6 +216,27 @@ def _choose_splits(
         )
     others = (name for name in _VALIDATE_SPLITS if name in names and name != train)
     return train, options.get("validate", next(others, None))
+
+
+def _check_all_is_read(place: str, splits: Collection[str]) -> None:
+    """Where something local is called train, the library passes over all that is no split."""
+    names = sorted(os.listdir(place)) if os.path.isdir(place) else []
+    read = [name for name in names if _SPLIT.fullmatch(name) or name.startswith(tuple(splits))]
+    if not read or not set(_SAVED_FILES).isdisjoint(names):
+        return
+    for name in (name for name in names if name not in read):
+        if name.startswith("validate") or _has_images(os.path.join(place, name)):
+            raise InputError(
+                f"datasets does not read {os.path.join(place, name)}, because something beside it "
+                f"has the name of a split; call a validation split validation; if these are "
+                f"classes, give folder:{place}"
+            )
+
+
+def _has_images(folder: str) -> bool:
+    endings = tuple(image_endings())
+    files = (file for _, _, found in os.walk(folder) for file in found)
+    return any(file.lower().endswith(endings) for file in files)
 
 
 def _make_sources(

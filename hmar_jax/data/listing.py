@@ -112,6 +112,12 @@ def list_class_folders(root: Folder, rules: int) -> Listing:
     return Listing({"": loose} if loose else classes, skipped)
 
 
+def folders_of(root: Folder) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones and those of systems."""
+    entries, _ = _Walk(frozenset(), 2).entries(root)
+    return [name for name, is_folder in entries if is_folder]
+
+
 def describe_skipped(skipped: Mapping[str, int]) -> str:
     """What was passed over, in one line: "12 files that are not images (10 .heic, 2 .txt)"."""
     total = sum(skipped.values())

@@ -176,7 +176,10 @@ def file_differences(
         there, here = a.get(key) or "", b.get(key) or ""
         if key in known and key in inputs.files:
             if known[key] != inputs.files[key]:
-                found[key] = f"{key} {here!r} has other contents than {there!r} had"
+                change = f"has other contents than {there!r} had"
+                if same_place(there, here):
+                    change = "was changed since the run started"
+                found[key] = f"{key} {here!r} {change}"
         elif not same_place(there, here):
             found[key] = f"{key} is {_shown(there)} there and {_shown(here)} here"
     return found

@@ -257,9 +257,11 @@ def _compare(
             "them, --extend"
         )
     if problems:
+        ways = ["choose another --workdir", ", and ".join(cures)]
+        if not checkpoints.steps_of_run(workdir):
+            ways.insert(1, f"delete {workdir}, which has no checkpoint yet")
         raise InputError(
-            f"{workdir} holds a run with {'; with '.join(problems)}; choose another --workdir, or "
-            f"{', and '.join(cures)}"
+            f"{workdir} holds a run with {'; with '.join(problems)}; {', or '.join(ways)}"
         )
     return data
 

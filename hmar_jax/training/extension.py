@@ -27,6 +27,7 @@ from hmar_jax.training.task import Params
 
 _SOURCE = "data.source"
 _AVERAGE = "ema_params"  # a part of the state
+_HELD_OUT = "data.held_out"
 _COPIES = "data.cached_copies"  # where it changes, batches come from other records
 
 
@@ -56,6 +57,17 @@ class Start:
         """A config for the task: with its number of steps also where it gives epochs."""
         steps = run_length.total_steps(config, self.num_images, self.segment)
         return run_length.with_steps(config, steps)
+
+    def warnings(self) -> list[str]:
+        """What the run's measures mean no longer, in words."""
+        former = {} if self.run is None else dict(flatten(self.run.config))
+        before, now = former.get(_HELD_OUT), self.config.data.get("held_out")
+        if before is None or now <= before:
+            return []
+        return [
+            f"config.{_HELD_OUT} {before:g} -> {now:g}: the run was trained on some of the images "
+            "that are held out now, so validation says less about new ones"
+        ]
 
     def history(
         self, config: ConfigDict, spec: Mapping[str, Any], inputs: Inputs, steps: int

@@ -143,7 +143,8 @@ def _run(
     LOGGER.debug("parameters\n%s", overview)
     LOGGER.debug("mesh %s of %s", dict(mesh.shape), mesh.devices.flat[0].device_kind)
     stop.check()
-    wandb = _start_wandb(config, directory)
+    with stop.immediate():  # waits for the network
+        wandb = _start_wandb(config, directory)
 
     with contextlib.ExitStack() as closing:
         with stop.immediate():  # may encode all images

@@ -1,8 +1,9 @@
 """Metrics of a run on Weights & Biases, beside metrics.jsonl and TensorBoard.
 
 One run there belongs to one run directory: wandb/run_id.txt names it, so that a run that resumes,
-also on another machine, continues its curves. WANDB_MODE=offline writes to the run directory alone;
-`wandb sync` sends that later.
+also on another machine, continues its curves. A copy of a run directory, whose original is still
+there, is another run. WANDB_MODE=offline writes to the run directory alone; `wandb sync` sends that
+later.
 """
 
 import importlib.util
@@ -17,10 +18,12 @@ from etils import epath
 
 from hmar_jax.errors import InputError
 from hmar_jax.io import files
+from hmar_jax.progress import phase
 from hmar_jax.training.metrics import LOGGER
 
 _PROJECT = re.compile(r"(?:[\w.-]+/)?[^/\\#?%:]{1,128}")
 _INIT_SECONDS = 60.0
+_ID_FILE = "wandb/run_id.txt"
 
 
 def check_project(name: str) -> None:
@@ -48,49 +51,91 @@ def start(directory: epath.Path, project: str, config: Mapping[str, Any]) -> "Wa
       None if Weights & Biases cannot be reached, which a warning says.
 
     Raises:
-      InputError: nobody is logged in.
+      InputError: nobody is logged in, or the environment has settings that the library refuses.
     """
+    import pydantic  # which the library checks its settings with
     import wandb
 
     entity, _, name = project.rpartition("/")
     # Event files are appended to, which object stores cannot.
     local = os.fspath(directory) if files.is_local(directory) else tempfile.mkdtemp()
     try:
-        run = wandb.init(
-            entity=entity or None,
-            project=name,
-            dir=local,
-            id=_run_id(directory),
-            name=directory.name,
-            config=dict(config),
-            allow_val_change=True,  # harmless settings, or an extended run
-            resume="allow",
-            settings=wandb.Settings(
-                silent=True, console="off", init_timeout=_INIT_SECONDS, disable_git=True
-            ),
-        )
-    except wandb.errors.UsageError as error:
-        reason = " ".join(str(error).split())
+        with phase("connecting to Weights & Biases"):
+            run = wandb.init(
+                entity=entity or None,
+                project=name,
+                dir=local,
+                id=_run_id(directory),
+                name=directory.name,
+                config=dict(config),
+                allow_val_change=True,  # harmless settings, or an extended run
+                resume="allow",
+                settings=wandb.Settings(
+                    silent=True, console="off", init_timeout=_INIT_SECONDS, disable_git=True
+                ),
+            )
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         raise InputError(
             f"config.wandb={project} needs a login: run wandb login, or set WANDB_API_KEY, or "
-            f"WANDB_MODE=offline ({reason})"
+            f"WANDB_MODE=offline ({_reason(error)})"
+        ) from None
+    except pydantic.ValidationError as error:
+        wrong = ", ".join(f"{'.'.join(map(str, e['loc']))}={e['input']}" for e in error.errors())
+        raise InputError(
+            f"config.wandb={project}: Weights & Biases refuses the settings {wrong}, of "
+            f"environment variables such as WANDB_MODE ({error.errors()[0]['msg']})"
         ) from None
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        LOGGER.warning("metrics are not sent to Weights & Biases, training continues: %s", reason)
+        LOGGER.warning(
+            "metrics are not sent to Weights & Biases, training continues: %s; with "
+            "WANDB_MODE=offline they are kept for wandb sync",
+            _reason(error),
+        )
         return None
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    LOGGER.info("Weights & Biases: %s", run.url or f"offline, in {run.dir.removesuffix('/files')}")
+    if run.disabled:
+        LOGGER.warning("metrics are not sent to Weights & Biases: WANDB_MODE=disabled")
+    else:
+        place = run.url or f"offline, in {run.dir.removesuffix('/files')}"
+        LOGGER.info("Weights & Biases: %s", place)
     return WandbRun(run)
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _run_id(directory: epath.Path) -> str:
-    path = directory / "wandb" / "run_id.txt"
-    if not path.exists():
+    """The id of the directory's run; a new one where the directory is a copy of another."""
+    path = directory / _ID_FILE
+    found, place = _read_id(path)
+    here = os.fspath(directory)
+    if place not in ("", here) and not _same_directory(place, here):
+        if _read_id(epath.Path(place) / _ID_FILE)[0] == found:
+            found = ""
+    if not found or place != here:
+        found = found or uuid.uuid4().hex[:12]
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, uuid.uuid4().hex[:12] + "\n")
-    return path.read_text().strip()
+        files.write_atomically(path, f"{found}\n{here}\n")
+    return found
+
+
+def _read_id(path: epath.Path) -> tuple[str, str]:
+    """An id, and the directory that it was written to; empty where they are not known."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return "", ""
+    found, place = (*lines, "", "")[:2]
+    return found.strip(), place
+
+
+def _same_directory(a: str, b: str) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
 
 
 class WandbRun:

@@ -134,10 +134,12 @@ def _notes(
         "parameters are taken from there"
     ]
     if kept:
-        how = "by name" if are_names(spec.class_names) else "by id"
+        by_name = are_names(initial.spec.class_names) and are_names(spec.class_names)
+        how = "by name" if by_name else "by id, as one side has no names"
         notes.append(f"class embeddings taken {how}: {_listed([names[i] for i in kept])}")
     if new:
-        notes.append(f"class embeddings that are new: {_listed([names[i] for i in new])}")
+        hint = "" if are_names(names) else "; ids of WordNet are no names, see class_names.txt"
+        notes.append(f"class embeddings that are new: {_listed([names[i] for i in new])}{hint}")
     if left := set(range(initial.spec.num_classes)) - set(rows):
         names = initial.spec.class_names or tuple(map(str, range(initial.spec.num_classes)))
         listed = _listed([names[i] for i in sorted(left)])
