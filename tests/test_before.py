@@ -68,7 +68,11 @@ def assert_close(actual, expected, name=""):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE, err_msg=name)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) for name in TRAINED if name != "stage2"]
+    + ["stage2"],
+)
 def test_an_interrupted_run_resumes_to_the_recorded_parameters(name, folder, expected):
     before = (folder / name / "metrics.jsonl").read_text()
     hmar(folder, *COMMANDS[name])

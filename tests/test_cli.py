@@ -156,6 +156,7 @@ def test_temperature_reaches_the_sampler(hmar, elsewhere):
     assert np.array_equal(tokens[50.0], hot) and not np.array_equal(tokens[1.0], hot)
 
 
+@pytest.mark.slow
 def test_several_schedules_side_by_side(hmar, elsewhere):
     model = tiny.masked_run()
     one = "--schedule=[[1],[1,1,2]]"

@@ -106,6 +106,7 @@ def test_more_steps_than_the_devices_count(change, tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_command_without_standard_streams_trains(tmp_path):
     """Its files took the numbers of the closed streams, and it ended with status 1."""
     workdir = tmp_path / "run"

@@ -202,6 +202,7 @@ def test_temperature(pipe, sample_images):
     assert np.array_equal(kept, pipe.encode(sample_images))
 
 
+@pytest.mark.slow
 def test_deprecated_names(pipe, sample_images):
     mask = np.zeros((tiny.SIDE, tiny.SIDE), bool)
     mask[:4, :4] = True

@@ -112,6 +112,7 @@ def test_a_config_from_before_has_the_former_rules():
     assert schema.settle(new, old).data.folder_rules == 2  # which does not fit: refused later
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_rules_that_it_was_started_with(images, tmp_path, capfd):
     workdir = tmp_path / "run"
     command = tiny.train_tokenizer(workdir, data__source=f"folder:{images}")

@@ -57,6 +57,7 @@ def test_expansion_has_one_place():
     assert found == {"hmar_jax/io/files.py"}
 
 
+@pytest.mark.slow
 def test_training_writes_to_the_home_directory(home):
     shutil.copytree(tiny.images(), home / "images")
     shutil.copytree(ROOT / "configs", home / "configs")

@@ -345,6 +345,7 @@ def advised(tmp_path, capsys, *arguments) -> tuple[str, list[dict]]:
     return verdict, json.loads((tmp_path / "plan.json").read_text())["advice"]
 
 
+@pytest.mark.slow
 def test_advice_fits_and_names_nothing_that_is_set(tmp_path, capsys):
     verdict, found = advised(
         tmp_path,

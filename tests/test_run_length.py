@@ -164,6 +164,7 @@ def colored(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_other_images_is_named_before_the_first_step(colored, tmp_path, capfd):
     arguments = tiny.train(
         tmp_path / "run", tokenizer="digits", data__source=f"folder:{colored}", steps=1
