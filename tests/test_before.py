@@ -129,6 +129,7 @@ def test_a_tokenizer_encodes_and_decodes_as_recorded(folder, expected):
     assert_close(pipe.decode(tokens), expected["tokenizer/decoded"])
 
 
+@pytest.mark.slow
 def test_a_token_set_trains_as_recorded(folder, expected):
     """Same fingerprint as the tokenizer, same records in the same order, same losses."""
     hmar(folder, *COMMANDS["from_tokens"])

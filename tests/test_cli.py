@@ -200,7 +200,10 @@ def test_info(hmar):
     assert status == 0 and "tokenizer" in out and "transformer" not in out
 
 
-@pytest.mark.parametrize("run, folder", [("model_run", "tokenizer"), ("masked_run", "stage1")])
+@pytest.mark.parametrize(
+    "run, folder",
+    [("model_run", "tokenizer"), pytest.param("masked_run", "stage1", marks=pytest.mark.slow)],
+)
 def test_a_run_without_its_parent_is_no_model(hmar, tmp_path, run, folder):
     copied = tmp_path / "run"
     shutil.copytree(getattr(tiny, run)(), copied)

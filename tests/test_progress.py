@@ -128,6 +128,7 @@ def test_training_says_what_it_does(tmp_path, capfd):
     assert lines[first] in (tmp_path / "run/log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_training_a_tokenizer_says_what_it_does(tmp_path, capfd):
     assert cli.main(tiny.train_tokenizer(tmp_path / "run", steps=20)) == 0
     err = capfd.readouterr().err

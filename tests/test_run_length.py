@@ -85,6 +85,7 @@ def test_an_older_run_resumes_with_its_warm_up(tmp_path):
     assert experiment.task.recipe.warmup_steps == 500
 
 
+@pytest.mark.slow
 def test_a_short_run_reports_and_reaches_its_learning_rate(tmp_path):
     long = dict(log_every=100, eval_every=5000, sample_every=5000, checkpoint_every=5000)
     arguments = tiny.train(tmp_path / "run", steps=20, recipe__warmup_steps=500, **long)

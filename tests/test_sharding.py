@@ -52,6 +52,7 @@ def check(found: dict) -> None:
         assert not result["metrics"] and not result["evaluated"], (case, result)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mixed_mesh_equals_that_on_one_device():
     found = on_eight_devices("stage1:data=2,fsdp=2,tensor=2,remat=matmuls")
     check(found)

@@ -175,7 +175,8 @@ def make_task(stage: str, grad_accum_steps: int = 1, **changes):
     return MaskedTask(spec=spec, recipe=MaskedRecipe(**recipe), **common)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("stage1", marks=pytest.mark.slow), "stage2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_accumulation_does_not_change_random_choices(stage, frozen):
     """Class dropout and masks are sampled before the batch is cut into microbatches."""
     results = []
