@@ -27,7 +27,11 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Set before pytest-xdist starts its workers, which share the runs that tiny.py trains.
     if not hasattr(config, "workerinput"):
-        os.environ["HMAR_TINY_FOLDER"] = tempfile.mkdtemp(prefix="hmar_tiny_")
+        folder = os.environ["HMAR_TINY_FOLDER"] = tempfile.mkdtemp(prefix="hmar_tiny_")
+        # Many tests compile the same programs; this run's processes share them, as tiny.py does.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 
 def pytest_unconfigure(config):

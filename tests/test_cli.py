@@ -300,6 +300,7 @@ def deprecated(old, new):
     return pytest.warns(FutureWarning, match=f"^{re.escape(f'{old} is deprecated; use {new}')}$")
 
 
+@pytest.mark.slow
 def test_deprecated_confidence_noise(hmar):
     tokens = []
     for option in ("--choice_temperature=3", "--confidence_noise=3", "--choice_temperature=0"):

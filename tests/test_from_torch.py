@@ -208,6 +208,7 @@ def test_stage_2_of_another_stage_1(torch, golden, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_stage_2_alone(torch, golden, load_golden, tmp_path, capsys):
     """It predicts as stage 2 of the combined model, and whole scales from masks alone."""
     from hmar_jax.cli.main import main

@@ -35,7 +35,7 @@ def parts(golden_state):
     return CombinedModel(spec), jax.tree.map(jnp.asarray, params)
 
 
-@pytest.mark.parametrize("case", "abcde")
+@pytest.mark.parametrize("case", [*"abcd", pytest.param("e", marks=pytest.mark.slow)])
 def test_every_pass_of_recorded_case(case, parts, load_golden):
     model, params = parts
     z = load_golden("hmar")

@@ -89,7 +89,8 @@ print("agrees")
 """
 
 
-@pytest.mark.parametrize("model", ["tiny", pytest.param("digits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny", "digits"])
 def test_an_image_is_the_same_on_eight_devices(model):
     """With masked passes and guidance; in its own process, as JAX counts devices at its start."""
     name = str(tiny.masked_run()) if model == "tiny" else model

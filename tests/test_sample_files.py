@@ -361,6 +361,7 @@ def test_a_second_command_is_refused(here, capfd, arguments):
 
 def test_few_batches_are_in_memory_at_once(here, monkeypatch):
     seen = []
+    gc.collect()  # images of other tests
 
     def write(self, index, pixels):
         shape = (tiny.SIDE, tiny.SIDE, 3)
