@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gc
 import json
 import os
 import re
