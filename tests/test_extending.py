@@ -437,7 +437,7 @@ def test_an_unfinished_run_is_extended_from_its_newest_checkpoint(command, tmp_p
 
 
 def test_a_moving_average_and_clipping_may_come_and_go(command, run):
-    """The average begins with the parameters; Adam's moments go on."""
+    """The average begins with the parameters; Adam's moments are kept."""
     still = dict(recipe__learning_rate=0.0, eval_every=100, sample_every=100)
     assert cli.main(command("--extend", steps=21, recipe__clip=0.0, **still)) == 0
     _, before = state_of(run, "opt_state")
@@ -510,7 +510,9 @@ def test_images_that_were_trained_on_and_are_held_out_now_are_named(images, tmp_
     with toy_family_is_known():
         config = lambda share: tiny.config_of(train(run, flat, steps=20, data__held_out=share))
         build = experiments.build_experiment(config(0.1), str(run))
-        runs.prepare(str(run), build.config, build.spec.to_json(), build.schema, build.inputs)
+        runs.compare(
+            str(run), build.config, build.spec.to_json(), build.schema, build.inputs
+        ).write()
         warnings = lambda share: [
             text
             for text in experiments.build_experiment(config(share), str(run), extend=True).warnings
@@ -526,7 +528,7 @@ def test_a_history_that_cannot_be_read(command, run, refused):
 
 
 def test_an_allowed_change_of_the_images_is_in_the_history(command, run, images, tmp_path):
-    """It goes on at the place of the stream that it has reached."""
+    """It continues at the position of the stream that it has reached."""
     other = shutil.copytree(images, tmp_path / "other")
     shutil.copy(other / "train/a/0.png", other / "train/a/new.png")
     changed = command("--allow_data_change", data__source=f"folder:{other}")
@@ -576,7 +578,7 @@ def test_a_step_of_something_that_happens_once_stays_behind(tmp_path, refused):
 
 @pytest.mark.slow
 def test_a_tokenizer_gets_an_adversarial_loss(tmp_path, refused):
-    """A discriminator of its own begins with the extended part; codebook and moments go on."""
+    """A discriminator of its own begins with the extended part; codebook and moments are kept."""
     run = shutil.copytree(tiny.tokenizer_run(), tmp_path / "run")
     before = state_of(run, "last_used", "images_seen")[1]
     still = dict(steps=81, recipe__learning_rate=0.0, recipe__discriminator_channels=16)

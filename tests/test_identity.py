@@ -328,7 +328,7 @@ def test_other_inputs_are_known_by_their_contents(tmp_path):
     def prepare(path, contents):
         config.perceptual_network = path
         inputs = identity.Inputs(files={"perceptual_network": contents})
-        return runs.prepare(tmp_path / "run", config, spec, schema, inputs)
+        runs.compare(tmp_path / "run", config, spec, schema, inputs).write()
 
     prepare("a.npz", "1")
     prepare("moved/a.npz", "1")

@@ -254,5 +254,7 @@ def test_a_lock_is_no_part_of_a_run_directory(tmp_path):
     (tmp_path / "run/.lock.tmp").write_text("")
     config = tiny.config_of(tiny.train_tokenizer("unused"))
     experiment = build_experiment(config)
-    runs.prepare(str(tmp_path / "run"), config, experiment.spec.to_json(), experiment.schema)
+    runs.compare(
+        str(tmp_path / "run"), config, experiment.spec.to_json(), experiment.schema
+    ).write()
     assert (tmp_path / "run/config.json").exists()

@@ -349,7 +349,7 @@ def test_a_kill_while_the_directory_is_made(tmp_path):
     (tmp_path / "new/.config.json.0123abcd.tmp").write_text("{")
     config = tiny.config_of(tiny.train_tokenizer("unused"))
     experiment = build_experiment(config)
-    runs.prepare(tmp_path / "new", config, experiment.spec.to_json(), experiment.schema)
+    runs.compare(tmp_path / "new", config, experiment.spec.to_json(), experiment.schema).write()
     assert json.loads((tmp_path / "new/config.json").read_text())["config"] == config_files.to_dict(
         config
     )

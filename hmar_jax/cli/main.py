@@ -317,7 +317,7 @@ def _add_train(command) -> None:
             commands.train,
             what,
             f"{example}\n\nSafe to interrupt: rerun the same command to resume.\n"
-            "With --extend, a run goes on under changed values.",
+            "--extend continues a run with changed settings.",
         )
         sub.add_argument("--config", type=arguments.path, required=True, help=_CONFIG_HELP)
         sub.add_argument(

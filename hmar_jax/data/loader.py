@@ -4,8 +4,8 @@ Training reads one endless stream of positions 0, 1, 2, ... Position p belongs t
 and holds image shuffle_e(p mod N), transformed with random numbers that depend on (seed, p) only.
 Every B * S consecutive positions are a global batch, of which shard s of S takes the s-th part. So
 batches are the same, row by row, for any number of hosts, and the state of a loader is one number:
-how many batches it has returned. Of a run that goes on with other batches, all positions are moved
-by a number of images, `offset` (io/history.py).
+how many batches it has returned. In a run that was extended with another batch size or data set,
+all positions are shifted by a number of images, `offset` (io/history.py).
 
 Images stay uint8 until they are on the device.
 """

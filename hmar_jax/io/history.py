@@ -42,7 +42,7 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """An entry of the history: the run goes on with something else after a step.
+    """An entry of the history: what changed after a step.
 
     Attributes:
       from_step: the last step before it; the newest checkpoint's.

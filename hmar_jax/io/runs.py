@@ -189,27 +189,6 @@ def compare(
     return Prepared(workdir, theirs, present, identity.shorten(images) if images else None)
 
 
-def prepare(
-    workdir: str,
-    config: ConfigDict,
-    spec: dict[str, Any],
-    schema: config_files.ConfigSchema,
-    inputs: Inputs | None = None,
-    allow_data_change: bool = False,
-) -> str | None:
-    """Makes a run directory, or checks that it is this run's; see `compare`.
-
-    Returns:
-      How the images changed, where that was allowed.
-
-    Raises:
-      InputError: see `compare`; or the directory cannot be written.
-    """
-    prepared = compare(workdir, config, spec, schema, inputs, allow_data_change)
-    prepared.write()
-    return prepared.images
-
-
 def _compare(
     workdir: str,
     theirs: dict[str, Any],

@@ -19,7 +19,7 @@ from hmar_jax.io import history, identity, runs
 from hmar_jax.io.history import Change, History, Segment
 from hmar_jax.io.identity import Inputs
 from hmar_jax.io.runs import StartedRun
-from hmar_jax.progress import announce
+from hmar_jax.progress import phase
 from hmar_jax.training import run_length
 from hmar_jax.training.compiled_steps import CompiledSteps
 from hmar_jax.training.metrics import LOGGER
@@ -229,7 +229,7 @@ def begin_new_parts(state: Any, steps: CompiledSteps, key: jax.Array, frozen: Pa
     places = {
         part: jax.tree.map(lambda x: x.sharding, getattr(steps.state, part)) for part in missing
     }
-    announce("compiling the initialization of what the checkpoint lacks")
-    parts = jax.jit(begin, out_shardings=places)(key, frozen, state.params)
+    with phase("compiling the initialization of what the checkpoint lacks", at_once=True):
+        parts = jax.jit(begin, out_shardings=places)(key, frozen, state.params)
     LOGGER.info("begun anew, as the checkpoint has none: %s", ", ".join(missing))
     return state.replace(**parts)
